@@ -1,0 +1,83 @@
+"""Every error a user can cause, drawn as a tree.
+
+    HSNetError
+    ├── ConfigError           an option or a combination of options cannot work
+    ├── DataError             a data set, image, mask or split file is not as it should be
+    ├── ShapeError            tensors that do not fit each other
+    ├── WeightsError          backbone weights missing, corrupt or of another network
+    ├── CheckpointError       a checkpoint cannot be read
+    │   └── CheckpointMismatch    ... or was trained on other features
+    ├── StoreError            a feature store cannot be read or written
+    │   ├── StoreMismatch         ... holds features of another recipe
+    │   └── StoreIncomplete       ... is only partly extracted
+    └── ClusterError          Ray could not be reached or lost the work
+
+The command line catches `HSNetError`, prints it without a traceback and exits with 1. Anything else that
+escapes is a bug of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+
+class HSNetError(Exception):
+    """Base of all errors that a user can cause and mend."""
+
+
+class ConfigError(HSNetError):
+    """An option or a combination of options cannot work."""
+
+
+class DataError(HSNetError):
+    """A data set, image, mask or split file is not as it should be."""
+
+
+class ShapeError(HSNetError):
+    """Tensors do not fit each other."""
+
+
+class WeightsError(HSNetError):
+    """Backbone weights are missing, corrupt or belong to another network."""
+
+
+class CheckpointError(HSNetError):
+    """A checkpoint cannot be read or written."""
+
+
+class CheckpointMismatch(CheckpointError):
+    """A checkpoint was trained on other features than those offered.
+
+    `differences` maps a field to (value in the checkpoint, value offered), so that callers need not parse text.
+    """
+
+    def __init__(self, message: str, differences: Mapping[str, tuple[object, object]]) -> None:
+        super().__init__(message)
+        self.differences = dict(differences)
+
+
+class StoreError(HSNetError):
+    """A feature store cannot be read or written."""
+
+
+class StoreMismatch(StoreError):
+    """A store holds features of another recipe or data set.
+
+    `differences` maps a field to (stored value, wanted value).
+    """
+
+    def __init__(self, message: str, differences: Mapping[str, tuple[object, object]]) -> None:
+        super().__init__(message)
+        self.differences = dict(differences)
+
+
+class StoreIncomplete(StoreError):
+    """A store is only partly extracted; `missing` lists the shard numbers that are not there."""
+
+    def __init__(self, message: str, missing: Sequence[int]) -> None:
+        super().__init__(message)
+        self.missing = tuple(missing)
+
+
+class ClusterError(HSNetError):
+    """Ray could not be started or reached, or lost the work."""
