@@ -1,0 +1,245 @@
+"""Frozen ImageNet backbones: which layers are read, and the networks that give them.
+
+A network is one row of `BACKBONES`. Everything else in the project (pyramid levels, grid sizes, store layout,
+learner input channels) follows from its row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from hsnet import torchvision_ops  # noqa: F401  (must run before torchvision is imported)
+from hsnet.errors import ConfigError, ShapeError, WeightsError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One layer whose output is read.
+
+    `node` is its name in the network's traced graph, `level` the pyramid level (0 = finest grid), `channels`
+    the width of its output.
+    """
+
+    node: str
+    level: int
+    channels: int
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """One network: its torchvision name, its taps from shallow to deep, and the head that no tap needs."""
+
+    name: str
+    taps: tuple[Tap, ...]
+    head: str
+
+    @property
+    def levels(self) -> int:
+        """Number of pyramid levels."""
+        return self.taps[-1].level + 1
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Taps per level, finest level first: (4, 6, 3) for ResNet-50."""
+        return tuple(len(widths) for widths in self.channels)
+
+    @property
+    def channels(self) -> tuple[tuple[int, ...], ...]:
+        """Channels of each tap, level by level, finest level first."""
+        return tuple(
+            tuple(tap.channels for tap in self.taps if tap.level == level) for level in range(self.levels)
+        )
+
+    def level_shape(self, level: int, image_size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """(layers, rows, columns, channels) of a level for an image of (height, width) pixels."""
+        return _level_shapes(self.name, image_size)[level]
+
+
+def _rows(level: int, channels: int, nodes: Sequence[str]) -> tuple[Tap, ...]:
+    return tuple(Tap(node, level, channels) for node in nodes)
+
+
+def _bottlenecks(level: int, channels: int, stage: str, count: int) -> tuple[Tap, ...]:
+    # The residual sum before the block's last ReLU: after it the negative responses are gone and results no
+    # longer compare with the published ones (12 of 13 ResNet-50 taps differ).
+    return _rows(level, channels, [f"{stage}.{block}.add" for block in range(count)])
+
+
+def _resnet(name: str, blocks: tuple[int, int, int]) -> BackboneSpec:
+    stages = enumerate(zip(("layer2", "layer3", "layer4"), (512, 1024, 2048), blocks, strict=True))
+    return BackboneSpec(
+        name,
+        tuple(tap for level, (stage, width, count) in stages for tap in _bottlenecks(level, width, stage, count)),
+        head="fc",
+    )
+
+
+BACKBONES: dict[str, BackboneSpec] = {
+    spec.name: spec
+    for spec in (
+        # Six convolutions before their ReLU, and pool5 (after its ReLU), as in the published code.
+        BackboneSpec(
+            "vgg16",
+            _rows(0, 512, ["features.17", "features.19", "features.21"])
+            + _rows(1, 512, ["features.24", "features.26", "features.28"])
+            + _rows(2, 512, ["features.30"]),
+            head="classifier",
+        ),
+        _resnet("resnet50", (4, 6, 3)),
+        _resnet("resnet101", (4, 23, 3)),
+        # fire2..fire9; a fire module ends in two ReLUs joined, so its taps are after the ReLU.
+        BackboneSpec(
+            "squeezenet1_1",
+            _rows(0, 128, ["features.3.cat", "features.4.cat"])
+            + _rows(1, 256, ["features.6.cat", "features.7.cat"])
+            + _rows(2, 384, ["features.9.cat", "features.10.cat"])
+            + _rows(2, 512, ["features.11.cat", "features.12.cat"]),
+            head="classifier",
+        ),
+    )
+}
+
+
+def backbone_spec(name: str) -> BackboneSpec:
+    """The row of a network. Raises ConfigError naming those there are."""
+    try:
+        return BACKBONES[name]
+    except KeyError:
+        raise ConfigError(f"Unknown backbone '{name}'. Choose one of: {', '.join(BACKBONES)}.") from None
+
+
+def pack_levels(taps: Sequence[Tensor], spec: BackboneSpec) -> list[Tensor]:
+    """Arrange tap outputs as pyramid levels, positions before channels.
+
+    Args:
+        taps: one (B, C, H, W) map per tap of `spec`, shallow to deep.
+
+    Returns:
+        One (B, layers, H, W, C) tensor per level, finest first, contiguous. Where the layers of a level differ
+        in width (SqueezeNet's deepest), the narrow ones end in zero channels, which change no cosine.
+
+    Raises:
+        ShapeError: a layer of a level has another grid than its first.
+    """
+    levels = []
+    for level in range(spec.levels):
+        maps = [(tap, out) for tap, out in zip(spec.taps, taps, strict=True) if tap.level == level]
+        grid = maps[0][1].shape[-2:]
+        width = max(out.shape[1] for _, out in maps)
+        packed = maps[0][1].new_zeros(len(maps[0][1]), len(maps), *grid, width)
+        for row, (tap, out) in enumerate(maps):
+            if out.shape[-2:] != grid:
+                raise ShapeError(
+                    f"{spec.name}: {tap.node} gives a {tuple(out.shape[-2:])} grid, but level {level} begins "
+                    f"with {tuple(grid)}. All layers of a level share one grid."
+                )
+            packed[:, row, :, :, : out.shape[1]] = out.permute(0, 2, 3, 1)
+        levels.append(packed)
+    return levels
+
+
+class FrozenBackbone(nn.Module):
+    """An ImageNet network that is read and never changes: eval mode, no gradients, fixed BatchNorm statistics.
+
+    Args:
+        name: a key of `BACKBONES`.
+        state_dict: the weights by torchvision's names. The classification head may be absent.
+
+    Raises:
+        WeightsError: names or shapes are not those of the network; lists the first few.
+
+    One traced pass yields every tap; all ReLUs work out of place, because an in-place ReLU would overwrite the
+    pre-activation taps before they are read.
+    """
+
+    def __init__(self, name: str, state_dict: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        from torchvision.models.feature_extraction import create_feature_extractor
+
+        self.spec = backbone_spec(name)
+        network = _network(name)
+        _load(network, self.spec, state_dict)
+        for module in network.modules():
+            if isinstance(module, nn.ReLU):
+                module.inplace = False
+        network.eval()
+        nodes = {tap.node: tap.node for tap in self.spec.taps}
+        self.network = create_feature_extractor(network, nodes, suppress_diff_warning=True)
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> FrozenBackbone:
+        """Stay in eval mode, also inside a model that is switched to training."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def taps(self, images: Tensor) -> list[Tensor]:
+        """Tap outputs, shallow to deep, each (B, C, H, W), for (B, 3, H, W) images normalised as ImageNet's."""
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ShapeError(f"Images must be (B, 3, H, W), got {tuple(images.shape)}.")
+        outputs = self.network(images)
+        return [outputs[tap.node] for tap in self.spec.taps]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Pyramid levels, finest first, each (B, layers, rows, columns, channels); see `pack_levels`."""
+        return pack_levels(self.taps(images), self.spec)
+
+
+def random_state_dict(name: str, seed: int = 0) -> dict[str, Tensor]:
+    """Weights of a freshly initialised network, for tests and timings. Features of such a network mean nothing."""
+    backbone_spec(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return dict(_network(name).state_dict())
+
+
+def _network(name: str) -> nn.Module:
+    import torchvision.models
+
+    return torchvision.models.get_model(name, weights=None)
+
+
+def _load(network: nn.Module, spec: BackboneSpec, state_dict: Mapping[str, Tensor]) -> None:
+    in_head = (f"{spec.head}.",)
+    wanted = {name: value for name, value in network.state_dict().items() if not name.startswith(in_head)}
+    given = {name: value for name, value in state_dict.items() if not name.startswith(in_head)}
+    missing = [name for name in wanted if name not in given and not name.endswith("num_batches_tracked")]
+    unknown = [name for name in given if name not in wanted]
+    misfits = [
+        f"{name} is {tuple(given[name].shape)}, wanted {tuple(value.shape)}"
+        for name, value in wanted.items()
+        if name in given and given[name].shape != value.shape
+    ]
+    if missing or unknown or misfits:
+        problems = (
+            [f"missing {name}" for name in missing] + [f"unknown {name}" for name in unknown] + misfits
+        )
+        raise WeightsError(
+            f"These are not weights of {spec.name}: {'; '.join(problems[:4])}"
+            f"{f'; and {len(problems) - 4} more' if len(problems) > 4 else ''}. "
+            f"Give the weights of {spec.name} by torchvision's names, or choose the backbone they belong to."
+        )
+    network.load_state_dict(given, strict=False)
+
+
+@lru_cache(maxsize=64)
+def _level_shapes(name: str, image_size: tuple[int, int]) -> tuple[tuple[int, int, int, int], ...]:
+    """Read the shapes off the network itself, run without memory on torch's meta device."""
+    spec = backbone_spec(name)
+    with torch.device("meta"):
+        backbone = FrozenBackbone(name, _network(name).state_dict())
+        try:
+            levels = backbone(torch.empty(1, 3, *image_size))
+        except RuntimeError as error:
+            raise ShapeError(
+                f"{spec.name} cannot read images of {image_size[0]} x {image_size[1]} pixels: {error}"
+            ) from None
+    return tuple((out.shape[1], out.shape[2], out.shape[3], out.shape[4]) for out in levels)
