@@ -1,0 +1,196 @@
+"""Backbone weights: name or file -> tensors with a sha256. The only place that touches a download.
+
+A file from elsewhere is never unpickled freely: safetensors, or `torch.load(weights_only=True)`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hsnet import torchvision_ops  # noqa: F401  (must run before torchvision is imported)
+from hsnet.backbone import FrozenBackbone, backbone_spec, random_state_dict
+from hsnet.errors import ConfigError, WeightsError
+
+log = logging.getLogger(__name__)
+
+PACKAGED = {
+    "squeezenet1_1": (
+        Path(__file__).with_name("data") / "squeezenet1_1_imagenet_f16.safetensors",
+        "sha256:5d84a3f753047a1dba601204fbf9631da9ac838b054d463e1ab64d34be2c343c",
+    ),
+}
+"""Weights inside this package, and their sha256. Origin and licence: THIRD_PARTY.md."""
+
+PUBLISHED = "IMAGENET1K_V1"
+"""torchvision's weights that the published HSNet was trained on; its V2 weights are another network's."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors of one backbone, without its classification head."""
+
+    backbone: str
+    state_dict: dict[str, Tensor]
+    """float32, by torchvision's names."""
+    sha256: str
+    """"sha256:" and 64 hex digits over names, shapes and values (`hash_tensors`): the identity in a store."""
+    origin: str
+    """Where they came from, in words."""
+
+
+def load_weights(backbone: str, source: str | Path | None = None, expected_sha256: str | None = None) -> Weights:
+    """Find, check and hash the weights of a backbone.
+
+    Args:
+        backbone: a key of `hsnet.backbone.BACKBONES`.
+        source: None for ImageNet weights (inside this package for squeezenet1_1, else torchvision's download);
+            "random" or "random:SEED" for a fresh network; otherwise a .safetensors or torch (.pth, .pt) file
+            with torchvision's names. A file called "random" can be given as a Path.
+        expected_sha256: refuse weights with another `sha256`; at least its first 8 hex digits.
+
+    Raises:
+        ConfigError: no such backbone, a malformed seed or sha256.
+        WeightsError: file missing or unreadable, download failed, weights of another network, NaN or infinity,
+            or another sha256 than expected.
+    """
+    backbone_spec(backbone)
+    wanted = _hex_digits(expected_sha256) if expected_sha256 is not None else ""
+    tensors, origin = _read(backbone, source)
+    used = _check(backbone, tensors, origin)
+    weights = Weights(backbone, used, hash_tensors(used), origin)
+    if source is None and backbone in PACKAGED and weights.sha256 != PACKAGED[backbone][1]:
+        raise _other_bytes(weights, PACKAGED[backbone][1], "Install hsnet-pipeline again")
+    if not weights.sha256.removeprefix("sha256:").startswith(wanted):
+        raise _other_bytes(weights, f"sha256:{wanted}", "Give the right file, or leave out the sha256")
+    return weights
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over tensors sorted by name: name, dtype, shape, little-endian bytes. Not the hash of a file.
+
+    The same weights hash equal from .pth and .safetensors, with or without the classification head.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        array = tensors[name].detach().cpu().contiguous().numpy()
+        digest.update(f"{name}\n{array.dtype}\n{array.shape}\n".encode())
+        digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _read(backbone: str, source: str | Path | None) -> tuple[Mapping[str, object], str]:
+    if source is None:
+        if backbone in PACKAGED:
+            path = PACKAGED[backbone][0]
+            return _read_file(path), f"packaged {path.name}"
+        return _download(backbone)
+    if isinstance(source, str) and (source == "random" or source.startswith("random:")):
+        return _random(backbone, source)
+    path = Path(source)
+    return _read_file(path), str(path)
+
+
+def _random(backbone: str, source: str) -> tuple[Mapping[str, object], str]:
+    digits = source.partition(":")[2] or "0"
+    if not digits.isdecimal():
+        raise ConfigError(f"'{source}': the seed of random weights is a whole number, as in random:0.")
+    log.warning(
+        "Random weights for %s (seed %s): the features mean nothing. For tests and timings only.", backbone, digits
+    )
+    return random_state_dict(backbone, int(digits)), f"random, seed {int(digits)}"
+
+
+def _read_file(path: Path) -> Mapping[str, object]:
+    if not path.is_file():
+        raise WeightsError(
+            f"Weights file {path} does not exist. Give an existing .safetensors or .pth file, or leave it out for "
+            f"ImageNet weights."
+        )
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{path} is not a plain file of tensors ({_first_line(error)}). It was not executed. Save only the "
+            f"network's state_dict(), best as .safetensors."
+        ) from None
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise WeightsError(
+            f"{path} cannot be read as weights: {_first_line(error)}. Copy or download it again."
+        ) from None
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"{path} holds a {type(content).__name__}, not a network's state_dict (name -> tensor).")
+    return content
+
+
+def _download(backbone: str) -> tuple[Mapping[str, object], str]:
+    from torchvision.models import get_model_weights
+
+    entry = get_model_weights(backbone)[PUBLISHED]
+    try:
+        # check_hash compares the bytes with the digits in the file's name.
+        tensors = entry.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        raise WeightsError(
+            f"The ImageNet weights of {backbone} could not be fetched from {entry.url}: {_first_line(error)}. "
+            f"Without network, place that file in {folder} or pass it with --weights FILE; squeezenet1_1 needs no "
+            f"download; --weights random serves tests. If {folder / Path(entry.url).name} exists, it may be cut "
+            f"short: delete it."
+        ) from None
+    return tensors, f"torchvision {entry}"
+
+
+def _check(backbone: str, tensors: Mapping[str, object], origin: str) -> dict[str, Tensor]:
+    head = f"{backbone_spec(backbone).head}."
+    given: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise WeightsError(
+                f"{origin}: entry '{name}' is a {type(value).__name__}, not a tensor. Save only the network's "
+                f"state_dict(), not the training state around it."
+            )
+        # num_batches_tracked counts training steps and changes no feature.
+        if not name.startswith(head) and not name.endswith("num_batches_tracked"):
+            given[name] = value
+    try:
+        with torch.device("meta"):  # compares names and shapes before anything is allocated for them
+            FrozenBackbone(backbone, {name: value.to("meta") for name, value in given.items()})
+    except WeightsError as error:
+        raise WeightsError(f"{origin}: {error}") from None
+    used = {name: value.to(torch.float32) for name, value in given.items()}
+    broken = [name for name, value in used.items() if not bool(torch.isfinite(value).all())]
+    if broken:
+        raise WeightsError(f"{origin}: NaN or infinity in {', '.join(broken[:4])}. The file is corrupt.")
+    return used
+
+
+def _hex_digits(expected: str) -> str:
+    digits = expected.removeprefix("sha256:").lower()
+    if not re.fullmatch(r"[0-9a-f]{8,64}", digits):
+        raise ConfigError(f"'{expected}' is not a sha256: give 8 to 64 hex digits.")
+    return digits
+
+
+def _other_bytes(weights: Weights, wanted: str, remedy: str) -> WeightsError:
+    return WeightsError(
+        f"The weights of {weights.backbone} ({weights.origin}) have another sha256:\n"
+        f"  found   {weights.sha256}\n  wanted  {wanted}\n"
+        f"It is taken over the tensors, not over the file. {remedy}. Nothing was changed."
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
