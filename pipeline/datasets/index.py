@@ -1,0 +1,292 @@
+"""What a data set holds, without opening an image: classes, image ids, and the lists of every fold.
+
+Everything that makes episodes, stores or results works from this index alone, so that it can be written into a
+store, hashed and compared. Readers (pascal, coco, fss, folder, shapes) build it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from hsnet.errors import ConfigError, DataError
+
+ROLES = ("trn", "val", "test")
+QUERY_ORDERS = ("list", "class")
+MAX_CLASS_ID = 65533
+"""Largest class id: its mask value, id + 1, must fit below the ignore label of uint16."""
+
+Entry = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Split:
+    """One list of (image, class) pairs: in each, the image can be the query for that class."""
+
+    entries: tuple[Entry, ...] = ()
+    """(image number, class id), in the order of the published list."""
+    declared: tuple[int, ...] = ()
+    """Classes that belong to the split even if no image is listed for them: they count as IoU 0 in a mean."""
+
+    @cached_property
+    def class_ids(self) -> tuple[int, ...]:
+        """All classes of the split, listed or declared, sorted."""
+        return tuple(sorted({class_id for _, class_id in self.entries} | set(self.declared)))
+
+    @cached_property
+    def by_class(self) -> dict[int, tuple[int, ...]]:
+        """Class id -> its image numbers in list order. A class without an entry maps to ()."""
+        groups: dict[int, list[int]] = {class_id: [] for class_id in self.class_ids}
+        for image, class_id in self.entries:
+            groups[class_id].append(image)
+        return {class_id: tuple(images) for class_id, images in groups.items()}
+
+    def classes_below(self, images: int) -> dict[int, int]:
+        """Classes with fewer than `images` different images -> how many they have, with 0 for empty classes.
+
+        An episode of K shots needs K + 1 images of its class; with fewer, the published code loops forever.
+        """
+        counts = {class_id: len(set(listed)) for class_id, listed in self.by_class.items()}
+        return {class_id: count for class_id, count in counts.items() if count < images}
+
+
+@dataclass(frozen=True)
+class DatasetIndex:
+    """Classes, images and lists of a data set.
+
+    Masks: 0 is background, class id + 1 the class, `ignore_label` (the largest value of `label_dtype`) pixels
+    that count for nothing. Checked when made.
+
+    Raises:
+        DataError: a field contradicts another (an entry without its image, a class without a name, ...).
+    """
+
+    name: str
+    """Which reader made it: pascal, coco, fss, folder, shapes."""
+    classes: dict[int, str]
+    """Class id, from 0, -> name."""
+    images: tuple[str, ...]
+    """Unique ids with forward slashes, such as "2007_000032", "fountain/1.jpg"; never outside the data root."""
+    splits: dict[int, dict[str, Split]]
+    """Fold -> role ("trn", "val", "test") -> list. A role that is missing is empty."""
+    query_order: str = "list"
+    """How queries are drawn: "list" each entry once a cycle, "class" uniform class, then uniform image (COCO)."""
+    has_ignore: bool = False
+    """Whether masks may hold `ignore_label`."""
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    """What a user should know: lists that were not there, rules applied. Not part of the digest."""
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def folds(self) -> tuple[int, ...]:
+        return tuple(sorted(self.splits))
+
+    def split(self, fold: int, role: str) -> Split:
+        """The list of a fold for a role; empty if the data set has none.
+
+        Raises:
+            ConfigError: no such fold or role. Names those there are.
+        """
+        if role not in ROLES:
+            raise ConfigError(f"No split '{role}': choose one of {', '.join(ROLES)}.")
+        if fold not in self.splits:
+            there = ", ".join(map(str, self.folds)) or "none"
+            raise ConfigError(f"{self.name} has no fold {fold}; folds here: {there}.")
+        return self.splits[fold].get(role, Split())
+
+    @property
+    def label_dtype(self) -> np.dtype[Any]:
+        """uint8, or uint16 if a class needs mask value 255 or more."""
+        return np.dtype(np.uint16 if max(self.classes, default=0) + 1 >= 255 else np.uint8)
+
+    @property
+    def ignore_label(self) -> int:
+        """255 or 65535."""
+        return int(np.iinfo(self.label_dtype).max)
+
+    @cached_property
+    def digest(self) -> str:
+        """ "sha256:..." of everything but the notes: two data sets with one digest give the same episodes."""
+        return "sha256:" + hashlib.sha256(_canonical(_content(self)).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """One line of JSON; `from_json` gives the same index back. About 9 MB for COCO-20i."""
+        return _canonical({**_content(self), "notes": list(self.notes)})
+
+    @classmethod
+    def from_json(cls, text: str) -> DatasetIndex:
+        """Read what `to_json` wrote, trusting nothing in it.
+
+        Raises:
+            DataError: not JSON, a field is missing, unknown, of another type, or contradicts another.
+        """
+        try:
+            raw = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"The data-set index is not JSON: {error}.") from error
+        return _from_raw(raw)
+
+
+def small_class_notes(splits: Mapping[int, Mapping[str, Split]], classes: Mapping[int, str]) -> tuple[str, ...]:
+    """One note per list whose classes cannot make an episode: those with no image, and those with only one."""
+    notes = []
+    for fold in sorted(splits):
+        for role, split in splits[fold].items():
+            if not split.entries:
+                continue  # a list that is not there has a note of its own
+            below = split.classes_below(2)
+            names = ", ".join(f"{classes[c]} ({n})" for c, n in sorted(below.items())[:5])
+            if below:
+                more = f" and {len(below) - 5} more" if len(below) > 5 else ""
+                notes.append(
+                    f"Fold {fold}, '{role}': too few images for any episode of {names}{more} (images in brackets)."
+                )
+    return tuple(notes)
+
+
+def image_id_problem(image_id: object) -> str | None:
+    """Why this cannot be an image id (a relative path that stays inside the data root), or None."""
+    if not isinstance(image_id, str) or not image_id:
+        return "not a text"
+    if "\\" in image_id or "\0" in image_id or "\n" in image_id:
+        return "backslash, zero byte or line break in it"
+    path = PurePosixPath(image_id)
+    if not path.parts or path.is_absolute() or ".." in path.parts or path.parts[0].endswith(":"):
+        return "leaves the data root"
+    return None
+
+
+def _check(index: DatasetIndex) -> None:
+    for class_id, name in index.classes.items():
+        if not _is_int(class_id) or not 0 <= class_id <= MAX_CLASS_ID or not isinstance(name, str):
+            raise DataError(f"Class {class_id!r}: {name!r} is not an id in 0..{MAX_CLASS_ID} with a name.")
+    if not index.classes:
+        raise DataError(f"Data set '{index.name}' has no classes.")
+    for image_id in index.images:
+        problem = image_id_problem(image_id)
+        if problem:
+            raise DataError(f"{image_id!r} cannot be an image id: {problem}.")
+    if len(set(index.images)) != len(index.images):
+        raise DataError("The same image id occurs twice in the index.")
+    if index.query_order not in QUERY_ORDERS:
+        raise DataError(f"query_order is {index.query_order!r}, must be one of {', '.join(QUERY_ORDERS)}.")
+    for fold, roles in index.splits.items():
+        if not _is_int(fold) or fold < 0:
+            raise DataError(f"Fold {fold!r} is not a number from 0.")
+        for role, split in roles.items():
+            if role not in ROLES:
+                raise DataError(f"Fold {fold}: no split '{role}', must be one of {', '.join(ROLES)}.")
+            _check_split(index, f"Fold {fold}, '{role}'", split)
+
+
+def _check_split(index: DatasetIndex, where: str, split: Split) -> None:
+    count = len(index.images)
+    for image, class_id in split.entries:
+        if not (_is_int(image) and 0 <= image < count):
+            raise DataError(f"{where}: image number {image!r}, but there are {count} images.")
+        if not _is_int(class_id) or class_id not in index.classes:
+            raise DataError(f"{where}: class {class_id!r} of image {index.images[image]} has no name.")
+    for class_id in split.declared:
+        if not _is_int(class_id) or class_id not in index.classes:
+            raise DataError(f"{where}: declared class {class_id!r} has no name.")
+
+
+def _content(index: DatasetIndex) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "name": index.name,
+        "classes": {str(class_id): name for class_id, name in index.classes.items()},
+        "images": list(index.images),
+        "query_order": index.query_order,
+        "has_ignore": index.has_ignore,
+        "splits": {
+            str(fold): {
+                role: {
+                    "images": [image for image, _ in split.entries],
+                    "classes": [class_id for _, class_id in split.entries],
+                    "declared": list(split.declared),
+                }
+                for role, split in roles.items()
+            }
+            for fold, roles in index.splits.items()
+        },
+    }
+
+
+def _canonical(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def _from_raw(raw: object) -> DatasetIndex:
+    fields = _object(raw, "the index")
+    wanted = {"format", "name", "classes", "images", "query_order", "has_ignore", "splits", "notes"}
+    if set(fields) != wanted:
+        odd = ", ".join(sorted(set(fields) ^ wanted))
+        raise DataError(f"The data-set index has missing or unknown fields: {odd[:200]}.")
+    if fields["format"] != 1:
+        raise DataError(f"The data-set index has format {fields['format']!r}; this version reads format 1.")
+    if not isinstance(fields["name"], str) or not isinstance(fields["has_ignore"], bool):
+        raise DataError("The data-set index needs a text as name and true or false as has_ignore.")
+    pairs: dict[Entry, Entry] = {}  # the same entry occurs in three folds: keep one tuple of each
+    splits = {
+        _number(fold, "fold"): {role: _split(raw_split, pairs) for role, raw_split in _object(roles, "a fold").items()}
+        for fold, roles in _object(fields["splits"], "splits").items()
+    }
+    return DatasetIndex(
+        name=fields["name"],
+        classes={_number(key, "class id"): name for key, name in _object(fields["classes"], "classes").items()},
+        images=tuple(_list(fields["images"], "images", str)),
+        splits=splits,
+        query_order=fields["query_order"] if isinstance(fields["query_order"], str) else "",
+        has_ignore=fields["has_ignore"],
+        notes=tuple(_list(fields["notes"], "notes", str)),
+    )
+
+
+def _split(raw: object, pairs: dict[Entry, Entry]) -> Split:
+    fields = _object(raw, "a split")
+    if set(fields) != {"images", "classes", "declared"}:
+        raise DataError("A split of the data-set index needs exactly images, classes and declared.")
+    images = _list(fields["images"], "images of a split", int)
+    classes = _list(fields["classes"], "classes of a split", int)
+    if len(images) != len(classes):
+        raise DataError(f"A split of the data-set index has {len(images)} images, but {len(classes)} classes.")
+    entries = zip(images, classes, strict=True)
+    declared = _list(fields["declared"], "declared classes", int)
+    return Split(tuple(pairs.setdefault(entry, entry) for entry in entries), tuple(declared))
+
+
+def _object(value: object, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f"In the data-set index, {what} is a {type(value).__name__}, must be an object.")
+    return value
+
+
+def _list(value: object, what: str, kind: type) -> list[Any]:
+    if not isinstance(value, list) or not _all_are(value, kind):
+        raise DataError(f"In the data-set index, {what} must be a list of {kind.__name__}.")
+    return value
+
+
+def _all_are(values: Iterable[object], kind: type) -> bool:
+    return all(type(value) is kind for value in values)  # type(): a bool is no int here
+
+
+def _number(text: str, what: str) -> int:
+    # "07" and "+7" would give two spellings of one key.
+    if not text.isascii() or not text.isdecimal() or len(text) > 9 or str(int(text)) != text:
+        raise DataError(f"In the data-set index, {what} {text[:40]!r} is not a number from 0.")
+    return int(text)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
