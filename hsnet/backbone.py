@@ -54,9 +54,7 @@ class BackboneSpec:
     @property
     def channels(self) -> tuple[tuple[int, ...], ...]:
         """Channels of each tap, level by level, finest level first."""
-        return tuple(
-            tuple(tap.channels for tap in self.taps if tap.level == level) for level in range(self.levels)
-        )
+        return tuple(tuple(tap.channels for tap in self.taps if tap.level == level) for level in range(self.levels))
 
     def level_shape(self, level: int, image_size: tuple[int, int]) -> tuple[int, int, int, int]:
         """(layers, rows, columns, channels) of a level for an image of (height, width) pixels."""
@@ -219,9 +217,7 @@ def _load(network: nn.Module, spec: BackboneSpec, state_dict: Mapping[str, Tenso
         if name in given and given[name].shape != value.shape
     ]
     if missing or unknown or misfits:
-        problems = (
-            [f"missing {name}" for name in missing] + [f"unknown {name}" for name in unknown] + misfits
-        )
+        problems = [f"missing {name}" for name in missing] + [f"unknown {name}" for name in unknown] + misfits
         raise WeightsError(
             f"These are not weights of {spec.name}: {'; '.join(problems[:4])}"
             f"{f'; and {len(problems) - 4} more' if len(problems) > 4 else ''}. "

@@ -23,7 +23,7 @@ def ensure_importable() -> None:
     """Make `import torchvision` work in this process, whatever build it is. Safe to call again."""
     global _library
     try:
-        import torchvision  # noqa: F401
+        import torchvision
     except RuntimeError as error:
         if "torchvision::" not in str(error) or _library is not None:
             raise
