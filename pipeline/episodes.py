@@ -1,0 +1,241 @@
+"""Episodes: which images are query and support, as a pure function of (index, fold, role, seed, number).
+
+No image is opened here and nothing is kept between two episodes, so any worker can make any episode, in any
+order, on any machine. `reference_episodes` is the exception: the published code's own sequence, which only
+exists in order.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hsnet.errors import ConfigError
+from pipeline.datasets.index import DatasetIndex, Split
+from pipeline.draws import below, philox
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One task: find what the supports show in the query. Image numbers point into `DatasetIndex.images`."""
+
+    query: int
+    supports: tuple[int, ...]
+    class_id: int
+
+
+class EpisodeStream:
+    """An endless sequence of episodes that can be read at any position.
+
+    Episode `i` depends on the index digest, fold, role, seed and `i` (and on which images are left out), not on
+    what was read before. The first supports of a K-shot episode are those of the episode with fewer shots: same
+    query, same class.
+
+    Queries follow `index.query_order`. "list" (PASCAL, FSS, own data): every pass over the split, a cycle of
+    `epoch_length` episodes, uses each listed (image, class) once, in an order of its own. "class" (COCO): a class
+    uniformly, then one of its images uniformly, as the published code does.
+
+    Args:
+        index: the data set's index.
+        fold: which classes are held out.
+        role: "trn", "val" or "test".
+        shots: supports per episode, at least 1.
+        seed: any integer; another seed gives another sequence.
+        repeat_supports: whether a support may occur twice in an episode, as in the published code.
+        drop_novel: gives the classes visible in an image, by its number (as stored from the full-size masks).
+            When given, listed images that show a class of the fold's test split are left out. The published code
+            keeps them, with the novel class as background; leaving them out is worth about 3 points (BAM#45).
+        exclude: image numbers never drawn, such as the unreadable ones.
+
+    Raises:
+        ConfigError: no such fold or role; nothing is listed; a class has fewer than `shots` + 1 images.
+    """
+
+    def __init__(
+        self,
+        index: DatasetIndex,
+        fold: int,
+        role: str,
+        shots: int,
+        seed: int,
+        *,
+        repeat_supports: bool = True,
+        drop_novel: Callable[[int], Iterable[int]] | None = None,
+        exclude: Collection[int] = frozenset(),
+    ) -> None:
+        if shots < 1:
+            raise ConfigError(f"An episode needs at least 1 support, got shots = {shots}.")
+        split = index.split(fold, role)
+        left_out = frozenset(exclude)
+        if drop_novel is not None:
+            left_out |= novel_images(index, fold, role, drop_novel)
+        self.shots = shots
+        self.repeat_supports = repeat_supports
+        self.entries = tuple(entry for entry in split.entries if entry[0] not in left_out)
+        self._by_class = _group(self.entries)
+        _require_images(index, fold, role, self._by_class, split, shots)
+        self.class_ids = tuple(sorted(self._by_class))
+        self._position = {
+            (class_id, image): position
+            for class_id, images in self._by_class.items()
+            for position, image in enumerate(images)
+        }
+        self._by_list = index.query_order == "list"
+        self._key = (index.digest, fold, role, seed)
+        self._cycle: tuple[int, np.ndarray] | None = None
+
+    @property
+    def epoch_length(self) -> int:
+        """Number of listed (image, class) pairs: episodes in one pass over the split."""
+        return len(self.entries)
+
+    def __getitem__(self, number: int) -> Episode:
+        """Episode `number`, 0 or more. There is no last one."""
+        if number < 0:
+            raise IndexError(f"Episodes are numbered from 0, got {number}.")
+        draws = philox(*self._key, "episode", number).random_raw(2 + self.shots).tolist()
+        if self._by_list:
+            cycle, position = divmod(number, len(self.entries))
+            query, class_id = self.entries[self._order(cycle)[position]]
+        else:
+            class_id = self.class_ids[below(draws[0], len(self.class_ids))]
+            images = self._by_class[class_id]
+            query = images[below(draws[1], len(images))]
+        return Episode(query, self._supports(class_id, query, draws[2:]), class_id)
+
+    def __iter__(self) -> Iterator[Episode]:
+        """All episodes from number 0 on; never ends."""
+        number = 0
+        while True:
+            yield self[number]
+            number += 1
+
+    def _supports(self, class_id: int, query: int, draws: Sequence[int]) -> tuple[int, ...]:
+        # Positions already taken are stepped over instead of copying the class without them: COCO's "person"
+        # has 45,000 images.
+        images = self._by_class[class_id]
+        taken = [self._position[class_id, query]]
+        supports = []
+        for draw in draws:
+            position = below(draw, len(images) - len(taken))
+            for other in taken:
+                position += position >= other
+            supports.append(images[position])
+            if not self.repeat_supports:
+                bisect.insort(taken, position)
+        return tuple(supports)
+
+    def _order(self, cycle: int) -> np.ndarray:
+        if self._cycle is None or self._cycle[0] != cycle:
+            keys = philox(*self._key, "cycle", cycle).random_raw(len(self.entries))
+            self._cycle = cycle, np.argsort(keys, kind="stable")
+        return self._cycle[1]
+
+
+def novel_images(
+    index: DatasetIndex, fold: int, role: str, classes_present: Callable[[int], Iterable[int]]
+) -> frozenset[int]:
+    """Images listed for `role` that show a class of the fold's test split.
+
+    `classes_present` gives the classes visible in the image of that number, taken from its full-size mask (small
+    objects vanish from a resized one).
+    """
+    novel = set(index.split(fold, "test").class_ids)
+    listed = {image for image, _ in index.split(fold, role).entries}
+    return frozenset(image for image in listed if not novel.isdisjoint(classes_present(image)))
+
+
+def reference_episodes(
+    index: DatasetIndex, fold: int, shots: int, n: int = 1000, seed: int = 0, role: str = "test"
+) -> list[Episode]:
+    """The published code's own episodes: those its `test.py` draws after `fix_randseed(0)`.
+
+    Queries go through the split's list from its start (COCO: a random class, then a random image of it). Supports
+    are drawn until `shots` of them differ from the query, so they may repeat. Each draw is
+    `RandomState.choice(list, 1, replace=False)`, which shuffles the whole list to take its first: only that call
+    reproduces the sequence. Episodes for other shots are other episodes.
+
+    Source: juhongm999/hsnet @ 6b1bc12, its dataset samplers; checked against golden f.
+
+    Raises:
+        ConfigError: no such fold; a class has one image only, for which the published code never ends.
+    """
+    split = index.split(fold, role)
+    pools = _published_pools(index, split)
+    if index.query_order == "class":
+        pools = {class_id: pools.get(class_id, ()) for class_id in split.class_ids}
+    _require_images(index, fold, role, pools, split, shots=1)
+    random = np.random.RandomState(seed)
+    episodes = []
+    for number in range(n):
+        if index.query_order == "class":
+            class_id = int(random.choice(split.class_ids, 1, replace=False)[0])
+            query = int(random.choice(pools[class_id], 1, replace=False)[0])
+        else:
+            query, class_id = split.entries[number % len(split.entries)]
+        supports: list[int] = []
+        while len(supports) < shots:
+            support = int(random.choice(pools[class_id], 1, replace=False)[0])
+            if support != query:
+                supports.append(support)
+        episodes.append(Episode(query, tuple(supports), class_id))
+    return episodes
+
+
+def fingerprint(index: DatasetIndex, episodes: Iterable[Episode]) -> str:
+    """sha256 of the lines "query support,...,support class" with image ids: two equal ones are the same test."""
+    lines = (f"{index.images[e.query]} {','.join(index.images[s] for s in e.supports)} {e.class_id}" for e in episodes)
+    return "sha256:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _published_pools(index: DatasetIndex, split: Split) -> dict[int, tuple[int, ...]]:
+    pools = {class_id: images for class_id, images in split.by_class.items() if images}
+    if index.name == "fss":
+        # The query list of FSS-1000 is sorted as text (1, 10, 2, ...), its supports are drawn from range(1, 11).
+        return {c: tuple(sorted(pool, key=lambda i: _as_number(index.images[i]))) for c, pool in pools.items()}
+    return pools
+
+
+def _as_number(image_id: str) -> tuple[int, str]:
+    stem = image_id.rsplit("/", 1)[-1].split(".")[0]
+    return (int(stem) if stem.isdecimal() else 0, image_id)
+
+
+def _group(entries: Iterable[tuple[int, int]]) -> dict[int, tuple[int, ...]]:
+    groups: dict[int, dict[int, None]] = {}  # a dict as an ordered set
+    for image, class_id in entries:
+        groups.setdefault(class_id, {})[image] = None
+    return {class_id: tuple(images) for class_id, images in groups.items()}
+
+
+def _require_images(
+    index: DatasetIndex,
+    fold: int,
+    role: str,
+    pools: dict[int, tuple[int, ...]],
+    split: Split,
+    shots: int,
+) -> None:
+    where = f"{index.name}, fold {fold}, split '{role}'"
+    if not pools:
+        notes = " ".join(index.notes)
+        raise ConfigError(
+            f"{where}: no images to draw episodes from ({len(split.entries)} listed, all left out or none there). "
+            f"{notes + ' ' if notes else ''}Choose another fold, split or selection rule."
+        )
+    small = [(class_id, len(set(images))) for class_id, images in pools.items() if len(set(images)) < shots + 1]
+    if small:
+        listed = _group(split.entries)
+        names = "; ".join(
+            f"class {class_id} '{index.classes[class_id]}' has {count} of {len(listed.get(class_id, ()))} listed"
+            for class_id, count in small[:4]
+        )
+        more = f"; and {len(small) - 4} more" if len(small) > 4 else ""
+        raise ConfigError(
+            f"{where}: a {shots}-shot episode needs {shots + 1} images of its class, usable are: {names}{more}. "
+            f"Use fewer shots, add images of these classes, or take the classes out of the data set."
+        )
