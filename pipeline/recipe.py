@@ -1,0 +1,142 @@
+"""The recipe of stored features: everything that changes one of their values, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+
+from hsnet.backbone import backbone_spec
+from hsnet.errors import ConfigError
+
+DTYPES = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
+"""Precision -> type of a stored value. int8 keeps directions only: see `pipeline.codec`."""
+
+NORMALISATION = "rgb/255, minus (0.485, 0.456, 0.406), over (0.229, 0.224, 0.225)"
+RESIZE = "Pillow bilinear to a square; labels nearest, source = floor(target * in / out)"
+LARGEST_IMAGE = 4096
+FORMAT = 1
+"""Version of the store's layout. A reader refuses a higher one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Two equal recipes give equal features of the same photo on the same kind of device.
+
+    Number of workers, paths and batch sizes change no feature, so they are not in it.
+
+    >>> a = Recipe.of("squeezenet1_1", "sha256:" + "0" * 64, image_size=64)
+    >>> a == Recipe.from_json(a.to_json())
+    True
+    >>> a.differences(Recipe.of("squeezenet1_1", "sha256:" + "0" * 64, image_size=96))
+    {'image_size': (64, 96)}
+
+    Raises:
+        ConfigError: a field cannot be meant, e.g. an unknown precision.
+    """
+
+    backbone: str
+    """A key of `hsnet.backbone.BACKBONES`."""
+    weights: str
+    """"sha256:..." over the tensors used, not a file name: names are reused, bytes are not."""
+    image_size: int = 400
+    """Side of the square network input, pixels."""
+    precision: str = "int8"
+    """float32 (exact), float16 or int8."""
+    taps: tuple[str, ...]
+    """Layers read, shallow to deep."""
+    normalisation: str = NORMALISATION
+    resize: str = RESIZE
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            wanted = {"image_size": int, "format": int, "taps": tuple}.get(field.name, str)
+            if type(getattr(self, field.name)) is not wanted:
+                raise ConfigError(
+                    f"Recipe field '{field.name}' must be {wanted.__name__}, got {getattr(self, field.name)!r}."
+                )
+        if not re.fullmatch(r"sha256:[0-9a-f]{64}", self.weights):
+            raise ConfigError(f"Recipe field 'weights' must be 'sha256:' and 64 hex digits, got {self.weights!r}.")
+        if self.precision not in DTYPES:
+            raise ConfigError(f"Unknown precision '{self.precision}'. Choose one of: {', '.join(DTYPES)}.")
+        if not 1 <= self.image_size <= LARGEST_IMAGE:
+            raise ConfigError(f"Image size must be 1 to {LARGEST_IMAGE} pixels, got {self.image_size}.")
+        if not all(isinstance(tap, str) for tap in self.taps):
+            raise ConfigError(f"Recipe field 'taps' must hold layer names, got {self.taps!r}.")
+
+    @classmethod
+    def of(cls, backbone: str, weights: str, image_size: int = 400, precision: str = "int8") -> Recipe:
+        """The recipe of this version of the program; taps come from the backbone table."""
+        taps = tuple(tap.node for tap in backbone_spec(backbone).taps)
+        return cls(backbone=backbone, weights=weights, image_size=image_size, precision=precision, taps=taps)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of a stored feature value."""
+        return np.dtype(DTYPES[self.precision])
+
+    def level_shapes(self) -> tuple[tuple[int, int, int, int], ...]:
+        """(layers, rows, columns, channels) of every level of one image, finest grid first.
+
+        Raises:
+            ConfigError: unknown backbone, or the taps are not those this version reads from it.
+            ShapeError: the backbone cannot read so small an image.
+        """
+        spec = backbone_spec(self.backbone)
+        taps = tuple(tap.node for tap in spec.taps)
+        if self.taps != taps:
+            raise ConfigError(f"This version reads {taps} from {self.backbone}, the recipe names {self.taps}.")
+        size = (self.image_size, self.image_size)
+        return tuple(spec.level_shape(level, size) for level in range(spec.levels))
+
+    @property
+    def bytes_per_image(self) -> int:
+        """Size of one image's features, bytes, without labels and checksums."""
+        return sum(int(np.prod(shape)) for shape in self.level_shapes()) * self.dtype.itemsize
+
+    def differences(self, other: Recipe) -> dict[str, tuple[object, object]]:
+        """Field -> (value here, value in `other`), for the fields that differ."""
+        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain JSON values; `from_dict` reads them back."""
+        return {**asdict(self), "taps": list(self.taps)}
+
+    def to_json(self) -> str:
+        """The recipe as one line of JSON."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, values: object) -> Recipe:
+        """Read what `to_dict` gave. Raises ConfigError for anything else."""
+        names = [f.name for f in fields(cls)]
+        if not isinstance(values, Mapping) or sorted(map(str, values)) != sorted(names):
+            found = ", ".join(map(str, values)) if isinstance(values, Mapping) else type(values).__name__
+            raise ConfigError(f"A recipe has the fields {', '.join(names)}; found: {found}.")
+        taps = values["taps"]
+        return cls(**{**values, "taps": tuple(taps) if isinstance(taps, list) else taps})
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """Read what `to_json` gave. Raises ConfigError for anything else."""
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"The recipe is not JSON: {error}.") from None
+        return cls.from_dict(values)
+
+
+def difference_lines(
+    differences: Mapping[str, tuple[object, object]], first: str = "stored", second: str = "wanted"
+) -> str:
+    """One indented line per differing field with both values, for error messages.
+
+    >>> print(difference_lines({"backbone": ("resnet101", "resnet50")}))
+      backbone      stored 'resnet101', wanted 'resnet50'
+    """
+    return "\n".join(f"  {name:<13} {first} {a!r}, {second} {b!r}" for name, (a, b) in differences.items())

@@ -1,0 +1,51 @@
+"""How a stage maps its work: in this process here, on Ray in `cluster.runner`, by the same contract."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
+
+import torch
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Runner(Protocol):
+    """Maps a function over items.
+
+    `make_worker` is called once per process that does work and returns the function; it loads what every item needs
+    (a backbone, an open store). `map` yields (item, result) as results come, in any order; every item once. An
+    `HSNetError` raised by the function reaches the caller as itself. The function runs with one torch thread, because
+    two threads sum in another order: results must not depend on how many processes share the machine.
+    """
+
+    def map(self, make_worker: Callable[[], Callable[[T], R]], items: Iterable[T]) -> Iterator[tuple[T, R]]:
+        """Yield (item, result) for every item."""
+        ...
+
+
+class SerialRunner:
+    """Works in this process, in order: the default, and the one to debug with."""
+
+    def map(self, make_worker: Callable[[], Callable[[T], R]], items: Iterable[T]) -> Iterator[tuple[T, R]]:
+        """Yield (item, result) for every item; `make_worker` is not called when there is none."""
+        worker = None
+        for item in items:
+            with one_torch_thread():
+                if worker is None:
+                    worker = make_worker()
+                result = worker(item)
+            yield item, result
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Run torch with one thread per operation inside the block, and restore the number after it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,155 @@
+"""What is known of one complete shard, and the marker file that says so.
+
+A shard is a fixed run of images: the unit of work, of atomic writing and of resuming. Its marker
+`_done/<number>.json` is written last, after every array file has reached the disk. Only the marker says that a shard
+is there: zarr reads a missing shard as fill values, without an error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+MARKERS = "_done"
+_LARGEST_MARKER = 16 << 20
+_PIECE = 8 << 20
+
+
+@dataclass(frozen=True)
+class ShardFacts:
+    """Facts of one complete shard, in the order of its images."""
+
+    number: int
+    store: str
+    """Identity of the store (recipe and data set), so that a marker copied from elsewhere does not count."""
+    images: tuple[str, ...]
+    sizes: tuple[tuple[int, int], ...]
+    """Original (height, width) of each photo, pixels; (0, 0) for a skipped one."""
+    classes: tuple[tuple[int, ...], ...]
+    """Class ids in the full-size mask of each photo, ascending."""
+    skipped: Mapping[str, str]
+    """Image id -> why it could not be read."""
+    files: Mapping[str, tuple[int, str]]
+    """Array name -> (bytes, CRC-32 as 8 hex digits) of its shard file."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the shard's array files."""
+        return sum(size for size, _ in self.files.values())
+
+
+def shard_file(root: Path, array: str, number: int) -> Path:
+    """Where zarr keeps a shard: only the first axis of any array is divided. Labels have 3 axes, levels 5."""
+    inner = ("0",) * (2 if array == "label" else 4)
+    return root.joinpath(array, "c", str(number), *inner)
+
+
+def marker_file(root: Path, number: int) -> Path:
+    """Path of a shard's marker."""
+    return root / MARKERS / f"{number:06d}.json"
+
+
+def write_marker(root: Path, facts: ShardFacts) -> None:
+    """Commit a shard: write its marker so that it is there whole or not at all, even through a power cut."""
+    path = marker_file(root, facts.number)
+    text = json.dumps(
+        {
+            "shard": facts.number,
+            "store": facts.store,
+            "images": facts.images,
+            "sizes": facts.sizes,
+            "classes": facts.classes,
+            "skipped": dict(facts.skipped),
+            "files": {name: {"bytes": size, "crc32": crc} for name, (size, crc) in facts.files.items()},
+        }
+    )
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def read_marker(
+    root: Path, number: int, store: str, images: tuple[str, ...], files: tuple[str, ...]
+) -> ShardFacts | None:
+    """Facts of a shard, or None when it is not complete.
+
+    Not complete means: no marker, a marker that cannot be understood or belongs to another store or other images, or
+    an array file that is absent or of another length. Contents are not read here; every chunk carries a checksum that
+    is verified when the chunk is read.
+    """
+    path = marker_file(root, number)
+    try:
+        if path.stat().st_size > _LARGEST_MARKER:
+            return None
+        values = json.loads(path.read_text(encoding="utf-8"))
+        facts = ShardFacts(
+            number=int(values["shard"]),
+            store=str(values["store"]),
+            images=tuple(map(str, values["images"])),
+            sizes=tuple((int(height), int(width)) for height, width in values["sizes"]),
+            classes=tuple(tuple(map(int, present)) for present in values["classes"]),
+            skipped={str(image): str(reason) for image, reason in values["skipped"].items()},
+            files={str(name): (int(f["bytes"]), str(f["crc32"])) for name, f in values["files"].items()},
+        )
+        sizes = {name: shard_file(root, name, number).stat().st_size for name in files}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    whole = (
+        (facts.number, facts.store, facts.images) == (number, store, images)
+        and len(facts.sizes) == len(facts.classes) == len(images)
+        and set(facts.skipped) <= set(images)
+        and {name: size for name, (size, _) in facts.files.items()} == sizes
+    )
+    return facts if whole else None
+
+
+def remove_shard(root: Path, number: int, files: tuple[str, ...]) -> None:
+    """Delete what there is of a shard, its marker first: a marker must never outlive its data."""
+    marker_file(root, number).unlink(missing_ok=True)
+    for name in files:
+        path = shard_file(root, name, number)
+        path.unlink(missing_ok=True)
+        for partial in path.parent.glob("*.partial"):
+            partial.unlink(missing_ok=True)
+
+
+def sweep_partials(root: Path, files: tuple[str, ...]) -> int:
+    """Delete temporary files that killed writers left behind; returns how many."""
+    found = list((root / MARKERS).glob("*.partial"))
+    for name in files:
+        found += (root / name / "c").rglob("*.partial")
+    for path in found:
+        path.unlink(missing_ok=True)
+    return len(found)
+
+
+def sync_and_sum(path: Path) -> tuple[int, str]:
+    """Force a file to disk; (bytes, CRC-32 as 8 hex digits) of its contents."""
+    checksum = 0
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        while piece := file.read(_PIECE):
+            checksum = zlib.crc32(piece, checksum)
+        size = file.tell()
+    return size, f"{checksum:08x}"
+
+
+def sync_folder(path: Path) -> None:
+    """Force the names in a folder to disk, so that a rename survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
