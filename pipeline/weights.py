@@ -67,13 +67,22 @@ def load_weights(backbone: str, source: str | Path | None = None, expected_sha25
     backbone_spec(backbone)
     wanted = _hex_digits(expected_sha256) if expected_sha256 is not None else ""
     tensors, origin = _read(backbone, source)
-    used = _check(backbone, tensors, origin)
-    weights = Weights(backbone, used, hash_tensors(used), origin)
+    weights = weights_of(backbone, tensors, origin)
     if source is None and backbone in PACKAGED and weights.sha256 != PACKAGED[backbone][1]:
         raise _other_bytes(weights, PACKAGED[backbone][1], "Install hsnet-pipeline again")
     if not weights.sha256.removeprefix("sha256:").startswith(wanted):
         raise _other_bytes(weights, f"sha256:{wanted}", "Give the right file, or leave out the sha256")
     return weights
+
+
+def weights_of(backbone: str, tensors: Mapping[str, object], origin: str) -> Weights:
+    """Check and hash tensors that are already in memory; the head and what changes no feature are left out.
+
+    Raises:
+        WeightsError: of another network, not tensors, NaN or infinity.
+    """
+    used = _check(backbone, tensors, origin)
+    return Weights(backbone, used, hash_tensors(used), origin)
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
