@@ -6,12 +6,12 @@ trained on; 8-bit codes differ from them by less than one thousandth of a correl
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,14 +21,17 @@ from torch import Tensor
 
 from hsnet.backbone import FrozenBackbone
 from hsnet.correlation import build_pyramid
-from hsnet.errors import CheckpointMismatch, ConfigError, DataError, HSNetError
+from hsnet.errors import ConfigError, DataError, HSNetError
 from hsnet.model import HSNet, predict_mask, resize_logits
 from hsnet.vote import vote
 from pipeline import render
 from pipeline.checkpoint import Checkpoint
 from pipeline.datasets.images import PHOTO_SUFFIXES, network_image, read_photo, resize_label
+from pipeline.recipe import Recipe
 from pipeline.support import Support, read_support
 from pipeline.weights import Weights
+
+log = logging.getLogger(__name__)
 
 _NAME_BYTES = 120  # file systems allow 255 bytes; leaves room for numbering and suffixes
 
@@ -120,7 +123,7 @@ def predict(
     out_dir: Path,
     *,
     device: torch.device | str = "cpu",
-    on_event: Callable[[dict[str, Any]], None] | None = None,
+    on_event: Callable[[int, int], None] | None = None,
 ) -> PredictSummary:
     """Segment every query photo by the supports' example and write a mask and an overlay for each.
 
@@ -131,9 +134,9 @@ def predict(
         queries: photo files (`list_queries`).
         out_dir: made if missing. `NAME_mask.png` and `NAME_overlay.jpg` per query, NAME from the photo's name, made
             unique when two photos share it; files of an earlier run with the same names are replaced.
-        on_event: called with {"done": n, "total": N, "query": path, "error": text or None} after each photo.
+        on_event: called with (photos done, photos in all).
 
-    A query that cannot be read is listed in the summary and the others are done.
+    A query that cannot be read is logged and listed in the summary, and the others are done.
 
     Raises:
         CheckpointMismatch: other weights or another backbone than the head was trained on. Names both.
@@ -141,7 +144,9 @@ def predict(
         ConfigError: no support; out_dir is a file, or the folder that a query lies in.
     """
     started = time.monotonic()
-    check_weights(checkpoint, weights)
+    recipe = checkpoint.recipe
+    offered = Recipe.of(weights.backbone, weights.sha256, recipe.image_size, recipe.precision)
+    checkpoint.require(offered, f"the backbone {weights.backbone} ({weights.origin})")
     if not supports:
         raise ConfigError("At least one support (a photo with its mask) is needed")
     if not queries:
@@ -150,14 +155,13 @@ def predict(
     read = [read_support(photo, mask) for photo, mask in supports]
 
     backbone = FrozenBackbone(weights.backbone, weights.state_dict)
-    predictor = Predictor(checkpoint.learner(), backbone, checkpoint.recipe.image_size, device)
+    predictor = Predictor(checkpoint.learner(), backbone, recipe.image_size, device)
     encoded = [predictor.encode_support(support) for support in read]
     out_dir.mkdir(parents=True, exist_ok=True)
 
     written: list[Prediction] = []
     failed: list[tuple[Path, str]] = []
     for done, (query, name) in enumerate(zip(queries, output_names(queries), strict=True), 1):
-        reason = None
         try:
             photo = read_photo(query)
             mask = predictor.segment(photo, encoded)
@@ -166,25 +170,11 @@ def predict(
             _save(render.overlay(photo, mask), files[1])
             written.append(Prediction(query, *files, float(mask.mean())))
         except HSNetError as error:
-            reason = str(error)
-            failed.append((query, reason))
+            log.warning("%s", error)
+            failed.append((query, str(error)))
         if on_event:
-            on_event({"done": done, "total": len(queries), "query": query, "error": reason})
+            on_event(done, len(queries))
     return PredictSummary(tuple(written), tuple(failed), len(supports), time.monotonic() - started)
-
-
-def check_weights(checkpoint: Checkpoint, weights: Weights) -> None:
-    """Refuse backbone weights that the checkpoint's head was not trained on."""
-    recipe = checkpoint.recipe
-    pairs = {"backbone": (recipe.backbone, weights.backbone), "weights": (recipe.weights, weights.sha256)}
-    differences = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-    if differences:
-        lines = [f"  {name:<10} trained on '{a}', given '{b}'" for name, (a, b) in differences.items()]
-        raise CheckpointMismatch(
-            "The checkpoint was trained on other features:\n" + "\n".join(lines) + "\n"
-            "Give the weights it was trained on (--weights FILE), or another checkpoint. Nothing was written.",
-            differences,
-        )
 
 
 def list_queries(paths: Iterable[Path]) -> list[Path]:

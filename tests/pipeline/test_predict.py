@@ -1,0 +1,238 @@
+"""Prediction on photos: sizes, votes, names, and queries or supports that are not as they should be."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hsnet.backbone import BACKBONES, FrozenBackbone
+from hsnet.correlation import build_pyramid
+from hsnet.errors import CheckpointMismatch, ConfigError, DataError
+from hsnet.model import HSNet, predict_mask, resize_logits
+from hsnet.vote import vote
+from pipeline.checkpoint import Checkpoint, CheckpointInfo, load_checkpoint, save_checkpoint
+from pipeline.datasets.images import network_image, read_photo, resize_label
+from pipeline.datasets.shapes import Shapes
+from pipeline.predict import Predictor, list_queries, output_names, predict
+from pipeline.recipe import Recipe
+from pipeline.support import read_support
+from pipeline.weights import Weights, load_weights
+
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def weights() -> Weights:
+    return load_weights("squeezenet1_1")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(weights: Weights, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """An untrained head, its last bias set so that it answers with some object and some background."""
+    torch.manual_seed(3)
+    layers = list(reversed(BACKBONES["squeezenet1_1"].layers))
+    head = HSNet(layers).eval()
+    read = read_support(*support(photos, "a"))
+    levels = FrozenBackbone("squeezenet1_1", weights.state_dict)(
+        torch.from_numpy(network_image(read.photo, SIZE))[None]
+    )
+    with torch.no_grad():
+        logits = head(build_pyramid(levels, levels, torch.ones(1, SIZE, SIZE)))
+        head.decode_fine[-1].bias[0] += (logits[:, 1] - logits[:, 0]).median()
+    recipe = Recipe.of("squeezenet1_1", weights.sha256, SIZE, "int8")
+    path = tmp_path_factory.mktemp("run") / "best.safetensors"
+    info = CheckpointInfo(recipe=recipe, learner={"layers": layers}, step=0, origin="test")
+    save_checkpoint(path, head.state_dict(), info)
+    return load_checkpoint(path)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three photos of one class with masks, of different sizes and shapes."""
+    folder = tmp_path_factory.mktemp("photos")
+    data = Shapes(size=96)
+    images = data.index.split(0, "test").by_class[0]
+    for name, i, size in (("a", images[0], (96, 96)), ("b", images[1], (150, 80)), ("c", images[2], (70, 111))):
+        data.image(i).resize(size).save(folder / f"{name}.jpg", quality=95)
+        mask = resize_label((data.label(i) == 1).astype(np.uint8) * 255, size[::-1])
+        Image.fromarray(mask).save(folder / f"{name}.png")
+    return folder
+
+
+def support(photos: Path, name: str) -> tuple[Path, Path]:
+    return photos / f"{name}.jpg", photos / f"{name}.png"
+
+
+def test_equals_the_stages_by_hand(checkpoint: Checkpoint, weights: Weights, photos: Path, tmp_path: Path) -> None:
+    """Two supports: K one-shot predictions at the photo's own size, then the vote."""
+    supports = [support(photos, "a"), support(photos, "c")]
+    summary = predict(checkpoint, weights, supports, [photos / "b.jpg"], tmp_path)
+
+    backbone = FrozenBackbone("squeezenet1_1", weights.state_dict)
+
+    def levels(photo: Image.Image) -> list[torch.Tensor]:
+        return backbone(torch.from_numpy(network_image(photo, SIZE))[None])
+
+    query = read_photo(photos / "b.jpg")
+    votes = []
+    with torch.no_grad():
+        for pair in supports:
+            read = read_support(*pair)
+            mask = torch.from_numpy(resize_label(read.mask.astype(np.uint8), (SIZE, SIZE)))[None]
+            logits = checkpoint.learner()(build_pyramid(levels(query), levels(read.photo), mask))
+            votes.append(predict_mask(resize_logits(logits, (80, 150))))
+    expected = vote(torch.stack(votes))[0].numpy()
+    assert 0 < expected.mean() < 1, "a test of masks that are all one value would prove little"
+
+    (prediction,) = summary.written
+    with Image.open(prediction.mask) as written:
+        assert written.mode == "L"
+        assert np.array_equal(np.asarray(written), expected * np.uint8(255))
+    assert prediction.object_share == pytest.approx(expected.mean())
+    assert summary.shots == 2
+
+
+def test_masks_and_overlays_have_the_size_of_their_photo(
+    checkpoint: Checkpoint, weights: Weights, photos: Path, tmp_path: Path
+) -> None:
+    queries = list_queries([photos / "b.jpg", photos / "c.jpg"])
+    summary = predict(checkpoint, weights, [support(photos, "a")], queries, tmp_path / "new" / "out")
+    sizes = [(read_photo(p.mask).size, read_photo(p.overlay).size) for p in summary.written]
+    assert sizes == [((150, 80), (150, 80)), ((70, 111), (70, 111))]
+    assert sorted(p.name for p in (tmp_path / "new" / "out").iterdir()) == [
+        "b_mask.png", "b_overlay.jpg", "c_mask.png", "c_overlay.jpg",
+    ]  # fmt: skip
+
+
+def test_support_features_are_computed_once(
+    checkpoint: Checkpoint, weights: Weights, photos: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[str] = []
+    original = Predictor.encode
+    monkeypatch.setattr(Predictor, "encode", lambda self, photo: seen.append(photo.size) or original(self, photo))
+    queries = [photos / "b.jpg", photos / "c.jpg"]
+    predict(checkpoint, weights, [support(photos, "a")], queries, tmp_path)
+    assert seen == [(96, 96), (150, 80), (70, 111)]
+
+
+def test_a_corrupt_photo_in_the_middle_is_listed_and_the_rest_done(
+    checkpoint: Checkpoint, weights: Weights, photos: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in "ac":
+        (folder / f"{name}.jpg").write_bytes((photos / f"{name}.jpg").read_bytes())
+    (folder / "b.jpg").write_bytes((photos / "b.jpg").read_bytes()[:900])
+    events: list[tuple[int, int]] = []
+    queries = list_queries([folder])
+    out = tmp_path / "out"
+    summary = predict(
+        checkpoint, weights, [support(photos, "a")], queries, out, on_event=lambda *event: events.append(event)
+    )
+    assert [p.query.name for p in summary.written] == ["a.jpg", "c.jpg"]
+    ((failed, reason),) = summary.failed
+    assert failed.name == "b.jpg"
+    assert str(failed) in reason
+    assert events == [(1, 3), (2, 3), (3, 3)]
+    assert len(list(out.iterdir())) == 4
+
+
+def test_weights_of_another_training_are_refused(checkpoint: Checkpoint, photos: Path, tmp_path: Path) -> None:
+    other = load_weights("squeezenet1_1", "random:1")
+    with pytest.raises(CheckpointMismatch) as caught:
+        predict(checkpoint, other, [support(photos, "a")], [photos / "b.jpg"], tmp_path / "out")
+    assert caught.value.differences == {"weights": (checkpoint.recipe.weights, other.sha256)}
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_supports_stop_before_anything_is_written(
+    checkpoint: Checkpoint, weights: Weights, photos: Path, tmp_path: Path
+) -> None:
+    empty = tmp_path / "empty.png"
+    Image.new("L", (96, 96)).save(empty)
+    for pair, said in (
+        ((photos / "a.jpg", empty), "marks no object"),
+        ((photos / "a.jpg", photos / "b.png"), "150 x 80"),
+        ((photos / "gone.jpg", photos / "a.png"), r"gone\.jpg"),
+    ):
+        with pytest.raises(DataError, match=said):
+            predict(checkpoint, weights, [support(photos, "a"), pair], [photos / "b.jpg"], tmp_path / "out")
+    with pytest.raises(ConfigError, match="At least one support"):
+        predict(checkpoint, weights, [], [photos / "b.jpg"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_query_may_be_the_support(checkpoint: Checkpoint, weights: Weights, photos: Path, tmp_path: Path) -> None:
+    assert predict(checkpoint, weights, [support(photos, "a")], [photos / "a.jpg"], tmp_path).written
+
+
+def test_out_folder_is_not_the_query_folder(
+    checkpoint: Checkpoint, weights: Weights, photos: Path, tmp_path: Path
+) -> None:
+    before = sorted(photos.iterdir())
+    with pytest.raises(ConfigError, match="query's own folder"):
+        predict(checkpoint, weights, [support(photos, "a")], [photos / "b.jpg"], photos)
+    assert sorted(photos.iterdir()) == before
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="is a file"):
+        predict(checkpoint, weights, [support(photos, "a")], [photos / "b.jpg"], tmp_path / "file")
+
+
+def test_a_link_in_the_out_folder_is_replaced_not_followed(
+    checkpoint: Checkpoint, weights: Weights, photos: Path, tmp_path: Path
+) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("keep me")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "b_mask.png").symlink_to(precious)
+    predict(checkpoint, weights, [support(photos, "a")], [photos / "b.jpg"], out)
+    assert precious.read_text() == "keep me"
+    assert not (out / "b_mask.png").is_symlink()
+
+
+def test_hostile_names(checkpoint: Checkpoint, weights: Weights, photos: Path, tmp_path: Path) -> None:
+    """Whatever a file is called, its outputs stay in the folder and can be told apart."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    names = [
+        "x" * 240 + ".jpg",
+        "x" * 240 + "2.jpg",
+        "-rf.jpg",
+        "a\nb.jpg",
+        "a\\b.jpg",
+        "….jpg",
+        os.fsdecode(b"\xff.jpg"),
+    ]
+    for name in names:
+        (folder / name).write_bytes((photos / "a.jpg").read_bytes())
+    out = tmp_path / "out"
+    summary = predict(checkpoint, weights, [support(photos, "a")], list_queries([folder]), out)
+    assert not summary.failed
+    assert len(list(out.iterdir())) == 2 * len(names)
+    assert all(p.mask.parent == out and p.mask.is_file() for p in summary.written)
+
+
+def test_output_names() -> None:
+    queries = [Path("in/dog.jpg"), Path("in/dog.png"), Path("in/DOG-2.jpg"), Path("other/dog.jpg"), Path("..jpg")]
+    assert output_names(queries) == ["dog", "dog-2", "DOG-2-2", "dog-3", "query"]
+
+
+def test_list_queries(tmp_path: Path) -> None:
+    for name in ("b.JPG", "a.png", "notes.txt", "deep.jpg/c.jpg"):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert [p.name for p in list_queries([tmp_path / "in", tmp_path / "in" / "notes.txt"])] == [
+        "a.png", "b.JPG", "notes.txt",
+    ]  # fmt: skip
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match=r"holds no photo.*\.jpg"):
+        list_queries([tmp_path / "none"])
+    with pytest.raises(DataError, match="does not exist"):
+        list_queries([tmp_path / "gone"])
