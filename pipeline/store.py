@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.core.buffer.cpu import NDBuffer
 
-from hsnet.errors import ConfigError, DataError, HSNetError, StoreError, StoreIncomplete, StoreMismatch
+from hsnet.errors import ConfigError, DataError, ShapeError, StoreError, StoreIncomplete, StoreMismatch
 from pipeline.datasets.index import DatasetIndex
 from pipeline.ownership import sole_writer
 from pipeline.recipe import FORMAT, Recipe, difference_lines
@@ -169,9 +169,7 @@ class FeatureStore:
             try:
                 _build(root, recipe, index, shard_images)
             except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise StoreError(f"Cannot make the store {root}: {error}.") from error
-                # Another process made it in the meantime; open that one.
+                raise StoreError(f"Cannot make the store {root}: {error}.") from error
         return cls._open(root, recipe, index.digest, mode="w")
 
     @classmethod
@@ -226,8 +224,10 @@ class FeatureStore:
             )
         try:
             return cls(root, stored, index, shard_images, mode)
-        except HSNetError:
+        except StoreError:
             raise
+        except (ConfigError, ShapeError) as error:
+            raise StoreError(f"{root} holds features this version cannot interpret: {error}") from None
         except Exception as error:  # zarr's errors on damaged metadata have no common base
             raise StoreError(f"{root} cannot be opened: {error!r}.") from error
 
@@ -531,7 +531,12 @@ def _build(root: Path, recipe: Recipe, index: DatasetIndex, shard_images: int) -
         for layout in layouts:
             layout.create(group)
         (new / MARKERS).mkdir()
-        os.rename(new, root)  # fails on a folder that is not empty
+        try:
+            os.rename(new, root)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            # Another process made it in the meantime. The caller opens that one, and compares recipes.
     sync_folder(root.parent)
 
 

@@ -68,5 +68,5 @@ def test_refuses_what_is_no_recipe(text):
 
 def test_refuses_taps_that_this_version_does_not_read():
     values = {**Recipe.of("squeezenet1_1", SHA, 64).to_dict(), "taps": ["features.3.cat"]}
-    with pytest.raises(ConfigError, match="features.4.cat"):
+    with pytest.raises(ConfigError, match=r"features\.4\.cat"):
         Recipe.from_dict(values).level_shapes()
