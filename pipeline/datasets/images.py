@@ -29,7 +29,7 @@ from PIL import Image
 from hsnet.backbone import IMAGENET_MEAN, IMAGENET_STD
 from hsnet.errors import DataError, ShapeError
 
-FORMATS = ("JPEG", "MPO", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 Size = tuple[int, int]
@@ -162,10 +162,8 @@ def read_binary_mask(path: Path) -> np.ndarray:
         DataError: unreadable, or nothing reaches 128 and there are several values, so the object is a guess.
     """
     with _opened(path) as image:
-        if _is_16_bit(image):
-            grey = np.minimum(_uint16(image, path), 255)  # as Pillow's own conversion clips
-        else:
-            grey = np.array(image.convert("L"))
+        # 16 bits are clipped, as Pillow's own conversion does.
+        grey = np.minimum(_uint16(image, path), 255) if _is_16_bit(image) else np.array(image.convert("L"))
     if (grey >= 128).any():
         return grey >= 128
     values = np.unique(grey[grey > 0])
