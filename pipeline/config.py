@@ -1,0 +1,104 @@
+"""A training run as one small value that can be written, compared and hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from hsnet.backbone import backbone_spec
+from hsnet.errors import ConfigError
+from pipeline.recipe import Recipe
+
+SELECT_ON = ("val", "test", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides what a run learns. Paths, worker counts and devices are not in it.
+
+    Raises:
+        ConfigError: a value is out of range; names the field, the value and the range.
+    """
+
+    fold: int
+    """Fold whose classes are held out."""
+    recipe: Recipe
+    """The features it learns from."""
+    data: str
+    """Digest of the data-set index."""
+    steps: int
+    """Optimiser steps. A finished run may be continued with more."""
+    batch_size: int = 20
+    """Episodes per optimiser step, over all workers and micro-batches."""
+    learning_rate: float = 1e-3
+    seed: int = 0
+    """Of the initial weights and of the training episodes."""
+    boundary: str = "background"
+    """What boundary pixels are in the loss: "background" as the published code, "ignore" as the paper says."""
+    drop_novel_images: bool = False
+    """Leave out training images that show a novel class. The published code keeps them."""
+    repeat_supports: bool = True
+    """Whether the supports of an episode may repeat, as in the published code."""
+    select_on: str = "val"
+    """Episodes the best checkpoint is chosen on: "val" (never a test episode), "test" (the published habit), "none"
+    (the last one)."""
+    validate_every: int = 500
+    """Steps between validations."""
+    validate_episodes: int = 200
+    learner: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of `hsnet.model.HSNet` beside `layers`, which follows from the backbone."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "validate_every", "validate_episodes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not 0 < self.learning_rate < 1:
+            raise ConfigError(f"learning_rate must be between 0 and 1, got {self.learning_rate}.")
+        if self.boundary not in ("background", "ignore"):
+            raise ConfigError(f"boundary must be 'background' or 'ignore', got '{self.boundary}'.")
+        if self.select_on not in SELECT_ON:
+            raise ConfigError(f"select_on must be one of {', '.join(SELECT_ON)}, got '{self.select_on}'.")
+
+    @property
+    def learner_arguments(self) -> dict[str, Any]:
+        """All arguments of `hsnet.model.HSNet`."""
+        return {"layers": list(reversed(backbone_spec(self.recipe.backbone).layers)), **self.learner}
+
+    @property
+    def digest(self) -> str:
+        """sha256 over all fields but the number of steps: runs with one digest are the same run."""
+        values = {name: value for name, value in self.to_dict().items() if name != "steps"}
+        return "sha256:" + hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+    def differences(self, other: RunConfig) -> dict[str, tuple[object, object]]:
+        """Field -> (value here, value in `other`), for fields that make it another run; steps do not."""
+        found: dict[str, tuple[object, object]] = {}
+        for item in fields(self):
+            mine, theirs = getattr(self, item.name), getattr(other, item.name)
+            if item.name == "recipe":
+                found |= mine.differences(theirs)
+            elif item.name != "steps" and mine != theirs:
+                found[item.name] = (mine, theirs)
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` reads them back."""
+        return {**asdict(self), "recipe": self.recipe.to_dict(), "learner": dict(self.learner)}
+
+    @classmethod
+    def from_dict(cls, values: object) -> RunConfig:
+        """Read what `to_dict` gave. Raises ConfigError for anything else."""
+        names = sorted(item.name for item in fields(cls))
+        if not isinstance(values, Mapping) or sorted(values) != names:
+            raise ConfigError(f"A run configuration has exactly the fields {', '.join(names)}.")
+        plain = {name: value for name, value in values.items() if name != "recipe"}
+        for item in fields(cls):
+            kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
+            wanted = kinds.get(str(item.type))
+            value = values[item.name]
+            if wanted and (not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted)):
+                raise ConfigError(f"Run configuration: {item.name} must be {item.type}, got {value!r}.")
+        return cls(recipe=Recipe.from_dict(values["recipe"]), **plain)

@@ -1,0 +1,153 @@
+"""What a training run keeps on disk, and how it goes on after an interruption.
+
+run/
+├── config.json            what the run is (`RunConfig`)
+├── resume.safetensors     weights, Adam's moments and the position: all that an exact continuation needs
+├── last.safetensors       checkpoint of the last save
+├── best.safetensors       checkpoint with the best validation mIoU
+├── metrics.jsonl          one line per step and per validation
+└── tensorboard/           the same as scalars
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hsnet.errors import CheckpointError, ConfigError
+from pipeline.checkpoint import BEST, LAST, CheckpointInfo, read_tensors, save_checkpoint, write_tensors
+from pipeline.config import RunConfig
+from pipeline.recipe import difference_lines
+
+RESUME = "resume.safetensors"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class Progress:
+    """Where a run stands."""
+
+    step: int = 0
+    """Optimiser steps done; the next episode follows from it."""
+    best_miou: float = -1.0
+    best_step: int = -1
+
+
+class RunDir:
+    """The files of one run. Only rank 0 writes.
+
+    Raises:
+        ConfigError: the folder holds a run of another configuration. Names every differing field.
+        CheckpointError: it holds something else, or cannot be written.
+    """
+
+    def __init__(self, path: Path, config: RunConfig, write: bool = True) -> None:
+        self.path = path
+        self.config = config
+        if self._config_file.is_file():
+            self._compare()
+        elif path.is_dir() and any(path.iterdir()):
+            raise CheckpointError(f"{path} is not empty and holds no run ({self._config_file.name}). Choose another.")
+        if write:
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                _replace(self._config_file, json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n")
+            except OSError as error:
+                raise CheckpointError(f"Cannot write the run directory {path}: {error.strerror}.") from error
+
+    @property
+    def _config_file(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def _metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def load(self, model: nn.Module, optimiser: torch.optim.Optimizer) -> Progress:
+        """Put model and optimiser where the run stopped; at the beginning if it never saved."""
+        file = self.path / RESUME
+        if not file.is_file():
+            return Progress()
+        tensors, metadata = read_tensors(file)
+        try:
+            progress = Progress(**json.loads(metadata["progress"]))
+            model.load_state_dict({n: tensors[f"model.{n}"] for n, _ in model.named_parameters()})
+            if progress.step:
+                _load_moments(model, optimiser, tensors, progress.step)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{file} is damaged ({error}). Nothing was changed; delete it to start anew."
+            ) from None
+        return progress
+
+    def save(self, model: nn.Module, optimiser: torch.optim.Optimizer, progress: Progress) -> None:
+        """Write the resume file, then the last checkpoint; each whole or not at all."""
+        tensors = {f"model.{name}": value for name, value in model.named_parameters()}
+        for name, parameter in model.named_parameters():
+            for moment in _MOMENTS if optimiser.state[parameter] else ():
+                tensors[f"{moment}.{name}"] = optimiser.state[parameter][moment]
+        write_tensors(self.path / RESUME, tensors, {"progress": json.dumps(vars(progress))})
+        self.save_checkpoint(LAST, model, progress.step, None)
+
+    def save_best(self, model: nn.Module, step: int, scores: Mapping[str, float]) -> None:
+        self.save_checkpoint(BEST, model, step, scores)
+
+    def save_checkpoint(self, name: str, model: nn.Module, step: int, scores: Mapping[str, float] | None) -> None:
+        info = CheckpointInfo(
+            recipe=self.config.recipe,
+            learner=self.config.learner_arguments,
+            step=step,
+            origin="hsnet train",
+            config=self.config,
+            scores=scores,
+        )
+        save_checkpoint(self.path / name, model.state_dict(), info)
+
+    def trim_metrics(self, step: int) -> None:
+        """Forget metrics after `step`: an interrupted run may have written some that it will compute again."""
+        if self._metrics_file.is_file():
+            lines = self.metrics()
+            kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
+            _replace(self._metrics_file, "".join(kept))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl; a last line cut short by a crash is left out."""
+        if not self._metrics_file.is_file():
+            return []
+        text = self._metrics_file.read_text()
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        with self._metrics_file.open("a") as stream:
+            stream.write(json.dumps(values) + "\n")
+
+    def _compare(self) -> None:
+        try:
+            stored = RunConfig.from_dict(json.loads(self._config_file.read_text()))
+        except (ValueError, ConfigError) as error:
+            raise CheckpointError(f"{self._config_file} cannot be read ({error}). Nothing was changed.") from None
+        differences = stored.differences(self.config)
+        if differences:
+            raise ConfigError(
+                f"{self.path} holds a run with another configuration:\n{difference_lines(differences)}\n"
+                "Give the stored values to continue it, or another --run-dir. Nothing was changed."
+            )
+
+
+def _load_moments(model: nn.Module, optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor], step: int) -> None:
+    for name, parameter in model.named_parameters():
+        moments = {m: tensors[f"{m}.{name}"].to(parameter.device) for m in _MOMENTS}
+        optimiser.state[parameter] = {"step": torch.tensor(float(step)), **moments}
+
+
+def _replace(path: Path, text: str) -> None:
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(text)
+    os.replace(part, path)

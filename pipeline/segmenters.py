@@ -1,0 +1,113 @@
+"""What can answer an episode: a trained head, an untrained one, or a cosine map with one fitted threshold.
+
+All give hard one-shot masks, support by support; the vote over K of them is the same for all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hsnet.baseline import cosine_map
+from hsnet.correlation import build_hypercorrelation, build_pyramid, interpolate_mask
+from hsnet.metrics import count, mean_iou, sum_by_class
+from hsnet.model import HSNet, predict_mask, resize_logits
+from pipeline.episodes import EpisodeStream
+from pipeline.features import EpisodeBatch, FeatureSource, load_batch
+
+FORWARD_ELEMENTS = 24_000_000
+"""Correlation elements per forward pass when no gradient is kept: about 100 MB in float32."""
+
+
+class Segmenter(Protocol):
+    def masks(self, batch: EpisodeBatch) -> Tensor:
+        """(K, B, S, S) bool: the one-shot prediction of every support."""
+        ...
+
+
+@dataclass(frozen=True)
+class LearnedSegmenter:
+    """HSNet's learner, trained or not."""
+
+    model: HSNet
+
+    @torch.no_grad()
+    def masks(self, batch: EpisodeBatch) -> Tensor:
+        size = (batch.target.shape[1], batch.target.shape[2])
+        out = torch.empty(batch.shots, batch.size, *size, dtype=torch.bool, device=batch.target.device)
+        # A fixed number of passes at a time, so that memory does not grow with K and no result depends on how
+        # episodes were handed out.
+        per_pass = forward_batch(batch)
+        pairs = [(shot, episode) for episode in range(batch.size) for shot in range(batch.shots)]
+        for start in range(0, len(pairs), per_pass):
+            chosen = pairs[start : start + per_pass]
+            query = [level[[episode for _, episode in chosen]] for level in batch.query]
+            rows = [episode * batch.shots + shot for shot, episode in chosen]
+            support = [level[rows] for level in batch.support]
+            logits = self.model(build_pyramid(query, support, batch.support_mask[rows]))
+            hard = predict_mask(resize_logits(logits, size))
+            for (shot, episode), mask in zip(chosen, hard, strict=True):
+                out[shot, episode] = mask
+        return out
+
+
+@dataclass(frozen=True)
+class CosineSegmenter:
+    """The deepest level's cosine map, cut at a threshold in [0, 1]: no learning but this one number."""
+
+    threshold: float
+
+    @torch.no_grad()
+    def masks(self, batch: EpisodeBatch) -> Tensor:
+        return cosine_scores(batch) >= self.threshold
+
+
+def forward_batch(batch: EpisodeBatch) -> int:
+    """Support-query pairs per forward pass: as many as fit FORWARD_ELEMENTS, at least one."""
+    per_pair = sum(
+        q.shape[1] * math.prod(q.shape[2:4]) * math.prod(s.shape[2:4])
+        for q, s in zip(batch.query, batch.support, strict=True)
+    )
+    return max(1, FORWARD_ELEMENTS // per_pair)
+
+
+def cosine_scores(batch: EpisodeBatch) -> Tensor:
+    """(K, B, S, S) float32 in [0, 1]: the cosine map of every support at mask size."""
+    query, support = batch.query[-1].repeat_interleave(batch.shots, 0), batch.support[-1]
+    mask = interpolate_mask(batch.support_mask, (support.shape[2], support.shape[3]))
+    scores = cosine_map(build_hypercorrelation(query, support, mask), mask)
+    size = (batch.target.shape[1], batch.target.shape[2])
+    return resize_logits(scores[:, None], size)[:, 0].view(batch.size, batch.shots, *size).transpose(0, 1)
+
+
+def fit_cosine_threshold(
+    source: FeatureSource, fold: int, episodes: int = 200, seed: int = 0, steps: int = 100
+) -> CosineSegmenter:
+    """Choose the threshold with the best mIoU on one-shot *training* episodes; the novel classes are not looked at.
+
+    Args:
+        episodes: how many to fit on.
+        steps: thresholds tried, evenly spaced over [0, 1].
+    """
+    stream = EpisodeStream(source.index, fold, "trn", 1, seed, exclude=source.skipped)
+    thresholds = [step / steps for step in range(steps)]
+    counts: list[list[Tensor]] = [[] for _ in thresholds]
+    classes: list[int] = []
+    for start in range(0, episodes, 20):
+        drawn = [stream[number] for number in range(start, min(start + 20, episodes))]
+        batch = load_batch(source, drawn)
+        scores = cosine_scores(batch)[0]
+        for tried, threshold in zip(counts, thresholds, strict=True):
+            tried.append(count(scores >= threshold, batch.target, batch.ignore))
+        classes += [episode.class_id for episode in drawn]
+    scored = [_score(tried, classes) for tried in counts]
+    return CosineSegmenter(thresholds[scored.index(max(scored))])
+
+
+def _score(counts: Sequence[Tensor], classes: Sequence[int]) -> float:
+    return mean_iou(sum_by_class(torch.cat(list(counts)), classes, sorted(set(classes))))

@@ -1,0 +1,337 @@
+"""The train stage: episodes by counter, Adam, validation on episodes that are never tested on.
+
+Step t of a run always sees the same episodes and starts from the same weights, whatever the number of workers, the
+micro-batch or how often it was interrupted: a run is its configuration.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hsnet.correlation import build_pyramid
+from hsnet.errors import ConfigError, HSNetError
+from hsnet.loss import episode_losses
+from hsnet.metrics import foreground_background_iou, mean_iou, sum_by_class
+from hsnet.model import HSNet
+from pipeline.config import RunConfig
+from pipeline.episodes import Episode, EpisodeStream
+from pipeline.evaluate import count_masks
+from pipeline.features import EpisodeBatch, FeatureSource, prefetch
+from pipeline.ranks import Alone, Ranks
+from pipeline.run_dir import Progress, RunDir
+from pipeline.segmenters import LearnedSegmenter
+
+SAVE_SECONDS = 60
+"""A killed run loses at most about this much work; an interrupted one nothing."""
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """One optimiser step: mean loss of its batch, seconds it took, and how many of them were spent waiting for data."""
+
+    step: int
+    steps: int
+    loss: float
+    seconds: float
+    waited: float
+
+
+@dataclass(frozen=True)
+class Validated:
+    """A validation: scores in percent on the selection episodes."""
+
+    step: int
+    miou: float
+    fb_iou: float
+    is_best: bool
+
+
+Event = StepDone | Validated
+
+
+@dataclass(frozen=True)
+class FitSummary:
+    """What a run came to. `loss` is the mean over the last 20 steps of this call."""
+
+    steps: int
+    resumed_at: int
+    finished: bool
+    """False if it was asked to stop before its last step."""
+    loss: float
+    best_miou: float | None
+    best_step: int | None
+    seconds: float
+    run_dir: Path
+
+
+def fit(
+    config: RunConfig,
+    source: FeatureSource,
+    run_dir: Path,
+    *,
+    ranks: Ranks | None = None,
+    device: str = "cpu",
+    micro_batch: int | None = None,
+    prefetch_depth: int = 2,
+    stop: Callable[[], bool] = lambda: False,
+    on_event: Callable[[Event], None] | None = None,
+) -> FitSummary:
+    """Train a learner, or continue the run that is in `run_dir`.
+
+    Args:
+        config: what to learn; must be the one stored in `run_dir` if there is a run, except for `steps`.
+        source: features of `config.recipe`.
+        ranks: this process's place in a group; alone by default. The batch is split over the ranks.
+        micro_batch: episodes per forward pass; less needs less memory and gives the same steps up to rounding.
+        prefetch_depth: micro-batches read ahead on a background thread; 0 reads in line.
+        stop: asked before every step; True on any rank saves and returns.
+        on_event: called on rank 0 with `StepDone` and `Validated`.
+
+    Raises:
+        ConfigError: another run is in `run_dir`; no such fold; a class with one image; features of another recipe.
+    """
+    ranks = ranks or Alone()
+    _check_source(config, source)
+    torch.manual_seed(config.seed)
+    model = HSNet(**config.learner_arguments).to(device)
+    optimiser = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
+    run = RunDir(run_dir, config, write=ranks.rank == 0)
+    progress = run.load(model, optimiser)
+    resumed_at = progress.step
+    trainer = _Trainer(config, source, run, ranks, device, micro_batch or config.batch_size, model, optimiser, progress)
+    trainer.on_event = on_event if ranks.rank == 0 else None
+    started = time.monotonic()
+    with trainer:
+        finished = trainer.run_steps(stop, prefetch_depth)
+    return FitSummary(
+        steps=progress.step,
+        resumed_at=resumed_at,
+        finished=finished,
+        loss=trainer.recent_loss,
+        best_miou=progress.best_miou if progress.best_step >= 0 else None,
+        best_step=progress.best_step if progress.best_step >= 0 else None,
+        seconds=time.monotonic() - started,
+        run_dir=run_dir,
+    )
+
+
+def batch_numbers(step: int, batch_size: int, epoch_length: int) -> range:
+    """Episode numbers of an optimiser step, counted from 0.
+
+    Every epoch is one pass over the training list; its last batch is shorter, as in the published code
+    (14 episodes for PASCAL fold 0).
+
+    >>> [list(batch_numbers(step, 2, 5)) for step in range(4)]
+    [[0, 1], [2, 3], [4], [5, 6]]
+    """
+    epoch, position = divmod(step, -(-epoch_length // batch_size))
+    first = epoch * epoch_length
+    return range(first + position * batch_size, min(first + (position + 1) * batch_size, first + epoch_length))
+
+
+def steps_per_epoch(config_batch: int, epoch_length: int) -> int:
+    """Optimiser steps of one pass over the training list."""
+    return -(-epoch_length // config_batch)
+
+
+def training_stream(config: RunConfig, source: FeatureSource) -> EpisodeStream:
+    """The one-shot training episodes of a run."""
+    return EpisodeStream(
+        source.index,
+        config.fold,
+        "trn",
+        1,
+        config.seed,
+        repeat_supports=config.repeat_supports,
+        drop_novel=source.classes_present if config.drop_novel_images else None,
+        exclude=frozenset(source.skipped),
+    )
+
+
+def selection_stream(config: RunConfig, source: FeatureSource) -> EpisodeStream | None:
+    """The episodes a best checkpoint is chosen on; None if it is not to be chosen."""
+    if config.select_on == "none":
+        return None
+    # Seed 0 for every run, so that runs of one fold compare; "test" then is the very stream `evaluate` uses.
+    return EpisodeStream(source.index, config.fold, config.select_on, 1, 0, exclude=frozenset(source.skipped))
+
+
+class _Trainer:
+    """The loop of one rank. A class only because it shares a dozen values between its steps."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        source: FeatureSource,
+        run: RunDir,
+        ranks: Ranks,
+        device: str,
+        micro_batch: int,
+        model: HSNet,
+        optimiser: torch.optim.Optimizer,
+        progress: Progress,
+    ) -> None:
+        self.config, self.source, self.run, self.ranks, self.device = config, source, run, ranks, device
+        self.micro_batch, self.model, self.optimiser, self.progress = micro_batch, model, optimiser, progress
+        self.stream = training_stream(config, source)
+        self.selection = selection_stream(config, source)
+        self.wrapped = ranks.wrap(model)
+        self.on_event: Callable[[Event], None] | None = None
+        self.losses: list[float] = []
+
+    def __enter__(self) -> _Trainer:
+        if self.ranks.rank == 0:
+            from tensorboardX import SummaryWriter
+
+            self.run.trim_metrics(self.progress.step)
+            folder = str(self.run.path / "tensorboard")
+            self.board = SummaryWriter(folder, purge_step=self.progress.step + 1 if self.progress.step else None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.ranks.rank == 0:
+            self.board.close()
+
+    @property
+    def recent_loss(self) -> float:
+        recent = self.losses[-20:]
+        return sum(recent) / len(recent) if recent else float("nan")
+
+    def run_steps(self, stop: Callable[[], bool], prefetch_depth: int) -> bool:
+        """Steps up to `config.steps`; False if stopped before."""
+        config, progress = self.config, self.progress
+        remaining = range(progress.step, config.steps)
+        parts = (part for step in remaining for part in self._parts(step))
+        loaded = prefetch(self.source, parts, prefetch_depth)
+        saved = time.monotonic()
+        for step in remaining:
+            if self._any_rank(stop()):
+                self._save()
+                loaded.close()  # type: ignore[attr-defined]
+                return False
+            loss, seconds, waited = self._step(step, loaded)
+            progress.step = step + 1
+            self.losses.append(loss)
+            self._report(StepDone(progress.step, config.steps, loss, seconds, waited))
+            last = progress.step == config.steps
+            if self.selection and (last or progress.step % config.validate_every == 0):
+                self._validate()
+                self._save()
+                saved = time.monotonic()
+            elif last or time.monotonic() - saved > SAVE_SECONDS:
+                self._save()
+                saved = time.monotonic()
+        return True
+
+    def _mine(self, step: int) -> tuple[list[Episode], int]:
+        """This rank's episodes of a step, and how many all ranks have together."""
+        numbers = batch_numbers(step, self.config.batch_size, self.stream.epoch_length)
+        mine = numbers[self.ranks.rank :: self.ranks.world_size]
+        return [self.stream[number] for number in mine], len(numbers)
+
+    def _parts(self, step: int) -> Iterator[Sequence[Episode]]:
+        mine, _ = self._mine(step)
+        # A rank left without an episode by a short last batch still takes part in the gradient average, with
+        # weight 0: otherwise the others would wait for it forever.
+        mine = mine or [self.stream[batch_numbers(step, self.config.batch_size, self.stream.epoch_length)[0]]]
+        for start in range(0, len(mine), self.micro_batch):
+            yield mine[start : start + self.micro_batch]
+
+    def _step(self, step: int, loaded: Iterator) -> tuple[float, float, float]:
+        started, waited = time.perf_counter(), 0.0
+        mine, batch_size = self._mine(step)
+        self.optimiser.zero_grad(set_to_none=True)
+        total = torch.zeros((), dtype=torch.float64)
+        count = max(1, -(-len(mine) // self.micro_batch))
+        for number in range(count):
+            before = time.perf_counter()
+            _, batch = next(loaded)
+            batch = batch.to(self.device)
+            waited += time.perf_counter() - before
+            losses = self._losses(batch, sync=number == count - 1, weight=self._weight(mine, batch_size))
+            if mine:
+                total += losses.sum().double().cpu()
+        self.optimiser.step()
+        loss = float(self.ranks.sum(total)) / batch_size
+        if loss != loss or loss == float("inf"):
+            raise HSNetError(
+                f"The loss of step {step + 1} is not a number. The last save is unharmed; try a lower --lr."
+            )
+        return loss, time.perf_counter() - started, waited
+
+    def _weight(self, mine: Sequence[Episode], batch_size: int) -> float:
+        # The group averages gradients over ranks; what is wanted is the mean over all episodes of the batch, also
+        # when ranks have unequal shares of a short last one.
+        return self.ranks.world_size / batch_size if mine else 0.0
+
+    def _losses(self, batch: EpisodeBatch, sync: bool, weight: float) -> Tensor:
+        def run() -> Tensor:
+            pyramid = build_pyramid(batch.query, batch.support, batch.support_mask)
+            losses = episode_losses(self.wrapped(pyramid), batch.target, batch.ignore, self.config.boundary)
+            (losses.sum() * weight).backward()
+            return losses.detach()
+
+        if sync:
+            return run()
+        with self.ranks.no_sync(self.wrapped):
+            return run()
+
+    def _validate(self) -> None:
+        assert self.selection is not None
+        self.model.eval()
+        numbers = range(self.ranks.rank, self.config.validate_episodes, self.ranks.world_size)
+        size = self.config.batch_size
+        episodes = [self.selection[number] for number in numbers]
+        class_ids = self.selection.class_ids
+        totals = torch.zeros(len(class_ids), 2, 2, dtype=torch.int64)
+        segmenter = LearnedSegmenter(self.model)
+        groups = (episodes[start : start + size] for start in range(0, len(episodes), size))
+        for drawn, batch in prefetch(self.source, groups, 1):
+            batch = batch.to(self.device)
+            counts, _ = count_masks(segmenter.masks(batch), batch, 1)
+            totals += sum_by_class(counts.cpu(), [episode.class_id for episode in drawn], class_ids)
+        totals = self.ranks.sum(totals)
+        self.model.train()
+        miou, fb_iou = mean_iou(totals), foreground_background_iou(totals)
+        better = miou > self.progress.best_miou
+        if better:
+            self.progress.best_miou, self.progress.best_step = miou, self.progress.step
+            if self.ranks.rank == 0:
+                self.run.save_best(self.model, self.progress.step, {"miou": miou, "fb_iou": fb_iou})
+        self._report(Validated(self.progress.step, miou, fb_iou, better))
+
+    def _save(self) -> None:
+        if self.ranks.rank == 0:
+            self.run.save(self.model, self.optimiser, self.progress)
+
+    def _any_rank(self, flag: bool) -> bool:
+        return bool(self.ranks.sum(torch.tensor(int(flag))) > 0)
+
+    def _report(self, event: Event) -> None:
+        if self.ranks.rank != 0:
+            return
+        values = {
+            "train" if isinstance(event, StepDone) else "val": {
+                name: value for name, value in vars(event).items() if name not in ("step", "steps")
+            }
+        }
+        self.run.log({"step": event.step, **values})
+        for group, scalars in values.items():
+            for name, value in scalars.items():
+                self.board.add_scalar(f"{group}/{name}", float(value), event.step)
+        if self.on_event:
+            self.on_event(event)
+
+
+def _check_source(config: RunConfig, source: FeatureSource) -> None:
+    differing = config.recipe.differences(source.recipe)
+    if differing or config.data != source.index.digest:
+        raise ConfigError(
+            f"The run is configured for other features than those given: {differing or 'another data set'}."
+        )
