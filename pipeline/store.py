@@ -132,7 +132,7 @@ class FeatureStore:
     other processes write under its lock).
     """
 
-    def __init__(self, root: Path, recipe: Recipe, index: DatasetIndex, shard_images: int, mode: str) -> None:
+    def __init__(self, root: Path, recipe: Recipe, index: DatasetIndex, shard_images: int, writable: bool) -> None:
         _calm_zarr()
         self.root = root
         self.recipe = recipe
@@ -142,7 +142,8 @@ class FeatureStore:
         self._layouts = _layouts(recipe, index, shard_images)
         for layout in self._layouts:
             layout.check(root)
-        group = zarr.open_group(str(root), mode="r+" if mode == "w" else "r", zarr_format=3, use_consolidated=False)
+        mode: Any = "r+" if writable else "r"
+        group = zarr.open_group(str(root), mode=mode, zarr_format=3, use_consolidated=False)
         self._arrays: list[Any] = [group[layout.name] for layout in self._layouts]
         self._facts: dict[int, ShardFacts] = {}
         self.refresh()
@@ -170,7 +171,7 @@ class FeatureStore:
                 _build(root, recipe, index, shard_images)
             except OSError as error:
                 raise StoreError(f"Cannot make the store {root}: {error}.") from error
-        return cls._open(root, recipe, index.digest, mode="w")
+        return cls._open(root, recipe, index.digest, writable=True)
 
     @classmethod
     def open(
@@ -179,19 +180,21 @@ class FeatureStore:
         recipe: Recipe | None = None,
         require_complete: bool = True,
         index_digest: str | None = None,
+        writable: bool = False,
     ) -> FeatureStore:
         """Open a store to read.
 
         Args:
             recipe, index_digest: what the store must hold; None accepts anything.
             require_complete: refuse a store with missing shards.
+            writable: allow `write_shard`, for workers of the process that holds `writing`.
 
         Raises:
             StoreMismatch: names every differing field with both values.
             StoreIncomplete: counts the missing shards and names the command that adds them.
             StoreError: not a store, damaged, or written by a newer version.
         """
-        store = cls._open(Path(path), recipe, index_digest, mode="r")
+        store = cls._open(Path(path), recipe, index_digest, writable=writable)
         missing = store.missing_shards()
         if require_complete and missing:
             raise StoreIncomplete(
@@ -203,7 +206,7 @@ class FeatureStore:
         return store
 
     @classmethod
-    def _open(cls, root: Path, recipe: Recipe | None, digest: str | None, mode: str) -> FeatureStore:
+    def _open(cls, root: Path, recipe: Recipe | None, digest: str | None, writable: bool) -> FeatureStore:
         stored, stored_digest, shard_images, images = _read_attributes(root)
         differences = stored.differences(recipe) if recipe else {}
         if digest is not None and digest != stored_digest:
@@ -223,7 +226,7 @@ class FeatureStore:
                 f"{len(index.images)} images, the attributes say {stored_digest} of {images}."
             )
         try:
-            return cls(root, stored, index, shard_images, mode)
+            return cls(root, stored, index, shard_images, writable)
         except StoreError:
             raise
         except (ConfigError, ShapeError) as error:
@@ -245,6 +248,10 @@ class FeatureStore:
     def missing_shards(self) -> tuple[int, ...]:
         """Shards that are not complete, as of opening or the last `refresh`."""
         return tuple(number for number in range(self.shards) if number not in self._facts)
+
+    def facts(self, number: int) -> ShardFacts:
+        """What the marker of a complete shard says. Raises StoreIncomplete if it is missing."""
+        return self._locate(number * self.shard_images)[0]
 
     @property
     def complete(self) -> bool:
@@ -281,10 +288,10 @@ class FeatureStore:
         return sum(facts.nbytes for facts in self._facts.values())
 
     @property
-    def shard_nbytes(self) -> int:
-        """Bytes a full shard takes at most: features exactly, label maps as if they did not compress."""
-        image = sum(math.prod(layout.image_shape) * layout.dtype.itemsize + 32 for layout in self._layouts)
-        return image * self.shard_images
+    def image_nbytes(self) -> int:
+        """Bytes an image takes at most: features exactly, its label map as if it did not compress."""
+        per_chunk = 32  # checksum, place in the shard's index
+        return sum(math.prod(layout.image_shape) * layout.dtype.itemsize + per_chunk for layout in self._layouts)
 
     def info(self) -> dict[str, Any]:
         """Facts for people and machines, as JSON values."""

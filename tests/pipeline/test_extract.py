@@ -1,0 +1,261 @@
+"""Extraction in this process: right features, resumable, clear about what it cannot read. On Ray: tests/cluster."""
+
+import errno
+import hashlib
+import os
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import pipeline.store as store_module
+from hsnet.backbone import FrozenBackbone
+from hsnet.errors import ConfigError, DataError, StoreError, StoreMismatch
+from pipeline.codec import encode
+from pipeline.datasets.images import network_image
+from pipeline.datasets.index import DatasetIndex, Split
+from pipeline.extract import Planned, ShardDone, extract
+from pipeline.ownership import OWNER
+from pipeline.store import FeatureStore
+from pipeline.weights import Weights, load_weights
+
+SIZE = 64
+SHARD = 8
+
+
+class Photos:
+    """Twenty-one random photos of many sizes, in memory. `broken` ones cannot be read."""
+
+    def __init__(self, count: int = 21, broken: tuple[int, ...] = ()) -> None:
+        entries = tuple((i, i % 2) for i in range(count))
+        names = tuple(f"photos/{i}.jpg" for i in range(count))
+        self.index = DatasetIndex("folder", {0: "cat", 1: "dog"}, names, {0: {"trn": Split(entries)}}, has_ignore=True)
+        self.broken = broken
+        self.read: list[int] = []
+
+    def image(self, i: int) -> Image.Image:
+        self.read.append(i)
+        if i in self.broken:
+            raise DataError(f"/data/{self.index.images[i]} is truncated.")
+        return Image.fromarray(np.random.default_rng(i).integers(0, 256, (*self._size(i), 3), np.uint8))
+
+    def label(self, i: int) -> np.ndarray:
+        label = np.zeros(self._size(i), np.uint8)
+        label[10:40, 10:30] = i % 2 + 1
+        label[:5, :5] = 255
+        return label
+
+    def _size(self, i: int) -> tuple[int, int]:
+        return 50 + i, 90 - i
+
+
+@pytest.fixture(scope="module")
+def weights() -> Weights:
+    return load_weights("squeezenet1_1")
+
+
+def run(photos, weights, path, **options):
+    options = {"shard_images": SHARD, "precision": "int8", **options}
+    return extract(photos, weights, "squeezenet1_1", SIZE, path=path, **options)
+
+
+def fingerprints(path: Path) -> dict[str, str]:
+    files = [file for file in path.rglob("*") if file.is_file()]
+    return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def test_stored_features_are_those_of_the_backbone(tmp_path, weights):
+    photos = Photos()
+    summary = run(photos, weights, tmp_path / "s.zarr", precision="float32")
+    store = FeatureStore.open(tmp_path / "s.zarr")
+    backbone = FrozenBackbone("squeezenet1_1", weights.state_dict)
+    images = [0, 5, 20]
+    levels = store.features(images)
+    for row, image in enumerate(images):
+        pixels = network_image(photos.image(image), SIZE)
+        for stored, fresh in zip(levels, backbone(torch.from_numpy(pixels)[None]), strict=True):
+            # Alone instead of in a batch of four: sums are taken in another order. Values reach 1e3.
+            np.testing.assert_allclose(stored[row], fresh[0].numpy(), rtol=1e-5, atol=1e-3)
+        assert store.size(image) == photos.label(image).shape
+        assert store.classes_present(image) == (image % 2,)
+    assert set(np.unique(store.labels([4]))) == {0, 1, 255}
+    assert (summary.images, summary.written_shards, summary.reused_shards) == (21, 3, 0)
+    assert summary.skipped == ()
+    assert summary.bytes == store.nbytes
+    assert summary.images_per_s == pytest.approx(21 / summary.seconds)
+
+
+@pytest.mark.parametrize("precision", ["int8", "float16"])
+def test_smaller_precisions_are_the_encoded_exact_ones(tmp_path, weights, precision):
+    run(Photos(), weights, tmp_path / "exact.zarr", precision="float32")
+    run(Photos(), weights, tmp_path / "small.zarr", precision=precision)
+    exact = FeatureStore.open(tmp_path / "exact.zarr").features(range(21))
+    small = FeatureStore.open(tmp_path / "small.zarr").features(range(21))
+    for stored, wanted in zip(small, encode(exact, precision), strict=True):
+        np.testing.assert_array_equal(stored, wanted)
+
+
+def test_the_same_bytes_every_time_and_whatever_threads_torch_has(tmp_path, weights):
+    run(Photos(), weights, tmp_path / "one.zarr")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        run(Photos(), weights, tmp_path / "two.zarr")
+    finally:
+        torch.set_num_threads(before)
+    assert fingerprints(tmp_path / "one.zarr") == fingerprints(tmp_path / "two.zarr")
+
+
+def test_events_tell_the_plan_and_every_shard(tmp_path, weights):
+    events = []
+    run(Photos(), weights, tmp_path / "s.zarr", on_event=events.append)
+    plan, *done = events
+    assert isinstance(plan, Planned)
+    assert (plan.images, plan.images_done, plan.shards, plan.shards_done) == (21, 0, 3, 0)
+    store = FeatureStore.open(tmp_path / "s.zarr")
+    # At most: label maps compress.
+    assert store.nbytes <= plan.bytes_needed <= store.nbytes + 21 * (SIZE * SIZE + 200)
+    assert all(isinstance(event, ShardDone) for event in done)
+    assert [(event.shard, event.images) for event in done] == [(0, 8), (1, 8), (2, 5)]
+    assert sum(event.nbytes for event in done) == store.nbytes
+    assert all(event.seconds > 0 for event in done)
+
+
+def test_running_again_does_nothing(tmp_path, weights):
+    run(Photos(), weights, tmp_path / "s.zarr")
+    before, photos = fingerprints(tmp_path / "s.zarr"), Photos()
+    summary = run(photos, weights, tmp_path / "s.zarr")
+    assert photos.read == []
+    assert (summary.written_shards, summary.reused_shards, summary.images_per_s) == (0, 3, 0)
+    assert fingerprints(tmp_path / "s.zarr") == before
+    assert OWNER not in before
+
+
+def test_a_run_that_was_cut_short_is_finished_reading_only_what_is_missing(tmp_path, weights):
+    class Interrupted(Photos):
+        def image(self, i):
+            if i == 10:
+                raise KeyboardInterrupt
+            return super().image(i)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Interrupted(), weights, tmp_path / "s.zarr")
+    photos, events = Photos(), []
+    summary = run(photos, weights, tmp_path / "s.zarr", on_event=events.append)
+    assert photos.read == list(range(8, 21))
+    assert (summary.written_shards, summary.reused_shards, summary.written_images) == (2, 1, 13)
+    assert events[0].images_done == 8
+    run(Photos(), weights, tmp_path / "undisturbed.zarr")
+    assert fingerprints(tmp_path / "s.zarr") == fingerprints(tmp_path / "undisturbed.zarr")
+
+
+def test_a_lost_shard_is_made_again(tmp_path, weights):
+    run(Photos(), weights, tmp_path / "s.zarr")
+    before = fingerprints(tmp_path / "s.zarr")
+    shutil.rmtree(tmp_path / "s.zarr" / "level2" / "c" / "1")
+    photos = Photos()
+    run(photos, weights, tmp_path / "s.zarr")
+    assert photos.read == list(range(8, 16))
+    assert fingerprints(tmp_path / "s.zarr") == before
+
+
+# -- images that cannot be read --------------------------------------------------------------------------------
+
+
+def test_an_unreadable_image_stops_with_its_name_and_nothing_half_written(tmp_path, weights):
+    with pytest.raises(DataError, match=r"'photos/11\.jpg' .*/data/photos/11\.jpg is truncated\. .*--on-error skip"):
+        run(Photos(broken=(11,)), weights, tmp_path / "s.zarr")
+    store = FeatureStore.open(tmp_path / "s.zarr", require_complete=False)
+    assert store.missing_shards() == (1, 2)
+    run(Photos(), weights, tmp_path / "s.zarr")  # mended
+    run(Photos(), weights, tmp_path / "undisturbed.zarr")
+    assert fingerprints(tmp_path / "s.zarr") == fingerprints(tmp_path / "undisturbed.zarr")
+
+
+def test_an_unreadable_image_can_be_left_out(tmp_path, weights):
+    events = []
+    summary = run(Photos(broken=(11, 20)), weights, tmp_path / "s.zarr", on_error="skip", on_event=events.append)
+    assert summary.skipped == ("photos/11.jpg", "photos/20.jpg")
+    assert [event.skipped for event in events[1:]] == [(), ("photos/11.jpg",), ("photos/20.jpg",)]
+    store = FeatureStore.open(tmp_path / "s.zarr")
+    assert set(store.skipped) == {11, 20}
+    assert "truncated" in store.skipped[11]
+    assert store.size(11) == (0, 0)
+    run(Photos(), weights, tmp_path / "whole.zarr")
+    others = [i for i in range(21) if i not in (11, 20)]
+    whole = FeatureStore.open(tmp_path / "whole.zarr").features(others)
+    for stored, wanted in zip(store.features(others), whole, strict=True):
+        np.testing.assert_array_equal(stored, wanted)  # neighbours in its batch are not touched
+    assert run(Photos(), weights, tmp_path / "s.zarr").skipped == summary.skipped  # remembered
+
+
+def test_a_label_map_of_another_size(tmp_path, weights):
+    class Wrong(Photos):
+        def label(self, i):
+            return super().label(i)[:-1]
+
+    with pytest.raises(DataError, match=r"'photos/0\.jpg'.*\(49, 90\).* 50 x 90"):
+        run(Wrong(), weights, tmp_path / "s.zarr")
+
+
+# -- what cannot work ------------------------------------------------------------------------------------------
+
+
+def test_another_recipe_is_refused_and_changes_nothing(tmp_path, weights):
+    run(Photos(), weights, tmp_path / "s.zarr")
+    before = fingerprints(tmp_path / "s.zarr")
+    with pytest.raises(StoreMismatch, match="stored 'int8', wanted 'float32'"):
+        run(Photos(), weights, tmp_path / "s.zarr", precision="float32")
+    with pytest.raises(StoreMismatch, match="data set"):
+        run(Photos(20), weights, tmp_path / "s.zarr")
+    with pytest.raises(StoreMismatch, match="weights"):
+        run(Photos(), load_weights("squeezenet1_1", "random:1"), tmp_path / "s.zarr")
+    assert fingerprints(tmp_path / "s.zarr") == before
+
+
+def test_too_small_a_disk_is_told_before_any_work(tmp_path, weights, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1_000_000))
+    photos = Photos()
+    with pytest.raises(StoreError, match=r"needs [\d,]+ bytes more for 21 images; 1,000,000 are free"):
+        run(photos, weights, tmp_path / "s.zarr")
+    assert photos.read == []
+    monkeypatch.undo()
+    assert run(photos, weights, tmp_path / "s.zarr").written_shards == 3
+
+
+def test_a_disk_that_fills_up_on_the_way_is_told_and_the_run_can_be_finished(tmp_path, weights, monkeypatch):
+    real = store_module._assign
+
+    def full(array, images, values):
+        if images.start == 8 and array.name == "/level1":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(array, images, values)
+
+    monkeypatch.setattr(store_module, "_assign", full)
+    with pytest.raises(StoreError, match=r"Shard 1 of .*No space left.* are free there\. Free some space"):
+        run(Photos(), weights, tmp_path / "s.zarr")
+    monkeypatch.undo()
+    run(Photos(), weights, tmp_path / "s.zarr")
+    run(Photos(), weights, tmp_path / "undisturbed.zarr")
+    assert fingerprints(tmp_path / "s.zarr") == fingerprints(tmp_path / "undisturbed.zarr")
+
+
+def test_features_that_are_not_numbers(tmp_path, weights):
+    state = {name: tensor.clone() for name, tensor in weights.state_dict.items()}
+    state["features.12.expand3x3.bias"][3] = torch.nan
+    broken = Weights("squeezenet1_1", state, weights.sha256, "test")
+    with pytest.raises(StoreError, match=r"'photos/0\.jpg' hold NaN or infinity at level 2"):
+        run(Photos(), broken, tmp_path / "s.zarr", on_error="skip")
+
+
+def test_arguments_that_cannot_work(tmp_path, weights):
+    with pytest.raises(ConfigError, match="fail, skip"):
+        run(Photos(), weights, tmp_path / "s.zarr", on_error="ignore")
+    with pytest.raises(ConfigError, match="weights of squeezenet1_1, but the backbone is resnet50"):
+        extract(Photos(), weights, "resnet50", SIZE, "int8", tmp_path / "s.zarr")
+    assert list(tmp_path.iterdir()) == []
