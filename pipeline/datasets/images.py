@@ -81,6 +81,13 @@ def read_photo(path: Path, mask_size: Size | None = None) -> Image.Image:
     return rgb if turn is None else rgb.transpose(turn)
 
 
+def photo_size(path: Path, mask_size: Size | None = None) -> Size:
+    """(height, width) of what `read_photo` gives; reads the header only. Raises as `read_photo`."""
+    with _opened(path) as image:
+        turn = _turn(image, path, mask_size)
+        return (image.width, image.height) if turn in _SWAPPING else (image.height, image.width)
+
+
 def image_size(path: Path) -> Size:
     """(height, width) of the stored pixels; reads the header only."""
     with _opened(path) as image:
@@ -219,12 +226,8 @@ def class_label(
 
 def object_pixels(label: np.ndarray, ignore_label: int) -> dict[int, int]:
     """Class id -> number of its pixels in a label map, background and ignored pixels left out."""
-    values, counts = np.unique(label, return_counts=True)
-    return {
-        int(value) - 1: int(count)
-        for value, count in zip(values, counts, strict=True)
-        if value not in (0, ignore_label)
-    }
+    counts = np.bincount(label.ravel())
+    return {int(value) - 1: int(counts[value]) for value in counts.nonzero()[0] if value not in (0, ignore_label)}
 
 
 @contextmanager

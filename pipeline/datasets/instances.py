@@ -66,31 +66,39 @@ class InstanceMasks:
         """Names of all images, sorted; those without an object too."""
         return tuple(sorted(read_annotations(self.path).images))
 
+    def size(self, file: str) -> tuple[int, int]:
+        """(height, width) of an image as the file states it."""
+        height, width, _ = self._image(file)
+        return height, width
+
     def label(self, file: str) -> np.ndarray:
         """Mask (H, W) of an image: 0 background, class id + 1; uint8, or uint16 from 255 classes on.
 
         Raises:
             DataError: the image is not annotated here, or an outline in it is broken.
         """
-        annotations = read_annotations(self.path)
-        if file not in annotations.images:
-            raise DataError(f"{self.path} has no image {file}.")
-        height, width, instances = annotations.images[file]
+        height, width, instances = self._image(file)
         shapes = [(instance, self._drawn(file, instance, height, width)) for instance in instances]
         shapes.sort(key=lambda pair: (not pair[0].crowd, -int(pair[1].sum()), pair[0].id))
-        label = np.zeros((height, width), np.uint8 if len(annotations.classes) < 255 else np.uint16)
+        label = np.zeros((height, width), np.uint8 if len(self.classes) < 255 else np.uint16)
         for instance, shape in shapes:
             label[shape] = instance.class_id + 1
         return label
 
     def listed_classes(self, file: str, min_share: float) -> tuple[int, ...]:
         """Classes whose annotated areas, crowds left out, sum up to at least `min_share` of the image."""
-        height, width, instances = read_annotations(self.path).images[file]
+        height, width, instances = self._image(file)
         areas: dict[int, float] = {}
         for instance in instances:
             if not instance.crowd:
                 areas[instance.class_id] = areas.get(instance.class_id, 0.0) + instance.area
         return tuple(sorted(c for c, area in areas.items() if area > 0 and area >= min_share * height * width))
+
+    def _image(self, file: str) -> tuple[int, int, tuple[Instance, ...]]:
+        images = read_annotations(self.path).images
+        if file not in images:
+            raise DataError(f"{self.path} has no image {file}.")
+        return images[file]
 
     def _drawn(self, file: str, instance: Instance, height: int, width: int) -> np.ndarray:
         if instance.runs is not None:
