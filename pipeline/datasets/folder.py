@@ -189,7 +189,7 @@ class _ClassFolders:
         self.classes = dict(enumerate(names))
         self._pairs = [(photo, mask, c) for c, name in self.classes.items() for photo, mask in pairs[name]]
         self.ids = tuple(photo for photo, _, _ in self._pairs)
-        self.listed = tuple((class_id,) for _, _, class_id in self._pairs)
+        self.listed: Listed = tuple((class_id,) for _, _, class_id in self._pairs)
 
     def photo(self, i: int) -> Path:
         return self.root / self._pairs[i][0]
