@@ -177,7 +177,7 @@ def import_published(source: Path, target: Path, backbone: str | None = None, im
         raise CheckpointError(f"No checkpoint at {source}.")
     try:
         content = torch.load(source, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(
             f"{source} is not a file of plain tensors and was not executed: {reason} Nothing was imported."

@@ -163,7 +163,8 @@ def write_rows(path: Path, rows: pa.Table) -> None:
         pq.write_table(rows, part, compression="zstd")
         os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        if part.is_file():
+            part.unlink()
         raise DataError(f"Cannot write {path}: {error.strerror or error}. Nothing was left there.") from error
 
 

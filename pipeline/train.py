@@ -98,13 +98,15 @@ def fit(
     """
     ranks = ranks or Alone()
     _check_source(config, source)
+    stream, selection = training_stream(config, source), selection_stream(config, source)
     torch.manual_seed(config.seed)
     model = HSNet(**config.learner_arguments).to(device)
     optimiser = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
     run = RunDir(run_dir, config, write=ranks.rank == 0)
     progress = run.load(model, optimiser)
     resumed_at = progress.step
-    trainer = _Trainer(config, source, run, ranks, device, micro_batch or config.batch_size, model, optimiser, progress)
+    trainer = _Trainer(config, source, run, ranks, model, optimiser, progress, stream, selection)
+    trainer.device, trainer.micro_batch = device, micro_batch or config.batch_size
     trainer.on_event = on_event if ranks.rank == 0 else None
     started = time.monotonic()
     with trainer:
@@ -171,17 +173,18 @@ class _Trainer:
         source: FeatureSource,
         run: RunDir,
         ranks: Ranks,
-        device: str,
-        micro_batch: int,
         model: HSNet,
         optimiser: torch.optim.Optimizer,
         progress: Progress,
+        stream: EpisodeStream,
+        selection: EpisodeStream | None,
     ) -> None:
-        self.config, self.source, self.run, self.ranks, self.device = config, source, run, ranks, device
-        self.micro_batch, self.model, self.optimiser, self.progress = micro_batch, model, optimiser, progress
-        self.stream = training_stream(config, source)
-        self.selection = selection_stream(config, source)
+        self.config, self.source, self.run, self.ranks = config, source, run, ranks
+        self.model, self.optimiser, self.progress = model, optimiser, progress
+        self.stream, self.selection = stream, selection
         self.wrapped = ranks.wrap(model)
+        self.device = "cpu"
+        self.micro_batch = config.batch_size
         self.on_event: Callable[[Event], None] | None = None
         self.losses: list[float] = []
 

@@ -1,0 +1,75 @@
+"""A tiny real setting: 64 px shapes, the real SqueezeNet, features computed once and kept in memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hsnet.backbone import FrozenBackbone
+from pipeline.config import RunConfig
+from pipeline.datasets.shapes import Shapes
+from pipeline.features import OnlineSource
+from pipeline.recipe import Recipe
+from pipeline.weights import load_weights
+
+
+class RememberingSource(OnlineSource):
+    """Online features and labels, each computed once, one image at a time."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.kept = {}
+        self.maps = {}
+
+    def labels(self, images):
+        for image in images:
+            if image not in self.maps:
+                self.maps[image] = super().labels([image])[0]
+        return torch.stack([self.maps[image] for image in images])
+
+    def features(self, images):
+        for image in images:
+            if image not in self.kept:
+                self.kept[image] = [level[0] for level in super().features([image])]
+        return [torch.stack([self.kept[image][level] for image in images]) for level in range(3)]
+
+
+@pytest.fixture(scope="session")
+def squeezenet():
+    return load_weights("squeezenet1_1")
+
+
+@pytest.fixture(scope="session")
+def tiny_shapes():
+    return Shapes(size=64, trn_per_class=3, val_per_class=4)
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(squeezenet):
+    return Recipe.of("squeezenet1_1", squeezenet.sha256, 64, "float32")
+
+
+@pytest.fixture(scope="session")
+def tiny_source(tiny_shapes, squeezenet, tiny_recipe):
+    return RememberingSource(tiny_shapes, FrozenBackbone("squeezenet1_1", squeezenet.state_dict), tiny_recipe)
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_shapes, tiny_recipe):
+    """Builds run configurations for the tiny setting."""
+
+    def build(**changes):
+        values = {
+            "fold": 0,
+            "recipe": tiny_recipe,
+            "data": tiny_shapes.index.digest,
+            "steps": 4,
+            "batch_size": 4,
+            "validate_every": 2,
+            "validate_episodes": 6,
+            # A slim learner: the loop is under test here, not the model.
+            "learner": {"channels": [4, 8, 16]},
+        }
+        return RunConfig(**{**values, **changes})
+
+    return build

@@ -1,0 +1,195 @@
+"""Evaluation: rows that any number of workers repeats, and scores made of them."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from hsnet.errors import ConfigError, DataError
+from hsnet.model import HSNet
+from hsnet.vote import vote
+from pipeline.evaluate import COUNTS, evaluate, score, write_rows
+from pipeline.features import load_batch
+from pipeline.segmenters import CosineSegmenter, LearnedSegmenter, cosine_scores, fit_cosine_threshold, forward_batch
+
+
+def learner():
+    """An untrained head that answers both ways: the last bias decides where its near-constant logits fall."""
+    torch.manual_seed(0)
+    model = HSNet((4, 2, 2), (4, 8, 16)).eval()
+    with torch.no_grad():
+        model.decode_fine[-1].bias.copy_(torch.tensor([0.0, 0.0]))
+        model.decode_fine[-1].weight.mul_(10)
+    return model
+
+
+class Truthful:
+    """Answers with the truth for the first support, with nothing for the others."""
+
+    def masks(self, batch):
+        nothing = torch.zeros_like(batch.target)
+        return torch.stack([batch.target] + [nothing] * (batch.shots - 1))
+
+
+def run(source, make=lambda: LearnedSegmenter(learner()), **options):
+    options = {"fold": 0, "episodes": 30, **options}
+    return evaluate(make, lambda: source, source.index, **options)
+
+
+def test_perfect_answers_score_100(tiny_source):
+    result = run(tiny_source, Truthful)
+    assert result.scores[0].miou == 100
+    assert result.scores[0].fb_iou == 100
+    assert set(result.scores[0].per_class) == set(tiny_source.index.split(0, "test").class_ids)
+    assert sum(result.scores[0].episodes_per_class.values()) == 30
+
+
+def test_counts_of_a_row_are_those_of_its_episode(tiny_source):
+    """Recount one row from its image ids with plain numpy."""
+    result = run(tiny_source, shots=(3,), episodes=4)
+    row = result.rows.to_pylist()[2]
+    numbers = {image: number for number, image in enumerate(tiny_source.index.images)}
+    value = row["class_id"] + 1
+    truth = (tiny_source.labels([numbers[row["query"]]]) == value)[0].numpy()
+    batch = load_batch(tiny_source, [next_episode(numbers, row)])
+    prediction = vote(LearnedSegmenter(learner()).masks(batch))[0].numpy()
+    assert [row[name] for name in COUNTS] == [
+        int((~prediction & ~truth).sum()),
+        int((prediction & truth).sum()),
+        int((~(prediction & truth)).sum()),
+        int((prediction | truth).sum()),
+    ]
+    assert row["class_name"] == tiny_source.index.classes[row["class_id"]]
+    assert len(row["supports"]) == 3
+
+
+def next_episode(numbers, row):
+    from pipeline.episodes import Episode
+
+    return Episode(numbers[row["query"]], tuple(numbers[s] for s in row["supports"]), row["class_id"])
+
+
+def test_fewer_shots_come_from_the_same_pass(tiny_source):
+    """1-shot rows of a 1,3-shot evaluation are those of a 1-shot evaluation."""
+    both = run(tiny_source, shots=(3, 1))
+    alone = run(tiny_source, shots=(1,))
+    assert [s.shots for s in both.scores] == [1, 3]
+    first = [row for row in both.rows.to_pylist() if row["shots"] == 1]
+    assert first == alone.rows.to_pylist()
+
+
+def test_rows_do_not_depend_on_the_order_of_work(tiny_source):
+    class Backwards:
+        def map(self, make_worker, items):
+            worker = make_worker()
+            for item in reversed(list(items)):
+                yield item, worker(item)
+
+    assert run(tiny_source, episodes=60, runner=Backwards()).rows == run(tiny_source, episodes=60).rows
+
+
+def test_reference_episodes_repeat_the_published_order(tiny_source):
+    """Queries go through the test list; every K draws its own 1,000 episodes."""
+    result = run(tiny_source, Truthful, episodes="reference", shots=(1, 2))
+    rows = [row for row in result.rows.to_pylist() if row["shots"] == 1]
+    listed = [tiny_source.index.images[image] for image, _ in tiny_source.index.split(0, "test").entries]
+    assert len(rows) == 1000
+    assert [row["query"] for row in rows[: len(listed)]] == listed
+    assert result.protocol["fingerprints"]["1"] != result.protocol["fingerprints"]["2"]
+
+
+def test_ignored_pixels_are_counted_in_their_own_columns(tiny_source):
+    """With an ignore label the published counts leave those pixels out; the `_all` columns do not."""
+
+    class WithBoundary:
+        def __init__(self, source):
+            self.source = source
+
+        def __getattr__(self, name):
+            return getattr(self.source, name)
+
+        def labels(self, images):
+            labels = self.source.labels(images).clone()
+            labels[:, :8] = self.source.index.ignore_label
+            return labels
+
+    from dataclasses import replace
+
+    class Index(WithBoundary):
+        @property
+        def index(self):
+            return replace(self.source.index, has_ignore=True)
+
+    row = run(Index(tiny_source), episodes=1).rows.to_pylist()[0]
+    assert row["union_background"] + row["intersection"] == 64 * 56
+    assert row["union_background_all"] + row["intersection_all"] == 64 * 64
+
+
+def test_scores_come_from_the_rows_alone(tiny_source, tmp_path):
+    result = run(tiny_source, shots=(1, 2), protocol={"store": "sha256:abc"})
+    write_rows(tmp_path / "rows.parquet", result.rows)
+    table = pq.read_table(tmp_path / "rows.parquet")
+    stored = json.loads(table.schema.metadata[b"hsnet"])
+    assert stored["store"] == "sha256:abc"
+    assert stored["data"] == tiny_source.index.digest
+    class_ids = tiny_source.index.split(0, "test").class_ids
+    assert tuple(score(table, k, class_ids) for k in (1, 2)) == result.scores
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.parquet"]
+
+
+def test_passes_are_split_without_changing_a_row(tiny_source, monkeypatch):
+    whole = run(tiny_source, shots=(2,), episodes=5).rows
+    monkeypatch.setattr("pipeline.segmenters.FORWARD_ELEMENTS", 1)
+    assert forward_batch(load_batch(tiny_source, [tiny_episode(tiny_source)])) == 1
+    split = run(tiny_source, shots=(2,), episodes=5).rows
+    ours, theirs = (np.array([[row[name] for name in COUNTS] for row in rows.to_pylist()]) for rows in (whole, split))
+    # Another batch size rounds differently; a pixel whose logits tie within 1e-6 may change sides.
+    assert abs(ours - theirs).max() <= 4
+
+
+def tiny_episode(source):
+    from pipeline.episodes import EpisodeStream
+
+    return EpisodeStream(source.index, 0, "test", 1, 0)[0]
+
+
+def test_cosine_threshold_is_the_best_on_training_episodes(tiny_source):
+    fitted = fit_cosine_threshold(tiny_source, 0, episodes=40)
+    assert 0 < fitted.threshold < 1
+
+    def on_training(threshold):
+        return run(tiny_source, lambda: CosineSegmenter(threshold), role="trn", episodes=40).scores[0].miou
+
+    best = on_training(fitted.threshold)
+    assert best > 0
+    assert all(best >= on_training(other) for other in (0.1, fitted.threshold - 0.05, fitted.threshold + 0.05, 0.9))
+
+
+def test_cosine_scores_are_high_on_the_object_of_the_support_itself(tiny_source):
+    """Query and support the same photo: every object position finds itself."""
+    from pipeline.episodes import Episode
+
+    episode = tiny_episode(tiny_source)
+    batch = load_batch(tiny_source, [Episode(episode.query, (episode.query,), episode.class_id)])
+    scores = cosine_scores(batch)[0, 0]
+    inside = batch.target[0]
+    assert scores[inside].mean() > scores[~inside].mean() + 0.1
+
+
+def test_bad_settings_are_named(tiny_source, tmp_path):
+    with pytest.raises(ConfigError, match="no fold 9"):
+        run(tiny_source, fold=9)
+    with pytest.raises(ConfigError, match="5-shot episode needs 6 images of its class"):
+        run(tiny_source, shots=(5,))
+    with pytest.raises(ConfigError, match=r"shots must be one or more numbers from 1, got \[0\]"):
+        run(tiny_source, shots=(0,))
+    with pytest.raises(ConfigError, match="episodes must be at least 1"):
+        run(tiny_source, episodes=0)
+    first = tiny_source.index.split(0, "test").entries[0][0]
+    with pytest.raises(ConfigError, match="need 1 images that were skipped"):
+        run(tiny_source, Truthful, episodes="reference", skipped=[first])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="Cannot write"):
+        write_rows(tmp_path / "file" / "rows.parquet", run(tiny_source, Truthful, episodes=1).rows)
