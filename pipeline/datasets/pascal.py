@@ -208,7 +208,7 @@ def _index(trn: Lists, val: Lists, classes: Mapping[int, str], notes: tuple[str,
     test = {fold: val.get(fold) for fold in range(FOLDS)}
     number = {name: i for i, name in enumerate(images)}
     splits = fold_splits(train, test, lambda fold: _novel(fold, classes), classes, number)
-    splits = {fold: roles for fold, roles in splits.items() if roles["trn"].entries or roles["test"].entries}
+    splits = {fold: roles for fold, roles in splits.items() if (train[fold], test[fold]) != (None, None)}
     return DatasetIndex(
         name="pascal",
         classes=dict(classes),
