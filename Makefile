@@ -31,7 +31,7 @@ venv: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found (zarr 3 needs it). Install one, or name it:" \
 		"make venv PYTHON=/path/to/python3"; exit 1; }
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than Python" \
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is missing or older than Python" \
 		"3.11, which zarr 3 needs. Name a newer one: make venv PYTHON=/path/to/python3"; exit 1; }
 	@test -x $(BIN)/pip || { rm -rf .venv && "$(PYTHON)" -m venv .venv; } || { rm -rf .venv; \
 		echo "Could not create .venv with $(PYTHON). On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }

@@ -28,7 +28,10 @@ DATASETS: dict[str, str] = {
 class Dataset(Protocol):
     """Images with label maps, by their number in the index. Can be pickled: every worker gets a copy."""
 
-    index: DatasetIndex
+    @property
+    def index(self) -> DatasetIndex:
+        """Classes, images and lists."""
+        ...
 
     def image(self, i: int, /) -> Image.Image:
         """Image `i` as RGB at its own size. Raises DataError naming the file."""
