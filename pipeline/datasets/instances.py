@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -78,7 +79,7 @@ class InstanceMasks:
             DataError: the image is not annotated here, or an outline in it is broken.
         """
         height, width, instances = self._image(file)
-        shapes = [(instance, self._drawn(file, instance, height, width)) for instance in instances]
+        shapes = [(instance, _drawn(instance, height, width)) for instance in instances]
         shapes.sort(key=lambda pair: (not pair[0].crowd, -int(pair[1].sum()), pair[0].id))
         label = np.zeros((height, width), np.uint8 if len(self.classes) < 255 else np.uint16)
         for instance, shape in shapes:
@@ -99,17 +100,6 @@ class InstanceMasks:
         if file not in images:
             raise DataError(f"{self.path} has no image {file}.")
         return images[file]
-
-    def _drawn(self, file: str, instance: Instance, height: int, width: int) -> np.ndarray:
-        if instance.runs is not None:
-            inside = np.arange(len(instance.runs)) % 2 == 1
-            return np.repeat(inside, instance.runs).reshape(width, height).T
-        outlines = [polygon for polygon in instance.polygons or () if len(polygon) >= 6]
-        if not outlines:
-            return np.zeros((height, width), bool)
-        pieces = coco_mask.frPyObjects([polygon.tolist() for polygon in outlines], height, width)
-        drawn: np.ndarray = coco_mask.decode(coco_mask.merge(pieces)).astype(bool)
-        return drawn
 
 
 @lru_cache(maxsize=4)
@@ -183,6 +173,19 @@ def _instance(raw: Any, class_of: dict[int, int], height: int, width: int) -> In
     if not math.isfinite(area) or area < 0:
         raise ValueError(f"annotation {number} has area {area}")
     return Instance(number, class_of[raw["category_id"]], bool(raw.get("iscrowd", 0)), area, polygons, runs)
+
+
+def _drawn(instance: Instance, height: int, width: int) -> np.ndarray:
+    """(H, W) bool: true inside."""
+    runs: Sequence[int] | np.ndarray | None = instance.runs
+    if runs is None:
+        outlines = [polygon.tolist() for polygon in instance.polygons or () if len(polygon) >= 6]
+        if not outlines:
+            return np.zeros((height, width), bool)
+        merged = coco_mask.merge(coco_mask.frPyObjects(outlines, height, width))
+        # Not coco_mask.decode: 2.0.11 warns with numpy 2, and would need checked lengths.
+        runs = _uncompressed(merged["counts"].decode())
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 
 
 def _uncompressed(text: str) -> list[int]:
