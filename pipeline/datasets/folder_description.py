@@ -15,6 +15,8 @@ from pipeline.datasets.listing import MIN_OBJECT_SHARE
 
 LAYOUTS = ("masks", "classes", "coco")
 MAX_BYTES = 1_000_000
+MAX_BRACKETS = 200
+"""The YAML scanner takes time with the square of their nesting: 5000 took 11 s."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,8 @@ def read_description(path: Path) -> Description:
         if path.stat().st_size > MAX_BYTES:
             raise DataError(f"{path} has more than {MAX_BYTES} bytes; a description is a few lines.")
         text = path.read_text(encoding="utf-8")
+        if text.count("[") + text.count("{") > MAX_BRACKETS:
+            raise DataError(f"{path} has more than {MAX_BRACKETS} opening brackets; a description has one per fold.")
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
             raise DataError(f"{path} uses aliases (*name), which a description does not need.")
         raw = yaml.safe_load(text)
