@@ -24,6 +24,17 @@ from collections.abc import Mapping, Sequence
 class HSNetError(Exception):
     """Base of all errors that a user can cause and mend."""
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # Python would call the class with the message alone, which fails for those that carry more: an error of a
+        # worker process could not reach the process that reports it.
+        return _rebuild, (type(self), self.args, vars(self))
+
+
+def _rebuild(cls: type[HSNetError], args: tuple[object, ...], attributes: Mapping[str, object]) -> HSNetError:
+    error = cls.__new__(cls, *args)
+    vars(error).update(attributes)
+    return error
+
 
 class ConfigError(HSNetError):
     """An option or a combination of options cannot work."""

@@ -1,0 +1,108 @@
+"""The runner of `pipeline.runner` on Ray: plain tasks, whose worker is cached in the process that runs them."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any, TypeVar
+
+import ray
+import torch
+from ray import cloudpickle
+
+from hsnet.errors import ClusterError, HSNetError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+ATTEMPTS = 8
+"""Times an item is started if the process or machine that works on it dies."""
+
+_workers: dict[str, Callable[[Any], Any]] = {}  # in a Ray worker process: the worker of the current `map`
+
+
+class RayRunner:
+    """Maps a function over items on the Ray of the current `cluster.session`.
+
+    Args:
+        workers: items worked on at a time. Each takes one CPU.
+        gpus: GPUs (or a share of one) per item.
+
+    Tasks and not actors, because Ray repeats a task whose process or node died without any code here, and work is
+    repeatable. The function is made once per process, as `Runner` demands: `max_calls=0` keeps GPU processes alive
+    between tasks. Results must be small; they pass through Ray's object store.
+    """
+
+    def __init__(self, workers: int, gpus: float = 0) -> None:
+        if workers < 1:
+            raise ValueError(f"A Ray runner needs at least one worker, got {workers}.")
+        self.workers = workers
+        self.gpus = gpus
+
+    def map(self, make_worker: Callable[[], Callable[[T], R]], items: Iterable[T]) -> Iterator[tuple[T, R]]:
+        """Yield (item, result) as results come.
+
+        Raises:
+            HSNetError: raised by the function, as itself; work in progress is cancelled.
+            ClusterError: no session, an item's processes died `ATTEMPTS` times, or Ray itself broke.
+        """
+        if not ray.is_initialized():
+            raise ClusterError("Ray is not running. Use a RayRunner inside `with cluster.session.session(...)`.")
+        make_remote = ray.remote(
+            num_cpus=1,
+            num_gpus=self.gpus,
+            max_calls=0,
+            max_retries=ATTEMPTS - 1,
+            scheduling_strategy="SPREAD",
+        )
+        task = make_remote(_run)
+        key = uuid.uuid4().hex
+        # In a list, so that Ray hands over the reference: only a process that has no worker yet fetches the bytes.
+        made = [ray.put(cloudpickle.dumps(make_worker))]
+        running: dict[Any, T] = {}
+        waiting = iter(items)
+        try:
+            _submit(task, key, made, waiting, running, self.workers)
+            while running:
+                (done,), _ = ray.wait(list(running), num_returns=1)
+                item = running.pop(done)
+                result = _result(done, item)
+                _submit(task, key, made, waiting, running, self.workers)  # before the caller takes its time
+                yield item, result
+        finally:
+            for reference in running:
+                ray.cancel(reference)
+
+
+def _submit(task: Any, key: str, made: list[Any], waiting: Iterator[T], running: dict[Any, T], limit: int) -> None:
+    for item in islice(waiting, limit - len(running)):
+        running[task.remote(key, made, item)] = item
+
+
+def _run(key: str, made: list[Any], item: Any) -> tuple[bool, Any]:
+    """(True, result), or (False, error) for an error of the user's: Ray would wrap it."""
+    try:
+        if key not in _workers:
+            _workers.clear()  # one map at a time: let the previous one's backbone go
+            torch.set_num_threads(1)
+            _workers[key] = cloudpickle.loads(ray.get(made[0]))()
+        return True, _workers[key](item)
+    except HSNetError as error:
+        return False, error
+
+
+def _result(reference: Any, item: object) -> Any:
+    try:
+        worked, value = ray.get(reference)
+    except ray.exceptions.RayTaskError:
+        raise  # a bug in the function; Ray shows its traceback
+    except ray.exceptions.RayError as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ClusterError(
+            f"Ray lost the work on item {item!r} for good, after up to {ATTEMPTS} attempts: {lines[0]} Often the "
+            f"machine ran out of memory: use fewer workers. Run the same command again to continue."
+        ) from error
+    if not worked:
+        raise value
+    return value

@@ -1,0 +1,31 @@
+"""One local Ray for all tests of this folder: starting it takes five seconds."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+
+import pytest
+
+from cluster.runner import RayRunner
+from cluster.session import session
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        with session("local", num_cpus=3, num_gpus=0, object_store_bytes=100 << 20):
+            yield
+
+
+@pytest.fixture
+def ray_runner(local_ray: None, request: pytest.FixtureRequest) -> Iterator[RayRunner]:
+    """Two workers. The test's module is sent along with what it defines: workers cannot import tests."""
+    from ray import cloudpickle
+
+    module = sys.modules[request.module.__name__]
+    cloudpickle.register_pickle_by_value(module)
+    yield RayRunner(2)
+    cloudpickle.unregister_pickle_by_value(module)

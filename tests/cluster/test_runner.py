@@ -1,0 +1,154 @@
+"""One contract, every runner; and what only processes can do: die."""
+
+import os
+import signal
+import threading
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from hsnet import errors
+from hsnet.errors import ClusterError, DataError, StoreIncomplete, StoreMismatch
+from pipeline.runner import SerialRunner
+
+
+@pytest.fixture(params=["serial", "ray"])
+def runner(request):
+    return SerialRunner() if request.param == "serial" else request.getfixturevalue("ray_runner")
+
+
+def make_doubler():
+    return lambda item: 2 * item
+
+
+def test_every_item_comes_back_once(runner):
+    assert sorted(runner.map(make_doubler, range(9))) == [(i, 2 * i) for i in range(9)]
+    assert list(runner.map(make_doubler, [])) == []
+
+
+def test_closures_and_partials_can_make_workers(runner):
+    factor = 7
+
+    def make():
+        return lambda item: factor * item
+
+    assert sorted(runner.map(make, [1, 2])) == [(1, 7), (2, 14)]
+    assert dict(runner.map(partial(_Adder, 5), [1, 2])) == {1: 6, 2: 7}
+
+
+class _Adder:
+    def __init__(self, number):
+        self.number = number
+
+    def __call__(self, item):
+        return self.number + item
+
+
+def test_torch_has_one_thread(runner):
+    assert {n for _, n in runner.map(lambda: lambda item: torch.get_num_threads(), range(4))} == {1}
+
+
+def test_the_worker_is_made_once_per_process(runner, tmp_path):
+    def make():
+        (tmp_path / f"{os.getpid()}-{threading.get_ident()}-{os.urandom(4).hex()}").touch()
+        return lambda item: os.getpid()
+
+    processes = {pid for _, pid in runner.map(make, range(12))}
+    assert len(list(tmp_path.iterdir())) <= len(processes) + 2  # a process may have started but got no item
+
+
+ERRORS = [
+    DataError("photo 3 is broken"),
+    StoreMismatch("other recipe", {"backbone": ("a", "b")}),
+    StoreIncomplete("half", [1, 2]),
+    errors.CheckpointMismatch("other", {"backbone": ("a", "b")}),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_user_errors_come_as_themselves_with_what_they_carry(runner, error):
+    def make():
+        def worker(item):
+            raise error
+
+        return worker
+
+    with pytest.raises(type(error)) as caught:
+        list(runner.map(make, [1, 2, 3]))
+    assert type(caught.value) is type(error)
+    assert str(caught.value) == str(error)
+    assert vars(caught.value) == vars(error)
+
+
+def test_an_error_while_making_the_worker(runner):
+    def make():
+        raise DataError("no such folder")
+
+    with pytest.raises(DataError, match="no such folder"):
+        list(runner.map(make, [1]))
+
+
+def test_bugs_keep_their_type(runner):
+    with pytest.raises(ZeroDivisionError):
+        list(runner.map(lambda: lambda item: 1 // item, [0]))
+
+
+def test_items_are_asked_for_as_they_are_needed(ray_runner):
+    asked = []
+
+    def items():
+        for i in range(100):
+            asked.append(i)
+            yield i
+
+    results = ray_runner.map(make_doubler, items())
+    next(results)
+    assert len(asked) <= 4
+    results.close()
+
+
+def test_an_item_whose_process_is_killed_is_done_by_another(ray_runner, tmp_path):
+    def make():
+        def worker(item):
+            if item == 2:
+                die_once(tmp_path / "died")
+            return 2 * item
+
+        return worker
+
+    assert sorted(ray_runner.map(make, range(6))) == [(i, 2 * i) for i in range(6)]
+    assert (tmp_path / "died").exists()
+
+
+def test_an_item_that_kills_every_process_is_a_clear_error(ray_runner, monkeypatch):
+    monkeypatch.setattr("cluster.runner.ATTEMPTS", 2)
+
+    def make():
+        def worker(item):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        return worker
+
+    with pytest.raises(ClusterError, match=r"item 'photo' for good.*fewer workers"):
+        list(ray_runner.map(make, ["photo"]))
+
+
+def test_without_a_session_it_says_so(monkeypatch):
+    from cluster import runner as module
+
+    monkeypatch.setattr(module.ray, "is_initialized", lambda: False)
+    with pytest.raises(ClusterError, match="session"):
+        list(module.RayRunner(1).map(make_doubler, [1]))
+    with pytest.raises(ValueError, match="at least one"):
+        module.RayRunner(0)
+
+
+def die_once(marker: Path) -> None:
+    """Kill this process as the kernel would, but only the first that comes here."""
+    try:
+        marker.touch(exist_ok=False)
+    except FileExistsError:
+        return
+    os.kill(os.getpid(), signal.SIGKILL)
