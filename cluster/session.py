@@ -60,6 +60,9 @@ def session(
         local = address == "local"
         environment = _local_environment() if local else {}
         with _environment(environment):
+            if local:
+                # Ray read RAY_AUTH_MODE when it was imported, which may have been before it was set here.
+                ray._raylet.Config.initialize("")
             options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
             if local:
                 options |= {
