@@ -11,11 +11,10 @@ import contextlib
 import dataclasses
 import errno
 import json
-import logging
-import math
 import os
+import shlex
+import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,9 +22,23 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from hsnet.errors import ConfigError, HSNetError
+from pipeline.terminal import (
+    Progress,
+    fact_lines,
+    plain,
+    printable,
+    set_up_logging,
+    size_text,
+    table,
+    time_text,
+)
 
 if TYPE_CHECKING:
+    from pipeline.config import RunConfig
     from pipeline.datasets import Dataset
+    from pipeline.features import FeatureSource
+    from pipeline.runner import Runner
+    from pipeline.train import FitSummary
 
 DISTRIBUTION = "hsnet-pipeline"
 
@@ -42,9 +55,6 @@ SECTIONS = (
     ("Machine", ("doctor", "demo")),
 )
 """The commands in the order of the pipeline, under the headings of --help."""
-
-PLAIN_PROGRESS_S = 5.0
-"""Seconds between two progress lines when stderr is not a terminal."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -147,6 +157,24 @@ class Device(click.ParamType):
         return str(value)
 
 
+class Whole(click.ParamType):
+    """A whole number that is not too small."""
+
+    name = "n"
+
+    def __init__(self, least: int = 1) -> None:
+        self.least = least
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            number = int(value)
+        except ValueError:
+            self.fail(f"'{value}' is not a whole number", param, ctx)
+        if number < self.least:
+            self.fail(f"{number} is less than {self.least}", param, ctx)
+        return number
+
+
 class Integers(click.ParamType):
     """Positive whole numbers, separated by commas."""
 
@@ -159,6 +187,17 @@ class Integers(click.ParamType):
         if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
             self.fail(f"'{value}' is not a list of positive whole numbers such as 1,5", param, ctx)
         return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+class Episodes(click.ParamType):
+    """A positive whole number, or the word reference."""
+
+    name = "episodes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value != "reference" and not (str(value).isdecimal() and int(value) > 0):
+            self.fail(f"'{value}' is neither a positive whole number nor 'reference'", param, ctx)
+        return value if value == "reference" else int(value)
 
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -189,7 +228,7 @@ weights_option = click.option(
 )
 image_size_option = click.option(
     "--image-size",
-    type=click.IntRange(32, 2048),
+    type=Whole(32),
     default=400,
     show_default=True,
     help="Side of the square that photos are squashed to, pixels.",
@@ -198,14 +237,12 @@ store_option = click.option(
     "--store", type=ANY_PATH, metavar="S.zarr", required=True, help="Feature store made by `hsnet extract`."
 )
 fold_option = click.option(
-    "--fold", type=click.IntRange(0), default=0, show_default=True, help="Fold whose classes are held out."
+    "--fold", type=Whole(0), default=0, show_default=True, help="Fold whose classes are held out."
 )
-seed_option = click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same episodes."
-)
+seed_option = click.option("--seed", type=Whole(0), default=0, show_default=True, help="Same seed, same episodes.")
 workers_option = click.option(
     "--workers",
-    type=click.IntRange(0),
+    type=Whole(0),
     default=0,
     show_default=True,
     help="Ray workers; 0 works in this process without Ray.",
@@ -234,187 +271,24 @@ def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
 
 
 common_options = options(json_option, quiet_option)
-cluster_options = options(workers_option, address_option)
-
-
-# ---------------------------------------------------------------------------------------------- output
-
-
-def emit(result: Any, text: str, as_json: bool) -> None:
-    """Print a result on stdout: as JSON for machines, as text for people."""
-    click.echo(json.dumps(plain(result), indent=2, allow_nan=False) if as_json else text)
-
-
-def plain(value: Any) -> Any:
-    """Anything a stage returns, as what JSON can hold. NaN and infinity become null: JSON has neither."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(item) for item in value]
-    if isinstance(value, Path):
-        return printable(value)
-    if hasattr(value, "tolist"):  # numpy and torch
-        return plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def printable(path: Path | str) -> str:
-    """A path that is safe to print: control characters and bytes that are no text are shown as escapes."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def size_text(nbytes: float) -> str:
-    """1536 -> '1.5 KB' (powers of 1000, as disks are sold)."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} TB"
-
-
-def time_text(seconds: float) -> str:
-    """75.3 -> '1:15'; below ten seconds with one decimal, '4.2 s'."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def table(rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:
-    """Columns of text; the first to the left, the others to the right."""
-    every = [list(head), *map(list, rows)] if head else [list(row) for row in rows]
-    widths = [max(len(row[column]) for row in every) for column in range(len(every[0]))]
-    lines = [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in every
-    ]
-    if head:
-        lines.insert(1, "-" * len(lines[0]))
-    return "\n".join(line.rstrip() for line in lines)
-
-
-class Progress:
-    """A bar on a terminal, a plain line every few seconds elsewhere; on stderr in any case.
-
-    `update(done, total, note)` may be called as often as you like.
-    """
-
-    def __init__(self, what: str, unit: str, quiet: bool = False) -> None:
-        self.what, self.unit, self.quiet = what, unit, quiet
-        self._started = self._last = time.monotonic()
-        self._first: int | None = None
-        self._shown = -1
-        self._state: tuple[int, int | None, str] = (0, None, "")
-        self._bar: Any = None
-        self._task: Any = None
-
-    def __enter__(self) -> Progress:
-        if not self.quiet and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, TextColumn
-            from rich.progress import Progress as Bar
-
-            self._bar = Bar(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=30),
-                TextColumn("{task.fields[facts]}"),
-                console=Console(stderr=True),
-                transient=False,
-            )
-            self._bar.start()
-            self._task = self._bar.add_task(self.what, total=None, facts="starting")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
-        elif not self.quiet and self._state[0] != self._shown:
-            self._print_line()
-
-    def update(self, done: int, total: int | None = None, note: str = "") -> None:
-        """Show that `done` of `total` units are done. The rate counts what was done since the first call."""
-        now = time.monotonic()
-        if self._first is None:
-            self._first, self._started, self._last = done, now, now
-        self._state = (done, total, note)
-        if self._bar:
-            self._bar.update(self._task, completed=done, total=total, facts=self._facts())
-        elif not self.quiet and now - self._last >= PLAIN_PROGRESS_S:
-            self._print_line()
-            self._last = now
-
-    def _facts(self) -> str:
-        done, total, note = self._state
-        seconds = time.monotonic() - self._started
-        new = done - (self._first or 0)
-        facts = [f"{done}/{total} {self.unit}" if total else f"{done} {self.unit}"]
-        if new > 0 and seconds > 0.5:
-            facts.append(f"{new / seconds:.1f} {self.unit}/s")
-            if total and done < total:
-                facts.append(f"{time_text((total - done) * seconds / new)} left")
-        return ", ".join([*facts, note] if note else facts)
-
-    def _print_line(self) -> None:
-        self._shown = self._state[0]
-        click.echo(f"{self.what}: {self._facts()}", err=True)
-
-
-@contextlib.contextmanager
-def stdout_kept_clean() -> Iterator[None]:
-    """Send whatever is written to stdout inside the block to stderr: Ray reports its events on stdout.
-
-    Both Python's stream and the process's descriptor 1, which child processes inherit.
-    """
-    sys.stdout.flush()
-    try:
-        kept = os.dup(1)
-    except OSError:  # no stdout at all
-        kept = None
-    try:
-        if kept is not None:
-            os.dup2(2, 1)
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    finally:
-        if kept is not None:
-            os.dup2(kept, 1)
-            os.close(kept)
-
-
-class _Lines(logging.Formatter):
-    """`Warning: text` for warnings and worse, the bare text for notes."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = record.getMessage()
-        return text if record.levelno < logging.WARNING else f"{record.levelname.capitalize()}: {text}"
-
-
-def set_up_logging(quiet: bool = False) -> None:
-    """Our own notes and warnings as lines on stderr; other packages' from warnings up."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Lines())
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(logging.WARNING)
-    for room in ("cli", "cluster", "hsnet", "pipeline"):
-        logging.getLogger(room).setLevel(logging.WARNING if quiet else logging.INFO)
 
 
 # ---------------------------------------------------------------------------------------------- shared steps
 
 
-def open_data(name: str, root: Path | None, splits: Path | None, given: Sequence[str]) -> Dataset:
+def emit(result: Any, text: str, as_json: bool) -> Any:
+    """Print a result on stdout, as JSON for machines or as text for people; returns it as JSON values."""
+    values = plain(result)
+    click.echo(json.dumps(values, indent=2, allow_nan=False) if as_json else text)
+    return values
+
+
+def open_data(name: str, root: Path | None, splits: Path | None, given: Sequence[str], quiet: bool) -> Dataset:
     """The data set of the options, its notes printed."""
     from pipeline.datasets import open_dataset
 
     dataset = open_dataset(name, root, splits, **parse_data_options(given))
-    for note in dataset.index.notes:
+    for note in () if quiet else dataset.index.notes:
         click.echo(f"Note: {note}", err=True)
     return dataset
 
@@ -430,19 +304,115 @@ def parse_data_options(given: Sequence[str]) -> dict[str, Any]:
     return parsed
 
 
-def pick_device(name: str) -> str:
-    """'auto' becomes the best there is; a device that is not there is an error."""
+def pick_device(name: str, address: str | None = None) -> str:
+    """'auto' becomes the best there is; a device that is not there is an error.
+
+    A cluster's machines may have what this one lacks: with an address, only 'auto' looks at this machine.
+    """
     import torch
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda"):
+    if name.startswith("cuda") and address is None:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if int(name[5:] or 0) >= count:
             raise ConfigError(f"--device {name}: torch sees {count} GPUs here; `hsnet doctor` says why. Use cpu.")
     if name == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("--device mps: not available on this machine. Use cpu.")
     return name
+
+
+@contextlib.contextmanager
+def open_runner(workers: int, address: str | None, device: str) -> Iterator[Runner]:
+    """Where a stage's work is done: in this process, or on Ray; with an address alone, on all of its CPUs."""
+    if workers == 0 and address is None:
+        from pipeline.runner import SerialRunner
+
+        yield SerialRunner()
+        return
+    from cluster.runner import RayRunner
+    from cluster.session import session
+
+    with session(address or "local", num_cpus=max(workers, os.cpu_count() or 1)):
+        import ray
+
+        count = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+        yield RayRunner(count, gpus=1 if device.startswith("cuda") else 0)
+
+
+def store_source(path: Path) -> Callable[[], FeatureSource]:
+    """Opens a finished store; to be called once in every process that reads it."""
+    from pipeline.features import StoreSource
+    from pipeline.store import FeatureStore
+
+    return lambda: StoreSource(FeatureStore.open(path))
+
+
+def online_source(
+    data: Dataset, backbone: str, weights: str | None, image_size: int, device: str
+) -> Callable[[], FeatureSource]:
+    """Runs the backbone whenever features are asked for."""
+    from hsnet.backbone import FrozenBackbone
+    from pipeline.features import OnlineSource
+    from pipeline.recipe import Recipe
+    from pipeline.weights import load_weights
+
+    loaded = load_weights(backbone, weights)
+    recipe = Recipe.of(backbone, loaded.sha256, image_size, "float32")
+    return lambda: OnlineSource(data, FrozenBackbone(backbone, loaded.state_dict), recipe, device)
+
+
+def fit_somewhere(
+    config: RunConfig,
+    source: FeatureSource,
+    make_source: Callable[[], FeatureSource],
+    run_dir: Path,
+    workers: int,
+    address: str | None,
+    device: str,
+    micro_batch: int | None,
+    stop: Callable[[], bool],
+    on_event: Callable[[Any], None],
+) -> FitSummary:
+    """Train in this process, or on Ray's workers."""
+    if workers == 0 and address is None:
+        from pipeline.train import fit
+
+        return fit(config, source, run_dir, device=device, micro_batch=micro_batch, stop=stop, on_event=on_event)
+    from cluster.train import fit_on_ray
+
+    return fit_on_ray(
+        config,
+        make_source,
+        run_dir,
+        workers=workers,
+        address=address,
+        device=device,
+        micro_batch=micro_batch,
+        stop=stop,
+        on_event=on_event,
+    )
+
+
+@contextlib.contextmanager
+def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """A function that tells whether Ctrl-C (or a scheduler's SIGTERM) has come. The second Ctrl-C stops at once."""
+    asked = False
+
+    def ask(signum: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        click.echo("\nStopping after this step; the run is being saved. Ctrl-C again stops at once.", err=True)
+
+    on_interrupt("The run goes on from its last save: give the same command again.")
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------- the commands
@@ -465,6 +435,529 @@ def main() -> None:
 
 
 @main.command()
+@dataset_argument
+@options(data_root_option, splits_option, data_option)
+@options(backbone_option, weights_option, image_size_option)
+@click.option("--store", type=ANY_PATH, metavar="S.zarr", required=True, help="Store to make, or to finish.")
+@click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    default="int8",
+    show_default=True,
+    help="Of stored values; float32 is exact and takes four times the space of int8.",
+)
+@options(workers_option, address_option, device_option)
+@click.option(
+    "--on-error",
+    type=click.Choice(("fail", "skip")),
+    default="fail",
+    show_default=True,
+    help="What an unreadable image does: stop, or be left out of all episodes.",
+)
+@click.option(
+    "--shard-images",
+    type=Whole(),
+    default=16,
+    show_default=True,
+    help="Images per shard of a new store.",
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be done and how large it gets; write nothing.")
+@common_options
+def extract(
+    dataset: str,
+    data_root: Path | None,
+    splits: Path | None,
+    data_options: tuple[str, ...],
+    backbone: str,
+    weights: str | None,
+    image_size: int,
+    store: Path,
+    precision: str,
+    workers: int,
+    address: str | None,
+    device: str,
+    on_error: str,
+    shard_images: int,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> Any:
+    """Run the frozen backbone once over all photos of DATASET and keep its features.
+
+    Running it again finishes what is missing and skips the rest. One store serves every fold, shot and seed.
+
+    \b
+    Example:
+      hsnet extract pascal --data-root VOC2012 --backbone resnet50 --store voc.zarr --workers 4
+    """
+    set_up_logging(quiet)
+    on_interrupt("Finished shards are kept: run the same command again to go on.")
+    from pipeline.extract import Planned
+    from pipeline.extract import extract as stage
+    from pipeline.weights import load_weights
+
+    data = open_data(dataset, data_root, splits, data_options, quiet)
+    loaded = load_weights(backbone, weights)
+    if dry_run:
+        from pipeline.plan import plan_extraction
+        from pipeline.recipe import Recipe
+
+        plan = plan_extraction(data, Recipe.of(backbone, loaded.sha256, image_size, precision), store, shard_images)
+        return emit(plan, f"{_plan_text(plan)} Nothing was written.", as_json)
+    device = pick_device(device, address)
+    with open_runner(workers, address, device) as runner, Progress("extract", "images", quiet) as progress:
+        done = total = 0
+
+        def show(event: Any) -> None:
+            nonlocal done, total
+            if isinstance(event, Planned):
+                done, total = event.images_done, event.images
+                progress.say(_plan_text(event))
+            else:
+                done += event.images
+            progress.update(done, total)
+
+        summary = stage(
+            data, loaded, backbone, image_size, precision, store, runner, on_error, shard_images, show, device
+        )
+    lines = [
+        f"{printable(summary.path)}: {summary.images} images, {size_text(summary.bytes)} "
+        f"({size_text(summary.bytes / summary.images)} per image)",
+        f"{summary.written_images} images in {time_text(summary.seconds)} ({summary.images_per_s:.1f} images/s), "
+        f"{summary.reused_shards} of {summary.reused_shards + summary.written_shards} shards were there",
+    ]
+    if summary.skipped:
+        lines.append(f"{len(summary.skipped)} unreadable images left out: {', '.join(summary.skipped[:5])}")
+    return emit(summary, "\n".join(lines), as_json)
+
+
+def _plan_text(plan: Any) -> str:
+    there = f" ({plan.images_done} of them are there)" if plan.images_done else ""
+    return (
+        f"{plan.images} images in {plan.shards} shards{there}; "
+        f"up to {size_text(plan.bytes_needed)} to write, {size_text(plan.bytes_free)} free."
+    )
+
+
+@main.group(cls=OrderedGroup)
+def store() -> None:
+    """Look at feature stores.
+
+    \b
+    Example:
+      hsnet store info voc.zarr
+    """
+
+
+@store.command("info")
+@click.argument("path", type=ANY_PATH, metavar="S.zarr")
+@json_option
+def store_info(path: Path, as_json: bool) -> None:
+    """Show what a store holds and what is missing.
+
+    \b
+    Example:
+      hsnet store info voc.zarr
+    """
+    from pipeline.store import FeatureStore
+
+    info = FeatureStore.open(path, require_complete=False).info()
+    recipe, each = info["recipe"], info["bytes_per_image"]
+    done = "complete" if info["complete"] else f"{info['shards_missing']} missing: run the same extract again"
+    facts = {
+        "data set": f"{info['dataset']}, {info['images']} images, {info['classes']} classes",
+        "folds": ", ".join(map(str, info["folds"])),
+        "backbone": f"{recipe['backbone']}, weights {recipe['weights'][:15]}",
+        "image size": f"{recipe['image_size']} px",
+        "precision": recipe["precision"],
+        "levels": "  ".join("x".join(map(str, level)) for level in info["levels"]),
+        "shards": f"{info['shards']} of {info['shard_images']} images, {done}",
+        "bytes": size_text(info["bytes"]) + (f", {size_text(each)} per image" if each else ""),
+        "skipped": f"{len(info['skipped'])} unreadable images",
+    }
+    emit(info, fact_lines(facts), as_json)
+
+
+@main.command()
+@click.option("--store", type=ANY_PATH, metavar="S.zarr", help="Feature store made by `hsnet extract`.")
+@fold_option
+@click.option("--run-dir", type=ANY_PATH, metavar="DIR", required=True, help="Where the run is kept; goes on if there.")
+@click.option("--steps", type=Whole(), help="Optimiser steps. [default: 10000]")
+@click.option("--epochs", type=Whole(), help="Instead of --steps: passes over the training list.")
+@click.option("--batch-size", type=Whole(), default=20, show_default=True, help="Episodes per step, in all.")
+@click.option("--micro-batch", type=Whole(), help="Episodes per forward pass; less takes less memory.")
+@click.option("--lr", type=float, default=1e-3, show_default=True, help="Adam's learning rate.")
+@seed_option
+@click.option("--validate-every", type=Whole(), default=500, show_default=True, help="Steps in between.")
+@click.option("--validate-episodes", type=Whole(), default=200, show_default=True, help="Episodes of each.")
+@click.option(
+    "--select-on",
+    type=click.Choice(("val", "test", "none")),
+    default="val",
+    show_default=True,
+    help="Episodes the best checkpoint is chosen on; test is the published habit.",
+)
+@click.option("--drop-novel-images", is_flag=True, help="Leave out training images that show a held-out class.")
+@options(workers_option, address_option, device_option)
+@click.option(
+    "--features",
+    type=click.Choice(("store", "online")),
+    default="store",
+    show_default=True,
+    help="online runs the backbone on the fly: no store, but --dataset and --backbone.",
+)
+@click.option("--dataset", type=click.Choice(DATASETS), help="With --features online: the data set.")
+@options(data_root_option, splits_option, data_option)
+@click.option("--backbone", type=click.Choice(BACKBONES), help="With --features online: the network.")
+@options(weights_option, image_size_option)
+@common_options
+def train(
+    store: Path | None,
+    fold: int,
+    run_dir: Path,
+    steps: int | None,
+    epochs: int | None,
+    batch_size: int,
+    micro_batch: int | None,
+    lr: float,
+    seed: int,
+    validate_every: int,
+    validate_episodes: int,
+    select_on: str,
+    drop_novel_images: bool,
+    workers: int,
+    address: str | None,
+    device: str,
+    features: str,
+    dataset: str | None,
+    data_root: Path | None,
+    splits: Path | None,
+    data_options: tuple[str, ...],
+    backbone: str | None,
+    weights: str | None,
+    image_size: int,
+    as_json: bool,
+    quiet: bool,
+) -> Any:
+    """Train a head on a store's features; a run that was interrupted goes on where it stopped.
+
+    Ctrl-C saves and stops. The fold's classes are held out: they are never trained on.
+
+    \b
+    Example:
+      hsnet train --store voc.zarr --fold 0 --run-dir runs/voc-0 --steps 20000 --workers 2
+    """
+    set_up_logging(quiet)
+    if steps and epochs:
+        raise click.UsageError("Give --steps or --epochs, not both.")
+    if features == "store" and store is None:
+        raise click.UsageError("Give --store S.zarr, or --features online with --dataset and --backbone.")
+    if features == "online" and (dataset is None or backbone is None):
+        raise click.UsageError("--features online needs --dataset and --backbone.")
+    from pipeline.config import RunConfig
+    from pipeline.train import Validated, steps_per_epoch, training_stream
+
+    device = pick_device(device, address)
+    if store is not None and features == "store":
+        make_source = store_source(store)
+    else:
+        assert dataset is not None
+        assert backbone is not None
+        data = open_data(dataset, data_root, splits, data_options, quiet)
+        make_source = online_source(data, backbone, weights, image_size, device)
+    source = make_source()
+    config = RunConfig(
+        fold=fold,
+        recipe=source.recipe,
+        data=source.index.digest,
+        steps=steps or 10_000,
+        batch_size=batch_size,
+        learning_rate=lr,
+        seed=seed,
+        drop_novel_images=drop_novel_images,
+        select_on=select_on,
+        validate_every=validate_every,
+        validate_episodes=validate_episodes,
+    )
+    if epochs:
+        per_epoch = steps_per_epoch(batch_size, training_stream(config, source).epoch_length)
+        config = dataclasses.replace(config, steps=epochs * per_epoch)
+
+    with Progress("train", "steps", quiet) as progress, stop_on_interrupt() as stop:
+        smooth = None
+
+        def show(event: Any) -> None:
+            nonlocal smooth
+            if isinstance(event, Validated):
+                best = ", the best so far" if event.is_best else ""
+                progress.say(f"step {event.step}: validation mIoU {event.miou:.1f}, FB-IoU {event.fb_iou:.1f}{best}")
+            else:
+                smooth = event.loss if smooth is None else 0.95 * smooth + 0.05 * event.loss
+                progress.update(event.step, event.steps, f"loss {smooth:.3f}")
+
+        summary = fit_somewhere(config, source, make_source, run_dir, workers, address, device, micro_batch, stop, show)
+    loss = f", loss {summary.loss:.3f}" if summary.loss == summary.loss else ""
+    lines = [f"{printable(run_dir)}: {summary.steps} of {config.steps} steps, {time_text(summary.seconds)}{loss}"]
+    if summary.best_miou is not None:
+        lines.append(f"best validation mIoU {summary.best_miou:.1f} at step {summary.best_step}")
+    result = emit(summary, "\n".join(lines), as_json)
+    if not summary.finished:
+        click.echo("Interrupted. The run is saved: give the same command again to go on.", err=True)
+        click.get_current_context().exit(130)
+    return result
+
+
+@main.group(cls=OrderedGroup)
+def checkpoint() -> None:
+    """Look at checkpoints, and import published ones.
+
+    \b
+    Example:
+      hsnet checkpoint info runs/voc-0
+    """
+
+
+@checkpoint.command("info")
+@click.argument("path", type=ANY_PATH, metavar="CHECKPOINT")
+@json_option
+def checkpoint_info(path: Path, as_json: bool) -> None:
+    """Show what a checkpoint (or a run directory's best one) was trained on.
+
+    \b
+    Example:
+      hsnet checkpoint info runs/voc-0
+    """
+    from pipeline.checkpoint import load_checkpoint
+
+    loaded = load_checkpoint(path)
+    info, recipe = loaded.info, loaded.recipe
+    scores = ", ".join(f"{name} {value:.1f}" for name, value in (info.scores or {}).items())
+    facts = {
+        "file": printable(loaded.path),
+        "digest": loaded.digest[:15],
+        "made by": f"{info.origin}, step {info.step}" if info.step else info.origin,
+        "backbone": f"{recipe.backbone}, weights {recipe.weights[:15]}",
+        "image size": f"{recipe.image_size} px",
+        "precision": f"{recipe.precision} features",
+        "parameters": f"{sum(tensor.numel() for tensor in loaded.state.values()):,}",
+        "layers": f"{', '.join(map(str, info.learner.get('layers', ())))} per level, deepest first",
+    }
+    if info.config:
+        facts |= {"fold": str(info.config.fold), "seed": str(info.config.seed)}
+    if scores:
+        facts["validation"] = scores
+    result = {**json.loads(info.to_json()), "path": loaded.path, "digest": loaded.digest}
+    emit(result, fact_lines(facts), as_json)
+
+
+@checkpoint.command("import")
+@click.argument("source", type=FILE, metavar="FILE")
+@click.argument("target", type=ANY_PATH, metavar="OUT")
+@click.option("--backbone", type=click.Choice(BACKBONES), help="Its network. [default: told from its layers]")
+@image_size_option
+@json_option
+def checkpoint_import(source: Path, target: Path, backbone: str | None, image_size: int, as_json: bool) -> None:
+    """Turn a checkpoint of the published code (FILE, a .pt) into one of ours (OUT).
+
+    No code inside the file is run. The backbone inside is not kept; its digest is.
+
+    \b
+    Example:
+      hsnet checkpoint import best_model.pt pascal-0.safetensors --backbone resnet50
+    """
+    from pipeline.checkpoint import import_published
+
+    info = import_published(source, target, backbone, image_size)
+    emit(
+        {**json.loads(info.to_json()), "path": target},
+        f"{printable(target)}: head for {info.recipe.backbone} at {info.recipe.image_size} px, "
+        f"weights {info.recipe.weights[:15]}",
+        as_json,
+    )
+
+
+@main.command()
+@click.option("--checkpoint", "checkpoint_path", type=ANY_PATH, metavar="C", help="Checkpoint, or a run: its best.")
+@click.option(
+    "--baseline",
+    type=click.Choice(("cosine", "untrained")),
+    help="Instead of a checkpoint: a cosine map cut at a threshold fitted on training episodes, or an untrained head.",
+)
+@store_option
+@fold_option
+@click.option("--shots", type=Integers(), default="1", show_default=True, metavar="K,...", help="Supports per query.")
+@click.option(
+    "--episodes",
+    type=Episodes(),
+    default="1000",
+    show_default=True,
+    metavar="N|reference",
+    help="How many; or the published code's own 1,000.",
+)
+@seed_option
+@click.option("--out", type=ANY_PATH, metavar="ROWS.parquet", help="Write one row per episode.")
+@options(workers_option, address_option, device_option)
+@common_options
+def evaluate(
+    checkpoint_path: Path | None,
+    baseline: str | None,
+    store: Path,
+    fold: int,
+    shots: tuple[int, ...],
+    episodes: Any,
+    seed: int,
+    out: Path | None,
+    workers: int,
+    address: str | None,
+    device: str,
+    as_json: bool,
+    quiet: bool,
+) -> Any:
+    """Score a checkpoint on episodes of the fold's held-out classes: mIoU, FB-IoU and IoU per class.
+
+    The same rows come out for any number of workers.
+
+    \b
+    Example:
+      hsnet evaluate --checkpoint runs/voc-0 --store voc.zarr --fold 0 --shots 1,5 --out rows.parquet
+    """
+    set_up_logging(quiet)
+    on_interrupt("No result was written.")
+    if (checkpoint_path is None) == (baseline is None):
+        raise click.UsageError("Give --checkpoint C or --baseline cosine|untrained, one of them.")
+    from pipeline import methods
+    from pipeline.evaluate import evaluate as stage
+    from pipeline.evaluate import write_rows
+
+    device = pick_device(device, address)
+    make_source = store_source(store)
+    source = make_source()
+    if checkpoint_path is not None:
+        method = methods.trained(checkpoint_path, source, device)
+    elif baseline == "untrained":
+        method = methods.untrained(source, seed, device)
+    else:
+        click.echo("Fitting the cosine threshold on training episodes", err=True) if not quiet else None
+        method = methods.cosine(source, fold, seed)
+    with open_runner(workers, address, device) as runner, Progress("evaluate", "episodes", quiet) as progress:
+        result = stage(
+            method.make,
+            make_source,
+            source.index,
+            fold=fold,
+            shots=shots,
+            episodes=episodes,
+            seed=seed,
+            skipped=tuple(source.skipped),
+            runner=runner,
+            device=device,
+            protocol={"method": method.facts, "recipe": source.recipe.to_dict()},
+            on_event=progress.update,
+        )
+    if out is not None:
+        write_rows(out, result.rows)
+    classes = source.index.classes
+    named = [
+        {
+            **plain(scores),
+            "per_class": {classes[c]: value for c, value in scores.per_class.items()},
+            "episodes_per_class": {classes[c]: n for c, n in scores.episodes_per_class.items()},
+        }
+        for scores in result.scores
+    ]
+    report = {"scores": named, "protocol": result.protocol, "rows": out}
+    return emit(report, _scores_text(result.scores, classes), as_json)
+
+
+def _scores_text(all_scores: Sequence[Any], classes: Mapping[int, str]) -> str:
+    head = ["", *(f"{scores.shots}-shot" for scores in all_scores)]
+    rows = [
+        ["mIoU", *(f"{scores.miou:.1f}" for scores in all_scores)],
+        ["FB-IoU", *(f"{scores.fb_iou:.1f}" for scores in all_scores)],
+        ["episodes", *(str(scores.episodes) for scores in all_scores)],
+    ]
+    for c in all_scores[0].per_class:
+        rows.append([f"  {classes[c]}", *(f"{scores.per_class[c]:.1f}" for scores in all_scores)])
+    return table(rows, head)
+
+
+@main.command()
+@click.option("--checkpoint", "checkpoint_path", type=ANY_PATH, metavar="C", required=True, help="Checkpoint or run.")
+@click.option(
+    "--support",
+    "supports",
+    multiple=True,
+    required=True,
+    metavar="PHOTO:MASK",
+    help="A photo and the mask of the object in it. May be repeated: more shots.",
+)
+@click.option(
+    "--query",
+    "queries",
+    type=ANY_PATH,
+    multiple=True,
+    required=True,
+    metavar="FILE|DIR",
+    help="A photo, or a folder of photos. May be repeated.",
+)
+@click.option("--out", type=ANY_PATH, metavar="DIR", required=True, help="Where masks and overlays are written.")
+@options(weights_option, device_option)
+@common_options
+def predict(
+    checkpoint_path: Path,
+    supports: tuple[str, ...],
+    queries: tuple[Path, ...],
+    out: Path,
+    weights: str | None,
+    device: str,
+    as_json: bool,
+    quiet: bool,
+) -> Any:
+    """Find the supports' object in new photos: a mask (PNG) and an overlay of each. No store is needed.
+
+    In a mask everything that is not 0 is object; with soft edges, 128 and above. A photo that cannot be read is
+    reported, the others are done, and the exit code is 1.
+
+    \b
+    Example:
+      hsnet predict --checkpoint runs/voc-0 --support cup.jpg:cup.png --query photos/ --out masks/
+    """
+    set_up_logging(quiet)
+    on_interrupt("The masks written so far are whole.")
+    from pipeline import predict as stage
+    from pipeline.checkpoint import load_checkpoint
+    from pipeline.support import parse_support
+    from pipeline.weights import load_weights
+
+    pairs = [parse_support(text) for text in supports]
+    loaded = load_checkpoint(checkpoint_path)
+    photos = stage.list_queries(queries)
+    with Progress("predict", "photos", quiet) as progress:
+        summary = stage.predict(
+            loaded,
+            load_weights(loaded.recipe.backbone, weights),
+            pairs,
+            photos,
+            out,
+            device=pick_device(device),
+            on_event=progress.update,
+        )
+    lines = [
+        f"{printable(item.mask)}  {100 * item.object_share:.1f} % of {printable(item.query)}"
+        for item in summary.written
+    ]
+    lines.append(
+        f"{len(summary.written)} of {len(photos)} photos, {summary.shots}-shot, {time_text(summary.seconds)}: "
+        f"masks and overlays in {printable(out)}"
+    )
+    result = emit(summary, "\n".join(lines), as_json)
+    if summary.failed:
+        names = ", ".join(printable(path) for path, _ in summary.failed)
+        raise Failure(f"{len(summary.failed)} of {len(photos)} photos could not be used: {names}")
+    return result
+
+
+@main.command()
 @click.option("--path", type=ANY_PATH, default=Path(), help="Where stores will be written. [default: here]")
 @json_option
 def doctor(path: Path, as_json: bool) -> None:
@@ -478,8 +971,7 @@ def doctor(path: Path, as_json: bool) -> None:
     """
     from pipeline import doctor as stage
 
-    with stdout_kept_clean():
-        findings = stage.examine(path)
+    findings = stage.examine(path)
     marks = {"ok": ("ok  ", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", "red")}
     width = max(len(finding.name) for finding in findings)
     lines = []
@@ -493,6 +985,48 @@ def doctor(path: Path, as_json: bool) -> None:
     emit({"status": worst, "findings": findings}, "\n".join([*lines, "", verdict[worst]]), as_json)
     if worst == "fail":
         click.get_current_context().exit(1)
+
+
+@main.command()
+@click.option("--out", type=ANY_PATH, default=Path("demo-output"), show_default=True, help="Folder for all of it.")
+@click.option("--workers", type=Whole(0), default=2, show_default=True, help="Ray workers; 0 needs no Ray.")
+@json_option
+@click.pass_context
+def demo(ctx: click.Context, out: Path, workers: int, as_json: bool) -> Any:
+    """Do the whole job once on generated pictures: extract, train, evaluate, predict. A few minutes.
+
+    Prints every command it runs, as you would type it. Running it again goes on with what is there.
+
+    \b
+    Example:
+      hsnet demo --out demo-output
+    """
+    from pipeline.demo import demo as stage
+
+    def run(arguments: Sequence[str]) -> Any:
+        click.secho(f"\n$ hsnet {shlex.join(arguments)}", bold=True, err=True)
+        with contextlib.redirect_stdout(sys.stderr):
+            result = main.main(list(arguments), prog_name="hsnet", standalone_mode=False)
+        if isinstance(result, int):  # the exit code of a command that stopped by itself
+            ctx.exit(result)
+        return result
+
+    on_interrupt("Run the demo again to go on.")
+    with open_runner(workers, None, "cpu"):  # one Ray for all commands: they use the one that is running
+        summary = stage(out, run, workers)
+    rows = [
+        ["untrained head", f"{summary.untrained_miou:.1f}"],
+        ["cosine map, best threshold", f"{summary.cosine_miou:.1f}"],
+        ["trained head", f"{summary.trained_miou:.1f}"],
+        ["trained head, 5 supports", f"{summary.trained_miou_5_shot:.1f}"],
+    ]
+    text = (
+        f"\n{table(rows, [f'{summary.episodes} episodes of held-out classes', 'mIoU'])}\n\n"
+        f"mIoU before training {summary.untrained_miou:.1f}, after {summary.trained_miou:.1f}, "
+        f"in {time_text(summary.seconds)}.\n"
+        f"Pictures: {printable(summary.sheet)}   masks and overlays: {printable(summary.masks)}"
+    )
+    return emit(summary, text, as_json)
 
 
 if __name__ == "__main__":

@@ -198,9 +198,7 @@ def _tint(pixels: NDArray[np.uint8], region: NDArray[np.bool_], colour: Colour, 
 def _band(inside: NDArray[np.bool_], radius: int) -> NDArray[np.bool_]:
     """Pixels within `radius` of the object's edge, on both sides of it. The frame of the photo is no edge."""
     # A box blur is 0 or 255 wherever its window sees one side only; its cost does not grow with the radius.
-    blurred = np.asarray(
-        Image.fromarray(inside.astype(np.uint8) * np.uint8(255)).filter(ImageFilter.BoxBlur(radius))
-    )
+    blurred = np.asarray(Image.fromarray(inside.astype(np.uint8) * np.uint8(255)).filter(ImageFilter.BoxBlur(radius)))
     return (blurred > 0) & (blurred < 255)
 
 

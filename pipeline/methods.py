@@ -1,0 +1,63 @@
+"""What can be evaluated, by name: a checkpoint, an untrained head, the cosine baseline.
+
+A `Method` is made once and sent to every worker; it says how to build the segmenter there and what to write into
+the results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hsnet.backbone import backbone_spec
+from hsnet.model import HSNet
+from pipeline.checkpoint import load_checkpoint
+from pipeline.features import FeatureSource
+from pipeline.segmenters import CosineSegmenter, LearnedSegmenter, Segmenter, fit_cosine_threshold
+
+
+@dataclass(frozen=True)
+class Method:
+    """How to answer episodes. `make` builds the segmenter, in any process; `facts` go into the results."""
+
+    make: Callable[[], Segmenter]
+    facts: Mapping[str, Any]
+
+
+def trained(path: Path, source: FeatureSource, device: str = "cpu") -> Method:
+    """A checkpoint's head, or a run directory's best one.
+
+    Raises:
+        CheckpointError: no checkpoint there, or damaged.
+        CheckpointMismatch: it was trained on other features than the source's.
+    """
+    checkpoint = load_checkpoint(path)
+    checkpoint.require(source.recipe, "the store")
+    facts = {"name": "trained", "checkpoint": checkpoint.digest, "step": checkpoint.info.step}
+    return Method(partial(_load, checkpoint.path, device), facts)
+
+
+def untrained(source: FeatureSource, seed: int = 0, device: str = "cpu") -> Method:
+    """A head with the initial weights of a training run of the same seed."""
+    layers = tuple(reversed(backbone_spec(source.recipe.backbone).layers))
+    return Method(partial(_initialise, layers, seed, device), {"name": "untrained", "seed": seed})
+
+
+def cosine(source: FeatureSource, fold: int, seed: int = 0) -> Method:
+    """The deepest level's cosine map, cut at the threshold that is best on training episodes of the fold."""
+    segmenter = fit_cosine_threshold(source, fold, seed=seed)
+    return Method(partial(CosineSegmenter, segmenter.threshold), {"name": "cosine", "threshold": segmenter.threshold})
+
+
+def _load(path: Path, device: str) -> Segmenter:
+    return LearnedSegmenter(load_checkpoint(path).learner().to(device))
+
+
+def _initialise(layers: tuple[int, ...], seed: int, device: str) -> Segmenter:
+    torch.manual_seed(seed)
+    return LearnedSegmenter(HSNet(layers).to(device).eval())
