@@ -71,8 +71,10 @@ class RayRunner:
                 _submit(task, key, made, waiting, running, self.workers)  # before the caller takes its time
                 yield item, result
         finally:
+            # By force: a gentle cancel raises KeyboardInterrupt anywhere, which can leave a half-imported module in
+            # a process that lives on. Whoever writes files does so atomically.
             for reference in running:
-                ray.cancel(reference)
+                ray.cancel(reference, force=True)
 
 
 def _submit(task: Any, key: str, made: list[Any], waiting: Iterator[T], running: dict[Any, T], limit: int) -> None:

@@ -23,6 +23,7 @@ from hsnet.errors import ConfigError, DataError, StoreError
 from pipeline.codec import encode
 from pipeline.datasets import Dataset
 from pipeline.datasets.images import network_image, object_pixels, resize_label
+from pipeline.ownership import still_owned
 from pipeline.recipe import Recipe
 from pipeline.runner import Runner, SerialRunner
 from pipeline.store import SHARD_IMAGES, FeatureStore
@@ -127,10 +128,10 @@ def extract(
     start = time.monotonic()
     emit = on_event or (lambda event: None)
     recipe = Recipe.of(backbone, weights.sha256, image_size, precision)
+    recipe.require_trainable()
     store = FeatureStore.create(path, recipe, dataset.index, shard_images)
-    make_worker = partial(_ShardWorker, dataset, weights, str(Path(path).absolute()), recipe, on_error, device)
     reports = []
-    with store.writing():
+    with store.writing() as token:
         missing = store.missing_shards()
         plan = _plan(store, missing)
         emit(plan)
@@ -140,6 +141,7 @@ def extract(
                 f"{plan.bytes_free:,} are free there. Free some space, or choose another place, a smaller precision "
                 f"(int8 takes a quarter of float32) or image size. No features were written."
             )
+        make_worker = partial(_ShardWorker, dataset, weights, Path(path).absolute(), token, recipe, on_error, device)
         for _, report in (runner or SerialRunner()).map(make_worker, missing):
             reports.append(report)
             emit(report)
@@ -180,9 +182,10 @@ class _ShardWorker:
     """Makes one shard per call. Built once per process, because the backbone and the store take time to load."""
 
     def __init__(
-        self, dataset: Dataset, weights: Weights, path: str, recipe: Recipe, on_error: str, device: str
+        self, dataset: Dataset, weights: Weights, path: Path, token: str, recipe: Recipe, on_error: str, device: str
     ) -> None:
         self.dataset = dataset
+        self.token = token
         self.skip_errors = on_error == "skip"
         self.device = torch.device(device)
         self.batch = BATCH["cpu" if self.device.type == "cpu" else "cuda"]
@@ -230,6 +233,8 @@ class _ShardWorker:
                 for row in rows:
                     if images[row] not in skipped:
                         level[row] = encoded[row - first]
+        if not still_owned(self.store.root, self.token):
+            raise StoreError(f"{self.store.root} is being written by another run now. This one stopped.")
         self.store.write_shard(shard, levels, labels, sizes, classes, skipped)
 
     def _read(self, image: int) -> tuple[np.ndarray, np.ndarray]:

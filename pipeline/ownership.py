@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import socket
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +17,8 @@ OWNER = "_owner.json"
 
 
 @contextmanager
-def sole_writer(root: Path) -> Iterator[None]:
-    """Hold a store for writing inside the block.
+def sole_writer(root: Path) -> Iterator[str]:
+    """Hold a store for writing inside the block; yields a token that `still_owned` knows.
 
     The lock is an flock on `_owner.json`, not the file's existence: a killed holder needs no cleaning up, and two
     processes cannot both decide that a left-over file is stale. The file's text names the holder for the error
@@ -38,11 +39,22 @@ def sole_writer(root: Path) -> Iterator[None]:
         raise StoreError(f"{root} cannot be locked for writing: {error}. Nothing was changed.") from error
     try:
         os.ftruncate(descriptor, 0)
-        os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
-        yield
+        token = uuid.uuid4().hex
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "token": token}
+        os.write(descriptor, json.dumps(owner).encode())
+        yield token
     finally:
         path.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def still_owned(root: Path, token: str) -> bool:
+    """Whether the holder that was given `token` is still the last one.
+
+    For its helper processes, which may outlive it by seconds when it is killed: they must not write into what the
+    next holder is making.
+    """
+    return _owner(root / OWNER).get("token") == token
 
 
 def _lock(path: Path) -> int:
@@ -60,8 +72,13 @@ def _lock(path: Path) -> int:
 
 
 def _holder(path: Path) -> str:
+    owner = _owner(path)
+    return f"process {owner['pid']} on {owner['host']}" if {"pid", "host"} <= set(owner) else "another process"
+
+
+def _owner(path: Path) -> dict[str, object]:
     try:
         owner = json.loads(path.read_text(encoding="utf-8"))
-        return f"process {owner['pid']} on {owner['host']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
+    except (OSError, ValueError):
+        return {}
+    return owner if isinstance(owner, dict) else {}

@@ -139,12 +139,13 @@ class FeatureStore:
         self.index = index
         self.shard_images = shard_images
         self.identity = _identity(recipe, index)
-        self._layouts = _layouts(recipe, index, shard_images)
+        try:
+            self._layouts = _layouts(recipe, index, shard_images)
+        except (ConfigError, ShapeError) as error:
+            raise StoreError(f"{root} holds features this version cannot interpret: {error}") from None
         for layout in self._layouts:
             layout.check(root)
-        mode: Any = "r+" if writable else "r"
-        group = zarr.open_group(str(root), mode=mode, zarr_format=3, use_consolidated=False)
-        self._arrays: list[Any] = [group[layout.name] for layout in self._layouts]
+        self._arrays = [_open_array(root, layout.name, writable) for layout in self._layouts]
         self._facts: dict[int, ShardFacts] = {}
         self.refresh()
 
@@ -225,14 +226,7 @@ class FeatureStore:
                 f"{root}: the index in the store does not belong to it: digest {index.digest} of "
                 f"{len(index.images)} images, the attributes say {stored_digest} of {images}."
             )
-        try:
-            return cls(root, stored, index, shard_images, writable)
-        except StoreError:
-            raise
-        except (ConfigError, ShapeError) as error:
-            raise StoreError(f"{root} holds features this version cannot interpret: {error}") from None
-        except Exception as error:  # zarr's errors on damaged metadata have no common base
-            raise StoreError(f"{root} cannot be opened: {error!r}.") from error
+        return cls(root, stored, index, shard_images, writable)
 
     # -- what there is -----------------------------------------------------------------------------------------
 
@@ -412,16 +406,18 @@ class FeatureStore:
     # -- writing -----------------------------------------------------------------------------------------------
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
+    def writing(self) -> Iterator[str]:
         """Hold the store as its only writer and clear away what a killed writer left.
+
+        Yields a token for helper processes: `pipeline.ownership.still_owned`.
 
         Raises:
             StoreError: another process is writing it.
         """
-        with sole_writer(self.root):
+        with sole_writer(self.root) as token:
             sweep_partials(self.root, self._names)
             self.refresh()
-            yield
+            yield token
 
     def write_shard(
         self,
@@ -594,15 +590,22 @@ def _read_index(root: Path) -> DatasetIndex:
         raise StoreError(f"{root}: array 'index' must be a line of bytes, its metadata says {shape!r}.")
     if not 0 < shape[0] <= _LARGEST_INDEX:
         raise StoreError(f"{root}: the index claims {shape[0]:,} bytes; {_LARGEST_INDEX:,} is the most that is read.")
+    array = _open_array(root, "index", writable=False)
     try:
-        array: Any = zarr.open_array(str(root / "index"), mode="r", zarr_format=3)
         text = bytes(array[:]).decode()
-    except Exception as error:
+    except Exception as error:  # zarr's errors on damaged data have no common base
         raise StoreError(f"{root}: the index cannot be read: {error!r}.") from error
     try:
         return DatasetIndex.from_json(text)
     except DataError as error:
         raise StoreError(f"{root}: the index is damaged: {error}") from error
+
+
+def _open_array(root: Path, name: str, writable: bool) -> Any:
+    try:
+        return zarr.open_array(str(root / name), mode="r+" if writable else "r", zarr_format=3)
+    except Exception as error:  # zarr's errors on damaged metadata have no common base
+        raise StoreError(f"{root}: array '{name}' cannot be opened: {error!r}.") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

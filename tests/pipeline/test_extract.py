@@ -163,6 +163,20 @@ def test_a_lost_shard_is_made_again(tmp_path, weights):
     assert fingerprints(tmp_path / "s.zarr") == before
 
 
+def test_a_helper_that_outlived_its_killed_run_does_not_disturb_the_next(tmp_path, weights):
+    """Its shard may be complete already: deleting and rewriting it now could leave it missing."""
+
+    class Overtaken(Photos):
+        def image(self, i):
+            if i == 10:
+                (tmp_path / "s.zarr" / OWNER).write_text('{"pid": 1, "host": "other", "token": "next run"}')
+            return super().image(i)
+
+    with pytest.raises(StoreError, match="written by another run now"):
+        run(Overtaken(), weights, tmp_path / "s.zarr")
+    assert FeatureStore.open(tmp_path / "s.zarr", require_complete=False).missing_shards() == (1, 2)
+
+
 # -- images that cannot be read --------------------------------------------------------------------------------
 
 
@@ -232,7 +246,7 @@ def test_a_disk_that_fills_up_on_the_way_is_told_and_the_run_can_be_finished(tmp
     real = store_module._assign
 
     def full(array, images, values):
-        if images.start == 8 and array.name == "/level1":
+        if images.start == 8 and array.shape[-1] == 256:  # level 1
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(array, images, values)
 

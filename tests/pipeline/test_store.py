@@ -426,7 +426,7 @@ def test_a_full_disk_leaves_the_shard_missing_and_the_rest_whole(tmp_path, monke
     real, calls = store_module._assign, []
 
     def full(array, images, values):
-        calls.append(array.name)
+        calls.append(array)
         if len(calls) == 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(array, images, values)
