@@ -11,6 +11,7 @@ import numpy as np
 
 from hsnet.backbone import backbone_spec
 from hsnet.errors import ConfigError
+from hsnet.model import squeezed_grids
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
 """Precision -> type of a stored value. int8 keeps directions only: see `pipeline.codec`."""
@@ -93,6 +94,23 @@ class Recipe:
         size = (self.image_size, self.image_size)
         return tuple(spec.level_shape(level, size) for level in range(spec.levels))
 
+    def require_trainable(self) -> None:
+        """Refuse an image size whose levels end at different support grids: no learner could mix them.
+
+        Raises:
+            ConfigError: names the grids and the nearest sizes that work.
+        """
+        if _ends_agree(self.backbone, self.image_size):
+            return
+        ends = squeezed_grids([shape[1:3] for shape in reversed(self.level_shapes())])
+        sides = (range(self.image_size - 1, 31, -1), range(self.image_size + 1, LARGEST_IMAGE + 1))
+        near = [next((size for size in side if _ends_agree(self.backbone, size)), None) for side in sides]
+        raise ConfigError(
+            f"{self.backbone} at {self.image_size} px gives levels whose support grids end at "
+            f"{', '.join(f'{rows}x{columns}' for rows, columns in ends)} (deepest first): they cannot be mixed. "
+            f"Nearest image sizes that work: {' and '.join(str(size) for size in near if size)}. Nothing was written."
+        )
+
     @property
     def bytes_per_image(self) -> int:
         """Size of one image's features, bytes, without labels and checksums."""
@@ -129,6 +147,12 @@ class Recipe:
         except ValueError as error:
             raise ConfigError(f"The recipe is not JSON: {error}.") from None
         return cls.from_dict(values)
+
+
+def _ends_agree(backbone: str, image_size: int) -> bool:
+    spec = backbone_spec(backbone)
+    shapes = [spec.level_shape(level, (image_size, image_size)) for level in reversed(range(spec.levels))]
+    return len(set(squeezed_grids([shape[1:3] for shape in shapes]))) == 1
 
 
 def difference_lines(

@@ -70,3 +70,13 @@ def test_refuses_taps_that_this_version_does_not_read():
     values = {**Recipe.of("squeezenet1_1", SHA, 64).to_dict(), "taps": ["features.3.cat"]}
     with pytest.raises(ConfigError, match=r"features\.4\.cat"):
         Recipe.from_dict(values).level_shapes()
+
+
+def test_an_image_size_whose_levels_cannot_be_mixed_names_those_that_work():
+    """SqueezeNet at 400 px ends at 4x4, 4x4 and 3x3; the published code would add them by broadcasting."""
+    with pytest.raises(ConfigError, match=r"3x3, 4x4, 4x4.*Nearest image sizes that work: 388 and 401"):
+        Recipe.of("squeezenet1_1", "sha256:" + "0" * 64, 400).require_trainable()
+    with pytest.raises(ConfigError, match=r"vgg16 at 264 px.*1x1, 1x1, 2x2.*263 and 288"):
+        Recipe.of("vgg16", "sha256:" + "0" * 64, 264).require_trainable()
+    for backbone in ("vgg16", "resnet50", "resnet101"):
+        Recipe.of(backbone, "sha256:" + "0" * 64, 400).require_trainable()
