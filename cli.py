@@ -434,7 +434,85 @@ def main() -> None:
     set_up_logging()
 
 
-@main.command()
+@main.group(cls=OrderedGroup)
+def prepare() -> None:
+    """Make the masks of data sets that do not come with them.
+
+    \b
+    Example:
+      hsnet prepare voc --voc VOCdevkit/VOC2012 --sbd benchmark_RELEASE
+    """
+
+
+counts_option = click.option(
+    "--counts",
+    type=click.Choice(("warn", "fail")),
+    default="warn",
+    show_default=True,
+    help="What other numbers of images than the published data set's do.",
+)
+
+
+@prepare.command("voc", short_help="SegmentationClassAug from VOC2012 and SBD.")
+@click.option("--voc", type=ANY_PATH, metavar="DIR", required=True, help="VOC2012, or the folder that holds it.")
+@click.option(
+    "--sbd", type=ANY_PATH, metavar="DIR", required=True, help="SBD: benchmark_RELEASE, or its dataset folder."
+)
+@click.option("--out", type=ANY_PATH, metavar="DIR", help="Tree to write into. [default: VOC2012 itself]")
+@options(counts_option, json_option, quiet_option)
+def prepare_voc(voc: Path, sbd: Path, out: Path | None, counts: str, as_json: bool, quiet: bool) -> Any:
+    """Make SegmentationClassAug from VOC2012 and SBD's .mat files: 10,582 + 1,449 masks.
+
+    Running it again writes only what is missing.
+
+    \b
+    Example:
+      hsnet prepare voc --voc VOCdevkit/VOC2012 --sbd benchmark_RELEASE
+    """
+    from pipeline.prepare import prepare_voc as stage
+
+    set_up_logging(quiet)
+    on_interrupt("Masks that are there are whole: run the same command again to go on.")
+    with Progress("prepare", "masks", quiet) as progress:
+        summary = stage(voc, sbd, out, counts=counts, on_event=lambda event: progress.update(event.done, event.total))
+    return emit(summary, _prepared_text(summary), as_json)
+
+
+@prepare.command("coco", short_help="Class-number masks from COCO's instances JSON.")
+@click.argument("annotations", type=ANY_PATH, metavar="INSTANCES.json")
+@click.option("--photos", type=ANY_PATH, metavar="DIR", required=True, help="Folder of its photos.")
+@click.option("--out", type=ANY_PATH, metavar="DIR", required=True, help="Folder for the masks.")
+@options(counts_option, json_option, quiet_option)
+def prepare_coco(annotations: Path, photos: Path, out: Path, counts: str, as_json: bool, quiet: bool) -> Any:
+    """Draw class-number masks from COCO's instances JSON; once for train2014 and once for val2014.
+
+    Running it again writes only what is missing.
+
+    \b
+    Example:
+      hsnet prepare coco instances_train2014.json --photos train2014 --out annotations/train2014
+    """
+    from pipeline.prepare import prepare_coco as stage
+
+    set_up_logging(quiet)
+    on_interrupt("Masks that are there are whole: run the same command again to go on.")
+    with Progress("prepare", "masks", quiet) as progress:
+        summary = stage(
+            annotations, photos, out, counts=counts, on_event=lambda event: progress.update(event.done, event.total)
+        )
+    return emit(summary, _prepared_text(summary), as_json)
+
+
+def _prepared_text(summary: Any) -> str:
+    lines = [
+        f"{printable(summary.masks)}: {summary.written} masks written, {summary.kept} were there, "
+        f"{time_text(summary.seconds)}"
+    ]
+    lines += [f"{name}: {found} (published: {wanted})" for name, (found, wanted) in summary.counts.items()]
+    return "\n".join([*lines, *(f"Note: {note}" for note in summary.notes)])
+
+
+@main.command(short_help="Run the backbone once over all photos; keep features.")
 @dataset_argument
 @options(data_root_option, splits_option, data_option)
 @options(backbone_option, weights_option, image_size_option)
@@ -549,7 +627,7 @@ def store() -> None:
     """
 
 
-@store.command("info")
+@store.command("info", short_help="What a store holds and what is missing.")
 @click.argument("path", type=ANY_PATH, metavar="S.zarr")
 @json_option
 def store_info(path: Path, as_json: bool) -> None:
@@ -578,7 +656,7 @@ def store_info(path: Path, as_json: bool) -> None:
     emit(info, fact_lines(facts), as_json)
 
 
-@main.command()
+@main.command(short_help="Train a head on a store's features, or go on with it.")
 @click.option("--store", type=ANY_PATH, metavar="S.zarr", help="Feature store made by `hsnet extract`.")
 @fold_option
 @click.option("--run-dir", type=ANY_PATH, metavar="DIR", required=True, help="Where the run is kept; goes on if there.")
@@ -717,7 +795,7 @@ def checkpoint() -> None:
     """
 
 
-@checkpoint.command("info")
+@checkpoint.command("info", short_help="What a checkpoint was trained on.")
 @click.argument("path", type=ANY_PATH, metavar="CHECKPOINT")
 @json_option
 def checkpoint_info(path: Path, as_json: bool) -> None:
@@ -750,7 +828,7 @@ def checkpoint_info(path: Path, as_json: bool) -> None:
     emit(result, fact_lines(facts), as_json)
 
 
-@checkpoint.command("import")
+@checkpoint.command("import", short_help="Bring in a checkpoint of the published code.")
 @click.argument("source", type=FILE, metavar="FILE")
 @click.argument("target", type=ANY_PATH, metavar="OUT")
 @click.option("--backbone", type=click.Choice(BACKBONES), help="Its network. [default: told from its layers]")
@@ -776,7 +854,7 @@ def checkpoint_import(source: Path, target: Path, backbone: str | None, image_si
     )
 
 
-@main.command()
+@main.command(short_help="mIoU and FB-IoU on held-out classes.")
 @click.option("--checkpoint", "checkpoint_path", type=ANY_PATH, metavar="C", help="Checkpoint, or a run: its best.")
 @click.option(
     "--baseline",
@@ -881,7 +959,7 @@ def _scores_text(all_scores: Sequence[Any], classes: Mapping[int, str]) -> str:
     return table(rows, head)
 
 
-@main.command()
+@main.command(short_help="Masks of new photos from a few examples.")
 @click.option("--checkpoint", "checkpoint_path", type=ANY_PATH, metavar="C", required=True, help="Checkpoint or run.")
 @click.option(
     "--support",
@@ -957,7 +1035,7 @@ def predict(
     return result
 
 
-@main.command()
+@main.command(short_help="What works on this machine and what will not.")
 @click.option("--path", type=ANY_PATH, default=Path(), help="Where stores will be written. [default: here]")
 @json_option
 def doctor(path: Path, as_json: bool) -> None:
@@ -987,7 +1065,7 @@ def doctor(path: Path, as_json: bool) -> None:
         click.get_current_context().exit(1)
 
 
-@main.command()
+@main.command(short_help="The whole job once, on generated pictures.")
 @click.option("--out", type=ANY_PATH, default=Path("demo-output"), show_default=True, help="Folder for all of it.")
 @click.option("--workers", type=Whole(0), default=2, show_default=True, help="Ray workers; 0 needs no Ray.")
 @json_option

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import math
 import os
@@ -56,7 +57,7 @@ def commands() -> Iterator[tuple[str, click.Command]]:
 @pytest.mark.parametrize("name", [name for name, _ in commands()])
 def test_every_command_has_help_that_ends_in_an_example(name: str) -> None:
     command = dict(commands())[name]
-    text = (command.help or "").rstrip()
+    text = inspect.cleandoc(command.help or "").rstrip()
     assert "\b\nExample:\n" in text
     example = text.split("\b\nExample:\n")[1].splitlines()
     assert all(line.startswith("  hsnet ") for line in example)
