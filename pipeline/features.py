@@ -18,6 +18,7 @@ from hsnet.backbone import FrozenBackbone
 from pipeline.datasets.images import network_image, resize_label
 from pipeline.datasets.index import DatasetIndex
 from pipeline.episodes import Episode
+from pipeline.extract import BATCH
 from pipeline.recipe import Recipe
 from pipeline.store import FeatureStore
 
@@ -83,7 +84,8 @@ class StoreSource:
 class OnlineSource:
     """Features computed when they are asked for: no store, the backbone runs again for every use of an image.
 
-    Equal to a float32 store of the same recipe up to the rounding of the backbone's batch size.
+    Photos go through the backbone as they do in extraction, one at a time on a CPU, so that with one torch thread the
+    features equal a float32 store's to the bit.
     """
 
     skipped: Collection[int] = frozenset()
@@ -92,6 +94,7 @@ class OnlineSource:
         self.dataset = dataset
         self.backbone = backbone.to(device)
         self.device = device
+        self.batch = BATCH["cpu" if device == "cpu" else "cuda"]
         self._recipe = recipe
 
     @property
@@ -108,8 +111,9 @@ class OnlineSource:
 
     def features(self, images: Sequence[int]) -> list[Tensor]:
         size = self.recipe.image_size
-        batch = np.stack([network_image(self.dataset.image(i), size) for i in images])
-        return self.backbone(torch.from_numpy(batch).to(self.device))
+        photos = torch.from_numpy(np.stack([network_image(self.dataset.image(i), size) for i in images]))
+        parts = [self.backbone(part.to(self.device)) for part in photos.split(self.batch)]
+        return [torch.cat(level) for level in zip(*parts, strict=True)]
 
     def labels(self, images: Sequence[int]) -> Tensor:
         size = self.recipe.image_size

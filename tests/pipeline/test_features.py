@@ -5,8 +5,13 @@ import threading
 import pytest
 import torch
 
+from hsnet.backbone import FrozenBackbone
 from pipeline.episodes import Episode, EpisodeStream
-from pipeline.features import load_batch, prefetch
+from pipeline.extract import extract
+from pipeline.features import OnlineSource, StoreSource, load_batch, prefetch
+from pipeline.runner import one_torch_thread
+from pipeline.store import FeatureStore
+from pipeline.train import fit
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +69,39 @@ def test_an_error_is_raised_at_the_batch_it_belongs_to(tiny_source, stream):
     assert next(loader)[0] == [stream[0]]
     with pytest.raises(Exception, match="1000000"):
         next(loader)
+
+
+def test_a_float32_store_and_the_backbone_online_train_the_same_run(
+    tiny_shapes, squeezenet, tiny_recipe, tiny_config, tmp_path
+):
+    """Features equal to the bit, so the loss curves are equal to the bit too."""
+    extract(tiny_shapes, squeezenet, "squeezenet1_1", 64, "float32", tmp_path / "s.zarr")
+    stored = StoreSource(FeatureStore.open(tmp_path / "s.zarr"))
+    with one_torch_thread():
+        online = OnlineSource(tiny_shapes, FrozenBackbone("squeezenet1_1", squeezenet.state_dict), tiny_recipe)
+        for ours, theirs in zip(stored.features([3, 0]), online.features([3, 0]), strict=True):
+            assert torch.equal(ours, theirs)
+        assert torch.equal(stored.labels([3, 0]), online.labels([3, 0]))
+        assert list(stored.classes_present(5)) == list(online.classes_present(5))
+        curves = []
+        for name, source in (("store", stored), ("online", online)):
+            losses = []
+            fit(tiny_config(select_on="none"), source, tmp_path / name, on_event=lambda e, x=losses: x.append(e.loss))
+            curves.append(losses)
+    assert curves[0] == curves[1]
+    assert len(curves[0]) == 4
+
+
+def test_an_int8_store_trains_nearly_the_same_run(tiny_shapes, squeezenet, tiny_recipe, tiny_config, tmp_path):
+    """Correlations of 8-bit codes differ by about 1e-3; so does the loss."""
+    extract(tiny_shapes, squeezenet, "squeezenet1_1", 64, "int8", tmp_path / "s.zarr")
+    stored = StoreSource(FeatureStore.open(tmp_path / "s.zarr"))
+    online = OnlineSource(tiny_shapes, FrozenBackbone("squeezenet1_1", squeezenet.state_dict), tiny_recipe)
+    curves = []
+    for name, source in (("store", stored), ("online", online)):
+        losses = []
+        config = tiny_config(recipe=source.recipe, select_on="none")
+        fit(config, source, tmp_path / name, on_event=lambda e, x=losses: x.append(e.loss))
+        curves.append(losses)
+    assert curves[0] != curves[1]
+    assert curves[0] == pytest.approx(curves[1], abs=0.01)
