@@ -62,7 +62,8 @@ def session(
         with _environment(environment):
             if local:
                 # Ray read RAY_AUTH_MODE when it was imported, which may have been before it was set here.
-                ray._raylet.Config.initialize("")
+                with contextlib.suppress(AttributeError):  # private, so it may go
+                    ray._raylet.Config.initialize("")
             options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
             if local:
                 options |= {
