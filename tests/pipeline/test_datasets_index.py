@@ -107,7 +107,9 @@ def test_digest_does_not_depend_on_the_order_of_dictionaries():
     assert turned.digest == index.digest
 
 
-@pytest.mark.parametrize("bad", ["/etc/passwd", "../x.jpg", "a/../../x", "C:/x.jpg", "a\\b.jpg", "a\0.jpg", "", ".", "a\nb"])
+@pytest.mark.parametrize(
+    "bad", ["/etc/passwd", "../x.jpg", "a/../../x", "C:/x.jpg", "a\\b.jpg", "a\0.jpg", "", ".", "a\nb"]
+)
 def test_image_ids_stay_inside_the_root(bad):
     with pytest.raises(DataError, match="cannot be an image id"):
         make(images=("a/1.jpg", "a/2.jpg", bad))
