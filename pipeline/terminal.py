@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 PLAIN_PROGRESS_S = 5.0
-"""Seconds between two progress lines when stderr is not a terminal."""
+"""Seconds between two progress lines when stderr is not a terminal; more on long runs, to keep log files short."""
 
 
 def plain(value: Any) -> Any:
@@ -125,7 +125,7 @@ class Progress:
         self._state = (done, total, note)
         if self._bar:
             self._bar.update(self._task, completed=done, total=total, facts=self._facts())
-        elif not self.quiet and now - self._last >= PLAIN_PROGRESS_S:
+        elif not self.quiet and now - self._last >= max(PLAIN_PROGRESS_S, (now - self._started) / 20):
             self._print_line()
             self._last = now
 
