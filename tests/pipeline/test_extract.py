@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import zarr
 from PIL import Image
 
 import pipeline.store as store_module
@@ -199,6 +200,7 @@ def test_an_unreadable_image_can_be_left_out(tmp_path, weights):
     assert set(store.skipped) == {11, 20}
     assert "truncated" in store.skipped[11]
     assert store.size(11) == (0, 0)
+    assert not zarr.open_array(str(tmp_path / "s.zarr" / "level0"), mode="r")[11].any()
     run(Photos(), weights, tmp_path / "whole.zarr")
     others = [i for i in range(21) if i not in (11, 20)]
     whole = FeatureStore.open(tmp_path / "whole.zarr").features(others)
