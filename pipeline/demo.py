@@ -32,6 +32,8 @@ FOLD = 0
 EPISODES = 200
 SHOWN_CLASSES, QUERIES_PER_CLASS = 2, 3
 PHOTO_SIZE = 240
+DATA_OPTIONS: tuple[str, ...] = ()
+"""More options of the data set; tests make it smaller."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ def demo(out: Path, run: Run, workers: int = 2) -> DemoSummary:
     spread = ("--workers", str(workers))
     held_out = ("--store", store, "--fold", str(FOLD), "--episodes", str(EPISODES))
 
-    run(["extract", "shapes", "--backbone", BACKBONE, "--image-size", str(IMAGE_SIZE), "--store", store, *spread])
+    network = ("--backbone", BACKBONE, "--image-size", str(IMAGE_SIZE))
+    run(["extract", "shapes", *DATA_OPTIONS, *network, "--store", store, *spread])
     untrained = run(["evaluate", "--baseline", "untrained", *held_out])
     cosine = run(["evaluate", "--baseline", "cosine", *held_out])
     run([
