@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hsnet.correlation import build_pyramid
-from hsnet.errors import ConfigError, HSNetError
+from hsnet.errors import CheckpointError, ConfigError, HSNetError
 from hsnet.loss import episode_losses
 from hsnet.metrics import foreground_background_iou, mean_iou, sum_by_class
 from hsnet.model import HSNet
@@ -97,13 +97,17 @@ def fit(
         ConfigError: another run is in `run_dir`; no such fold; a class with one image; features of another recipe.
     """
     ranks = ranks or Alone()
-    _check_source(config, source)
-    stream, selection = training_stream(config, source), selection_stream(config, source)
+    stream, selection = check_run(config, source)
     torch.manual_seed(config.seed)
     model = HSNet(**config.learner_arguments).to(device)
     optimiser = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
     run = RunDir(run_dir, config, write=ranks.rank == 0)
     progress = run.load(model, optimiser)
+    if int(ranks.sum(torch.tensor(progress.step))) != progress.step * ranks.world_size:
+        raise CheckpointError(
+            f"The workers found different states of the run in {run_dir}. Put --run-dir on a file system that all "
+            "machines share. Nothing was changed."
+        )
     resumed_at = progress.step
     trainer = _Trainer(config, source, run, ranks, model, optimiser, progress, stream, selection)
     trainer.device, trainer.micro_batch = device, micro_batch or config.batch_size
@@ -121,6 +125,16 @@ def fit(
         seconds=time.monotonic() - started,
         run_dir=run_dir,
     )
+
+
+def check_run(config: RunConfig, source: FeatureSource) -> tuple[EpisodeStream, EpisodeStream | None]:
+    """The training and selection streams of a run, or the error that says why it cannot start. Writes nothing."""
+    differing = config.recipe.differences(source.recipe)
+    if differing or config.data != source.index.digest:
+        raise ConfigError(
+            f"The run is configured for other features than those given: {differing or 'another data set'}."
+        )
+    return training_stream(config, source), selection_stream(config, source)
 
 
 def batch_numbers(step: int, batch_size: int, epoch_length: int) -> range:
@@ -330,11 +344,3 @@ class _Trainer:
                 self.board.add_scalar(f"{group}/{name}", float(value), event.step)
         if self.on_event:
             self.on_event(event)
-
-
-def _check_source(config: RunConfig, source: FeatureSource) -> None:
-    differing = config.recipe.differences(source.recipe)
-    if differing or config.data != source.index.digest:
-        raise ConfigError(
-            f"The run is configured for other features than those given: {differing or 'another data set'}."
-        )

@@ -8,7 +8,6 @@ import signal
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from hsnet.backbone import FrozenBackbone
 from hsnet.errors import CheckpointError, ConfigError
@@ -16,7 +15,7 @@ from pipeline.checkpoint import load_checkpoint
 from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.datasets.shapes import Shapes
 from pipeline.features import OnlineSource
-from pipeline.ranks import Alone
+from pipeline.ranks import Distributed
 from pipeline.train import (
     StepDone,
     Validated,
@@ -134,29 +133,11 @@ def test_prefetch_changes_nothing(whole_run, tiny_config, tiny_source, tmp_path)
     assert_same_run(whole_run[0], tmp_path / "run", atol=0)
 
 
-class Gloo(Alone):
-    """Two real processes, as Ray's group has them."""
-
-    def __init__(self, rank, world_size):
-        self.rank, self.world_size = rank, world_size
-
-    def wrap(self, model):
-        return nn.parallel.DistributedDataParallel(model)
-
-    def no_sync(self, model):
-        return model.no_sync()
-
-    def sum(self, tensor):
-        tensor = tensor.clone()
-        torch.distributed.all_reduce(tensor)
-        return tensor
-
-
 def gloo_rank(rank, world_size, file, config, recipe, shapes, state_dict, path):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world_size)
     source = OnlineSource(shapes, FrozenBackbone("squeezenet1_1", state_dict), recipe)
-    fit(config, source, path, ranks=Gloo(rank, world_size), micro_batch=2)
+    fit(config, source, path, ranks=Distributed(), micro_batch=2)
     torch.distributed.destroy_process_group()
 
 

@@ -1,0 +1,102 @@
+"""Training in a Ray group: the same run as in one process, stoppable and resumable, user errors as themselves."""
+
+import functools
+import json
+
+import numpy as np
+import pytest
+
+from cluster.train import fit_on_ray
+from hsnet.backbone import FrozenBackbone
+from hsnet.errors import ConfigError, DataError
+from pipeline.config import RunConfig
+from pipeline.datasets.shapes import Shapes
+from pipeline.features import OnlineSource
+from pipeline.recipe import Recipe
+from pipeline.train import StepDone, Validated, fit
+from pipeline.weights import load_weights
+
+# Ray Train imports Ray Data, which sets options of its own that it calls deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+
+SHAPES = Shapes(size=64, trn_per_class=3, val_per_class=4)
+
+
+class FailingShapes:
+    """Shapes whose photos cannot be read after the first few."""
+
+    index = SHAPES.index
+
+    def __init__(self):
+        self.reads = 0
+
+    def image(self, number):
+        self.reads += 1
+        if self.reads > 30:
+            raise DataError("photo 'x.jpg' is truncated")
+        return SHAPES.image(number)
+
+    def label(self, number):
+        return SHAPES.label(number)
+
+
+def make_source(weights, dataset=SHAPES):
+    recipe = Recipe.of("squeezenet1_1", weights.sha256, 64, "float32")
+    return OnlineSource(dataset, FrozenBackbone("squeezenet1_1", weights.state_dict), recipe)
+
+
+@pytest.fixture(scope="module")
+def source_maker():
+    return functools.partial(make_source, load_weights("squeezenet1_1"))
+
+
+@pytest.fixture
+def config(source_maker):
+    return RunConfig(
+        fold=0,
+        recipe=source_maker().recipe,
+        data=SHAPES.index.digest,
+        steps=4,
+        batch_size=5,  # does not divide by two: the ranks have 3 and 2 episodes
+        validate_every=2,
+        validate_episodes=7,
+        learner={"channels": [4, 8, 16]},
+    )
+
+
+def losses(run_dir):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line["train"]["loss"] for line in lines if "train" in line]
+
+
+@pytest.mark.usefixtures("ray_runner")
+def test_a_group_of_two_is_the_same_run_and_can_be_stopped(config, source_maker, tmp_path):
+    alone, group = tmp_path / "alone", tmp_path / "group"
+    expected = fit(config, source_maker(), alone)
+    events = []
+    # The wish to stop comes after the first step; the group notices within half a second.
+    first = fit_on_ray(config, source_maker, group, workers=2, stop=lambda: bool(events), on_event=events.append)
+    assert first.steps >= 1
+    second = fit_on_ray(config, source_maker, group, workers=2, on_event=events.append)
+    assert (second.resumed_at, second.steps, second.finished) == (first.steps, 4, True)
+    # Sums in another order differ by 1e-7, which Adam's division can blow up in weights of no influence.
+    np.testing.assert_allclose(losses(group), losses(alone), rtol=0, atol=2e-4)
+    assert [event.step for event in events if isinstance(event, StepDone)] == [1, 2, 3, 4]
+    assert [event.step for event in events if isinstance(event, Validated)] == [2, 4]
+    assert second.best_step == expected.best_step
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "group"], "Ray's own notes are gone"
+
+
+@pytest.mark.usefixtures("ray_runner")
+def test_an_error_of_one_rank_ends_the_group_and_arrives_as_itself(config, source_maker, tmp_path):
+    broken = functools.partial(source_maker, FailingShapes())
+    with pytest.raises(DataError, match=r"photo 'x.jpg' is truncated"):
+        fit_on_ray(config, broken, tmp_path / "run", workers=2)
+
+
+def test_mistakes_show_before_ray_is_started(config, source_maker, tmp_path):
+    from dataclasses import replace
+
+    with pytest.raises(ConfigError, match="no fold 9"):
+        fit_on_ray(replace(config, fold=9), source_maker, tmp_path / "run", workers=2)
+    assert not list(tmp_path.iterdir())
