@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from pipeline.config import RunConfig
     from pipeline.datasets import Dataset
     from pipeline.features import FeatureSource
+    from pipeline.methods import Method
     from pipeline.runner import Runner
     from pipeline.train import FitSummary
 
@@ -216,7 +217,7 @@ data_option = click.option(
     "data_options",
     multiple=True,
     metavar="KEY=VALUE",
-    help="An option of the data set's reader, such as images_per_class=20 for shapes. May be repeated.",
+    help="An option of the data set's reader, such as trn_per_class=30 for shapes. May be repeated.",
 )
 backbone_option = click.option(
     "--backbone", type=click.Choice(BACKBONES), required=True, help="Network whose features are used."
@@ -294,14 +295,21 @@ def open_data(name: str, root: Path | None, splits: Path | None, given: Sequence
 
 
 def parse_data_options(given: Sequence[str]) -> dict[str, Any]:
-    """KEY=VALUE texts as keyword arguments; whole numbers become int."""
+    """KEY=VALUE texts as keyword arguments; numbers become int or float."""
     parsed: dict[str, Any] = {}
     for text in given:
         key, equals, value = text.partition("=")
         if not equals or not key.isidentifier():
             raise ConfigError(f"--data-option '{text}' is not of the form KEY=VALUE")
-        parsed[key] = int(value) if value.lstrip("-").isdecimal() else value
+        parsed[key] = _number(value)
     return parsed
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def pick_device(name: str, address: str | None = None) -> str:
@@ -345,7 +353,8 @@ def store_source(path: Path) -> Callable[[], FeatureSource]:
     from pipeline.features import StoreSource
     from pipeline.store import FeatureStore
 
-    return lambda: StoreSource(FeatureStore.open(path))
+    place = path.absolute()  # a worker may have another working directory
+    return lambda: StoreSource(FeatureStore.open(place))
 
 
 def online_source(
@@ -573,18 +582,15 @@ def extract(
     """
     set_up_logging(quiet)
     on_interrupt("Finished shards are kept: run the same command again to go on.")
-    from pipeline.extract import Planned
     from pipeline.extract import extract as stage
+    from pipeline.plan import Planned
     from pipeline.weights import load_weights
 
     data = open_data(dataset, data_root, splits, data_options, quiet)
-    loaded = load_weights(backbone, weights)
     if dry_run:
-        from pipeline.plan import plan_extraction
-        from pipeline.recipe import Recipe
-
-        plan = plan_extraction(data, Recipe.of(backbone, loaded.sha256, image_size, precision), store, shard_images)
+        plan = _plan_extraction(data, backbone, weights, image_size, precision, store, shard_images)
         return emit(plan, f"{_plan_text(plan)} Nothing was written.", as_json)
+    loaded = load_weights(backbone, weights)
     device = pick_device(device, address)
     with open_runner(workers, address, device) as runner, Progress("extract", "images", quiet) as progress:
         done = total = 0
@@ -610,6 +616,22 @@ def extract(
     if summary.skipped:
         lines.append(f"{len(summary.skipped)} unreadable images left out: {', '.join(summary.skipped[:5])}")
     return emit(summary, "\n".join(lines), as_json)
+
+
+def _plan_extraction(
+    data: Dataset, backbone: str, weights: str | None, image_size: int, precision: str, path: Path, shard_images: int
+) -> Any:
+    """The plan of a store; weights, which may have to be downloaded, are looked at only to compare a store with."""
+    from pipeline.plan import plan_new, plan_store
+    from pipeline.recipe import Recipe
+    from pipeline.store import FeatureStore
+    from pipeline.weights import load_weights
+
+    if path.exists():
+        recipe = Recipe.of(backbone, load_weights(backbone, weights).sha256, image_size, precision)
+        return plan_store(FeatureStore.open(path, recipe, require_complete=False, index_digest=data.index.digest))
+    unknown = "sha256:" + "0" * 64
+    return plan_new(data.index, Recipe.of(backbone, unknown, image_size, precision), path, shard_images)
 
 
 def _plan_text(plan: Any) -> str:
@@ -679,6 +701,13 @@ def store_info(path: Path, as_json: bool) -> None:
     help="Episodes the best checkpoint is chosen on; test is the published habit.",
 )
 @click.option("--drop-novel-images", is_flag=True, help="Leave out training images that show a held-out class.")
+@click.option(
+    "--boundary",
+    type=click.Choice(("background", "ignore")),
+    default="background",
+    show_default=True,
+    help="What boundary pixels are in the loss: background as in the published code, ignore as in the paper.",
+)
 @options(workers_option, address_option, device_option)
 @click.option(
     "--features",
@@ -706,6 +735,7 @@ def train(
     validate_episodes: int,
     select_on: str,
     drop_novel_images: bool,
+    boundary: str,
     workers: int,
     address: str | None,
     device: str,
@@ -756,6 +786,7 @@ def train(
         learning_rate=lr,
         seed=seed,
         drop_novel_images=drop_novel_images,
+        boundary=boundary,
         select_on=select_on,
         validate_every=validate_every,
         validate_episodes=validate_episodes,
@@ -865,7 +896,11 @@ def checkpoint_import(source: Path, target: Path, backbone: str | None, image_si
     help="Instead of a checkpoint: a cosine map cut at a threshold fitted on training episodes, or an untrained head.",
 )
 @store_option
-@fold_option
+@click.option(
+    "--fold",
+    type=Whole(0),
+    help="Fold whose classes are held out. [default: the one the checkpoint was trained for, or 0]",
+)
 @click.option("--shots", type=Integers(), default="1", show_default=True, metavar="K,...", help="Supports per query.")
 @click.option(
     "--episodes",
@@ -875,6 +910,9 @@ def checkpoint_import(source: Path, target: Path, backbone: str | None, image_si
     metavar="N|reference",
     help="How many; or the published code's own 1,000.",
 )
+@click.option(
+    "--distinct-supports", is_flag=True, help="No support twice in an episode; the published code lets them repeat."
+)
 @seed_option
 @click.option("--out", type=ANY_PATH, metavar="ROWS.parquet", help="Write one row per episode.")
 @options(workers_option, address_option, device_option)
@@ -883,9 +921,10 @@ def evaluate(
     checkpoint_path: Path | None,
     baseline: str | None,
     store: Path,
-    fold: int,
+    fold: int | None,
     shots: tuple[int, ...],
     episodes: Any,
+    distinct_supports: bool,
     seed: int,
     out: Path | None,
     workers: int,
@@ -915,10 +954,12 @@ def evaluate(
     source = make_source()
     if checkpoint_path is not None:
         method = methods.trained(checkpoint_path, source, device)
+        fold = _tested_fold(method, source, fold)
     elif baseline == "untrained":
-        method = methods.untrained(source, seed, device)
+        fold, method = fold or 0, methods.untrained(source, seed, device)
     else:
         click.echo("Fitting the cosine threshold on training episodes", err=True) if not quiet else None
+        fold = fold or 0
         method = methods.cosine(source, fold, seed)
     with open_runner(workers, address, device) as runner, Progress("evaluate", "episodes", quiet) as progress:
         result = stage(
@@ -929,6 +970,7 @@ def evaluate(
             shots=shots,
             episodes=episodes,
             seed=seed,
+            repeat_supports=not distinct_supports,
             skipped=tuple(source.skipped),
             runner=runner,
             device=device,
@@ -948,6 +990,23 @@ def evaluate(
     ]
     report = {"scores": named, "protocol": result.protocol, "rows": out}
     return emit(report, _scores_text(result.scores, classes), as_json)
+
+
+def _tested_fold(method: Method, source: FeatureSource, fold: int | None) -> int:
+    """The fold to test a trained head on: its own unless another is asked for. Warns if it knows the classes."""
+    from pipeline.methods import classes_seen
+
+    trained_on = method.facts["trained_on"]
+    if fold is None:
+        fold = trained_on["fold"] if trained_on else 0
+    seen = [source.index.classes[class_id] for class_id in classes_seen(method, source, fold)]
+    if seen:
+        click.echo(
+            f"Warning: the head was trained on {len(seen)} of the classes tested here ({', '.join(seen[:5])}): it held "
+            f"out fold {trained_on['fold']}, not fold {fold}. This is no few-shot result.",
+            err=True,
+        )
+    return fold
 
 
 def _scores_text(all_scores: Sequence[Any], classes: Mapping[int, str]) -> str:

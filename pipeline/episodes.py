@@ -225,7 +225,8 @@ def _require_images(
         notes = " ".join(index.notes)
         raise ConfigError(
             f"{where}: no images to draw episodes from ({len(split.entries)} listed, all left out or none there). "
-            f"{notes + ' ' if notes else ''}Choose another fold, split or selection rule."
+            f"{notes + ' ' if notes else ''}Choose another fold"
+            f"{', or train with --select-on none' if role == 'val' else ''}."
         )
     small = [(class_id, len(set(images))) for class_id, images in pools.items() if len(set(images)) < shots + 1]
     if small:

@@ -8,7 +8,6 @@ one thread.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from pipeline.codec import encode
 from pipeline.datasets import Dataset
 from pipeline.datasets.images import network_image, object_pixels, resize_label
 from pipeline.ownership import still_owned
+from pipeline.plan import Planned, plan_store
 from pipeline.recipe import Recipe
 from pipeline.runner import Runner, SerialRunner
 from pipeline.store import SHARD_IMAGES, FeatureStore
@@ -37,20 +37,6 @@ batch of four: SqueezeNet 0.065 and 0.090, ResNet-50 0.36 and 0.46), and a photo
 """
 
 ON_ERROR = ("fail", "skip")
-
-
-@dataclass(frozen=True)
-class Planned:
-    """First event: what there is and what is to be done."""
-
-    images: int
-    images_done: int
-    """Images in shards that an earlier run completed."""
-    shards: int
-    shards_done: int
-    bytes_needed: int
-    """For what is missing, at most."""
-    bytes_free: int
 
 
 @dataclass(frozen=True)
@@ -133,7 +119,7 @@ def extract(
     reports = []
     with store.writing() as token:
         missing = store.missing_shards()
-        plan = _plan(store, missing)
+        plan = plan_store(store)
         emit(plan)
         if plan.bytes_needed > plan.bytes_free:
             raise StoreError(
@@ -163,18 +149,6 @@ def extract(
         bytes=store.nbytes,
         seconds=seconds,
         images_per_s=images / seconds if images else 0.0,
-    )
-
-
-def _plan(store: FeatureStore, missing: tuple[int, ...]) -> Planned:
-    to_do = sum(len(store.shard_range(number)) for number in missing)
-    return Planned(
-        images=len(store.index.images),
-        images_done=len(store.index.images) - to_do,
-        shards=store.shards,
-        shards_done=store.shards - len(missing),
-        bytes_needed=to_do * store.image_nbytes,
-        bytes_free=shutil.disk_usage(store.root).free,
     )
 
 

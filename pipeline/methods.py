@@ -38,8 +38,26 @@ def trained(path: Path, source: FeatureSource, device: str = "cpu") -> Method:
     """
     checkpoint = load_checkpoint(path)
     checkpoint.require(source.recipe, "the store")
-    facts = {"name": "trained", "checkpoint": checkpoint.digest, "step": checkpoint.info.step}
+    config = checkpoint.info.config
+    facts = {
+        "name": "trained",
+        "checkpoint": checkpoint.digest,
+        "step": checkpoint.info.step,
+        "trained_on": None if config is None else {"data": config.data, "fold": config.fold},
+    }
     return Method(partial(_load, checkpoint.path, device), facts)
+
+
+def classes_seen(method: Method, source: FeatureSource, fold: int) -> tuple[int, ...]:
+    """Test classes of the fold that the method was trained on: a score on them says nothing about new classes.
+
+    Known for heads trained on the same data set; an imported checkpoint does not say what it saw.
+    """
+    trained_on = method.facts.get("trained_on")
+    if not trained_on or trained_on["data"] != source.index.digest:
+        return ()
+    seen = set(source.index.split(trained_on["fold"], "trn").class_ids)
+    return tuple(sorted(seen & set(source.index.split(fold, "test").class_ids)))
 
 
 def untrained(source: FeatureSource, seed: int = 0, device: str = "cpu") -> Method:

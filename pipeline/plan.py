@@ -1,44 +1,58 @@
-"""What an extraction would do, said before anything is written."""
+"""What an extraction will do, said before anything is written."""
 
 from __future__ import annotations
 
-import math
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.datasets import Dataset
-from pipeline.extract import Planned
+from pipeline.datasets.index import DatasetIndex
 from pipeline.recipe import Recipe
-from pipeline.store import SHARD_IMAGES, FeatureStore
-
-_CHECKSUM = 32
-"""Bytes beside the values of each chunk: checksum and index entry."""
+from pipeline.store import SHARD_IMAGES, FeatureStore, image_nbytes
 
 
-def plan_extraction(dataset: Dataset, recipe: Recipe, path: Path, shard_images: int = SHARD_IMAGES) -> Planned:
-    """Images, shards and bytes of the store that `pipeline.extract.extract` would make or finish at `path`.
+@dataclass(frozen=True)
+class Planned:
+    """What there is and what is to be done."""
 
-    `bytes_needed` counts label maps as if they did not compress, so that it is never too little.
+    images: int
+    images_done: int
+    """Images in shards that an earlier run completed."""
+    shards: int
+    shards_done: int
+    bytes_needed: int
+    """For what is missing, at most: label maps count as if they did not compress."""
+    bytes_free: int
+
+
+def plan_store(store: FeatureStore) -> Planned:
+    """What finishing a store takes."""
+    missing = store.missing_shards()
+    to_do = sum(len(store.shard_range(number)) for number in missing)
+    return Planned(
+        images=len(store.index.images),
+        images_done=len(store.index.images) - to_do,
+        shards=store.shards,
+        shards_done=store.shards - len(missing),
+        bytes_needed=to_do * image_nbytes(store.recipe, store.index),
+        bytes_free=shutil.disk_usage(store.root).free,
+    )
+
+
+def plan_new(index: DatasetIndex, recipe: Recipe, path: Path, shard_images: int = SHARD_IMAGES) -> Planned:
+    """What making a new store at `path` takes. Nothing has to be known of the weights but their network.
 
     Raises:
-        StoreMismatch: the store at `path` holds another recipe or data set.
-        StoreError: something that is no store is at `path`.
+        ConfigError, ShapeError: the image size cannot work.
     """
-    images = len(dataset.index.images)
-    values = sum(math.prod(shape) for shape in recipe.level_shapes()) * recipe.dtype.itemsize
-    labels = recipe.image_size**2 * dataset.index.label_dtype.itemsize
-    chunks = len(recipe.level_shapes()) + 1
-    shards, missing, to_do = math.ceil(images / shard_images), math.ceil(images / shard_images), images
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        store = FeatureStore.open(path, recipe, require_complete=False, index_digest=dataset.index.digest)
-        shards, missing = store.shards, len(store.missing_shards())
-        to_do = sum(len(store.shard_range(number)) for number in store.missing_shards())
-    folder = next(p for p in (path.resolve(), *path.resolve().parents) if p.exists())
+    recipe.require_trainable()
+    images = len(index.images)
+    folder = next(place for place in path.absolute().parents if place.exists())
     return Planned(
         images=images,
-        images_done=images - to_do,
-        shards=shards,
-        shards_done=shards - missing,
-        bytes_needed=to_do * (values + labels + chunks * _CHECKSUM),
+        images_done=0,
+        shards=-(-images // shard_images),
+        shards_done=0,
+        bytes_needed=images * image_nbytes(recipe, index),
         bytes_free=shutil.disk_usage(folder).free,
     )

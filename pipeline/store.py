@@ -281,12 +281,6 @@ class FeatureStore:
         """Bytes of the complete shards on disk."""
         return sum(facts.nbytes for facts in self._facts.values())
 
-    @property
-    def image_nbytes(self) -> int:
-        """Bytes an image takes at most: features exactly, its label map as if it did not compress."""
-        per_chunk = 32  # checksum, place in the shard's index
-        return sum(math.prod(layout.image_shape) * layout.dtype.itemsize + per_chunk for layout in self._layouts)
-
     def info(self) -> dict[str, Any]:
         """Facts for people and machines, as JSON values."""
         images_done = sum(len(facts.images) for facts in self._facts.values())
@@ -502,6 +496,13 @@ def _layouts(recipe: Recipe, index: DatasetIndex, shard_images: int) -> list[_La
         for k, shape in enumerate(recipe.level_shapes())
     ]
     return [*levels, _Layout("label", (n, size, size), shard_images, np.dtype(index.label_dtype), compressed=True)]
+
+
+def image_nbytes(recipe: Recipe, index: DatasetIndex) -> int:
+    """Bytes an image takes at most: features exactly, its label map as if it did not compress."""
+    per_chunk = 32  # checksum, place in the shard's index
+    layouts = _layouts(recipe, index, 1)
+    return sum(math.prod(layout.image_shape) * layout.dtype.itemsize + per_chunk for layout in layouts)
 
 
 def _identity(recipe: Recipe, index: DatasetIndex) -> str:

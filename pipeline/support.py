@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hsnet.errors import ConfigError, DataError
-from pipeline.datasets.images import _opened as open_image
-from pipeline.datasets.images import read_photo, require_same_size
+from pipeline.datasets.images import open_image, read_photo, require_same_size
 
 log = logging.getLogger(__name__)
 

@@ -61,7 +61,7 @@ def read_image(path: Path) -> Image.Image:
     Raises:
         DataError: missing, unreadable, too large or of a kind without a defined RGB form. Names the file.
     """
-    with _opened(path) as image:
+    with open_image(path) as image:
         return _rgb(image, path)
 
 
@@ -75,7 +75,7 @@ def read_photo(path: Path, mask_size: Size | None = None) -> Image.Image:
     Raises:
         DataError: as `read_image`, or the mask fits neither size.
     """
-    with _opened(path) as image:
+    with open_image(path) as image:
         turn = _turn(image, path, mask_size)
         rgb = _rgb(image, path)
     return rgb if turn is None else rgb.transpose(turn)
@@ -83,14 +83,14 @@ def read_photo(path: Path, mask_size: Size | None = None) -> Image.Image:
 
 def photo_size(path: Path, mask_size: Size | None = None) -> Size:
     """(height, width) of what `read_photo` gives; reads the header only. Raises as `read_photo`."""
-    with _opened(path) as image:
+    with open_image(path) as image:
         turn = _turn(image, path, mask_size)
         return (image.width, image.height) if turn in _SWAPPING else (image.height, image.width)
 
 
 def image_size(path: Path) -> Size:
     """(height, width) of the stored pixels; reads the header only."""
-    with _opened(path) as image:
+    with open_image(path) as image:
         return image.height, image.width
 
 
@@ -142,7 +142,7 @@ def read_index_mask(path: Path) -> np.ndarray:
     Raises:
         DataError: unreadable, or coloured, so that no class number can be read from it.
     """
-    with _opened(path) as image:
+    with open_image(path) as image:
         if image.mode in ("L", "P"):
             return np.array(image, np.uint8)
         if image.mode == "1":
@@ -168,7 +168,7 @@ def read_binary_mask(path: Path) -> np.ndarray:
     Raises:
         DataError: unreadable, or nothing reaches 128 and there are several values, so the object is a guess.
     """
-    with _opened(path) as image:
+    with open_image(path) as image:
         # 16 bits are clipped, as Pillow's own conversion does.
         grey = np.minimum(_uint16(image, path), 255) if _is_16_bit(image) else np.array(image.convert("L"))
     if (grey >= 128).any():
@@ -231,7 +231,8 @@ def object_pixels(label: np.ndarray, ignore_label: int) -> dict[int, int]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def open_image(path: Path) -> Iterator[Image.Image]:
+    """Open an image file for the length of a block. Raises DataError for whatever is wrong with it, also inside."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             limit = Image.MAX_IMAGE_PIXELS

@@ -255,7 +255,8 @@ def test_quiet_progress_says_nothing(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_data_options() -> None:
-    assert cli.parse_data_options(["size=96", "seed=-1", "layout=fss"]) == {"size": 96, "seed": -1, "layout": "fss"}
+    given = ["size=96", "seed=-1", "min_object_share=0.01", "layout=fss"]
+    assert cli.parse_data_options(given) == {"size": 96, "seed": -1, "min_object_share": 0.01, "layout": "fss"}
     with pytest.raises(ConfigError, match="KEY=VALUE"):
         cli.parse_data_options(["=3"])
 

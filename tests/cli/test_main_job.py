@@ -101,6 +101,18 @@ def test_dry_run_writes_nothing(tmp_path: Path, job: Path) -> None:
     assert (there["shards_done"], there["bytes_needed"]) == (10, 0)
 
 
+def test_dry_run_needs_no_weights_and_knows_what_cannot_work(tmp_path: Path) -> None:
+    """Sizes follow from the network alone: nothing is downloaded to compute them."""
+    network = ("--backbone", "resnet101", "--weights", tmp_path / "not-there.pth")
+    plan = machine("extract", *SHAPES, *network, "--store", tmp_path / "new.zarr", "--dry-run")
+    assert plan["bytes_needed"] == pytest.approx(160 * (20.9e6 + 400**2), rel=0.01)
+    bad = ("--backbone", "squeezenet1_1", "--image-size", "400")
+    for dry in ((), ("--dry-run",)):
+        message = failure("extract", *SHAPES, *bad, "--store", tmp_path / "new.zarr", *dry)
+        assert "work: 388 and 401" in message
+    assert not list(tmp_path.iterdir())
+
+
 def test_store_info(job: Path) -> None:
     text = invoke("store", "info", job / "s.zarr").stdout
     assert "shapes, 160 images, 32 classes" in text
@@ -143,6 +155,26 @@ def test_evaluate_prints_a_table_writes_rows_and_speaks_json(job: Path, tmp_path
     result = machine("evaluate", "--checkpoint", job / "run", *arguments)
     assert [scores["shots"] for scores in result["scores"]] == [1, 2]
     assert result["protocol"]["method"]["name"] == "trained"
+
+
+def test_a_head_is_tested_on_its_own_fold_unless_another_is_asked_for(job: Path, tmp_path: Path) -> None:
+    """On another fold of the same data it knows the classes, and the user is told."""
+    store = ("--store", job / "s.zarr")
+    machine("train", *store, "--run-dir", tmp_path / "run", "--fold", "2", "--steps", "1", *QUICK)
+    own = invoke("evaluate", "--checkpoint", tmp_path / "run", *store, "--episodes", "2", "--json")
+    assert json.loads(own.stdout)["protocol"]["fold"] == 2
+    assert "Warning" not in own.stderr
+    other = invoke("evaluate", "--checkpoint", tmp_path / "run", *store, "--episodes", "2", "--fold", "0")
+    assert "Warning: the head was trained on 8 of the classes tested here" in other.stderr
+    assert "held out fold 2, not fold 0" in other.stderr
+
+
+def test_choices_that_move_scores_are_recorded(job: Path, tmp_path: Path) -> None:
+    store = ("--store", job / "s.zarr")
+    arguments = ("--baseline", "untrained", *store, "--episodes", "2", "--distinct-supports")
+    assert machine("evaluate", *arguments)["protocol"]["repeat_supports"] is False
+    machine("train", *store, "--run-dir", tmp_path / "run", "--steps", "1", "--boundary", "ignore", *QUICK)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["boundary"] == "ignore"
 
 
 @pytest.mark.parametrize("baseline", ["cosine", "untrained"])
