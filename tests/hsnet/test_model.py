@@ -209,3 +209,9 @@ def test_published_names_are_translated_and_strangers_refused(make):
         split_published({**state, "module.head.weight": torch.zeros(1)})
     with pytest.raises(CheckpointError, match="found no learner"):
         split_published({"module.backbone.conv1.weight": torch.zeros(1)})
+
+
+def test_a_tie_is_background():
+    logits = torch.tensor([0.5, 0.5, 0.4, 0.6]).view(1, 2, 1, 2).flip(3)  # (background, object): (0.5, 0.6), (0.5, 0.4)
+    assert predict_mask(logits).tolist() == [[[True, False]]]
+    assert not predict_mask(torch.zeros(1, 2, 3, 3)).any()
