@@ -5,7 +5,7 @@ Also the step from episodes to tensors: `load_batch`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -168,10 +168,10 @@ def load_batch(source: FeatureSource, episodes: Sequence[Episode]) -> EpisodeBat
 
 def prefetch(
     source: FeatureSource, batches: Iterator[Sequence[Episode]], depth: int = 2
-) -> Iterator[tuple[Sequence[Episode], EpisodeBatch]]:
+) -> Generator[tuple[Sequence[Episode], EpisodeBatch], None, None]:
     """Load batches on a background thread, at most `depth` ahead of the one in use; 0 loads them when asked for.
 
-    Order is kept, and an error is raised at the batch it belongs to.
+    Order is kept, and an error is raised at the batch it belongs to. Close it if it is not read to its end.
     """
     if depth == 0:
         for episodes in batches:

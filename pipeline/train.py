@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -225,25 +226,23 @@ class _Trainer:
         config, progress = self.config, self.progress
         remaining = range(progress.step, config.steps)
         parts = (part for step in remaining for part in self._parts(step))
-        loaded = prefetch(self.source, parts, prefetch_depth)
-        saved = time.monotonic()
-        for step in remaining:
-            if self._any_rank(stop()):
-                self._save()
-                loaded.close()  # type: ignore[attr-defined]
-                return False
-            loss, seconds, waited = self._step(step, loaded)
-            progress.step = step + 1
-            self.losses.append(loss)
-            self._report(StepDone(progress.step, config.steps, loss, seconds, waited))
-            last = progress.step == config.steps
-            if self.selection and (last or progress.step % config.validate_every == 0):
-                self._validate()
-                self._save()
-                saved = time.monotonic()
-            elif last or time.monotonic() - saved > SAVE_SECONDS:
-                self._save()
-                saved = time.monotonic()
+        with closing(prefetch(self.source, parts, prefetch_depth)) as loaded:
+            saved = time.monotonic()
+            for step in remaining:
+                if self._any_rank(stop()):
+                    self._save()
+                    return False
+                loss, seconds, waited = self._step(step, loaded)
+                progress.step = step + 1
+                self.losses.append(loss)
+                self._report(StepDone(progress.step, config.steps, loss, seconds, waited))
+                last = progress.step == config.steps
+                validate = self.selection is not None and (last or progress.step % config.validate_every == 0)
+                if validate:
+                    self._validate()
+                if validate or last or time.monotonic() - saved > SAVE_SECONDS:
+                    self._save()
+                    saved = time.monotonic()
         return True
 
     def _mine(self, step: int) -> tuple[list[Episode], int]:
