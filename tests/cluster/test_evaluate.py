@@ -1,0 +1,83 @@
+"""Evaluation on Ray: the same rows for any number of workers, also when one dies in the middle."""
+
+import functools
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster.runner import RayRunner
+from hsnet.model import HSNet
+from pipeline.datasets.shapes import Shapes
+from pipeline.evaluate import evaluate
+from pipeline.extract import extract
+from pipeline.features import StoreSource
+from pipeline.segmenters import LearnedSegmenter
+from pipeline.store import FeatureStore
+from pipeline.weights import load_weights
+
+SHAPES = Shapes(size=64, trn_per_class=2, val_per_class=4)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("evaluate") / "s.zarr"
+    extract(SHAPES, load_weights("squeezenet1_1"), "squeezenet1_1", 64, "int8", path)
+    return path
+
+
+def make_source(path: Path) -> StoreSource:
+    return StoreSource(FeatureStore.open(path))
+
+
+def make_segmenter() -> LearnedSegmenter:
+    torch.manual_seed(0)
+    model = HSNet((4, 2, 2), (4, 8, 16)).eval()
+    with torch.no_grad():  # answers both ways, so that counts have something to differ in
+        model.decode_fine[-1].weight.mul_(10)
+        model.decode_fine[-1].bias.zero_()
+    return LearnedSegmenter(model)
+
+
+class MortalSegmenter:
+    """Kills its process at the first block that any worker starts."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+        self.inner = make_segmenter()
+
+    def masks(self, batch):
+        try:
+            self.mark.touch(exist_ok=False)
+        except FileExistsError:
+            return self.inner.masks(batch)
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("unreachable")
+
+
+def run(store: Path, runner=None, segmenter=make_segmenter):
+    source = functools.partial(make_source, store)
+    return evaluate(segmenter, source, SHAPES.index, fold=0, shots=(1, 3), episodes=110, runner=runner)
+
+
+@pytest.fixture(scope="module")
+def expected(store):
+    result = run(store)
+    assert 0 < result.scores[0].miou < 100
+    return result
+
+
+@pytest.mark.usefixtures("ray_runner")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_rows_are_the_same_for_any_number_of_workers(store, expected, workers):
+    result = run(store, RayRunner(workers))
+    assert result.rows.equals(expected.rows, check_metadata=True)
+    assert result.scores == expected.scores
+
+
+def test_a_killed_worker_changes_no_row(store, expected, ray_runner, tmp_path):
+    result = run(store, ray_runner, functools.partial(MortalSegmenter, tmp_path / "died"))
+    assert (tmp_path / "died").exists()
+    assert result.rows.equals(expected.rows)
