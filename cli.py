@@ -892,8 +892,9 @@ def checkpoint_import(source: Path, target: Path, backbone: str | None, image_si
 @click.option("--checkpoint", "checkpoint_path", type=ANY_PATH, metavar="C", help="Checkpoint, or a run: its best.")
 @click.option(
     "--baseline",
-    type=click.Choice(("cosine", "untrained")),
-    help="Instead of a checkpoint: a cosine map cut at a threshold fitted on training episodes, or an untrained head.",
+    type=click.Choice(("cosine", "location", "untrained")),
+    help="Instead of a checkpoint: a cosine map cut at a threshold fitted on training episodes; one mask for all "
+    "queries, where training objects usually are; or an untrained head.",
 )
 @store_option
 @click.option(
@@ -944,7 +945,7 @@ def evaluate(
     set_up_logging(quiet)
     on_interrupt("No result was written.")
     if (checkpoint_path is None) == (baseline is None):
-        raise click.UsageError("Give --checkpoint C or --baseline cosine|untrained, one of them.")
+        raise click.UsageError("Give --checkpoint C or --baseline cosine|location|untrained, one of them.")
     from pipeline import methods
     from pipeline.evaluate import evaluate as stage
     from pipeline.evaluate import write_rows
@@ -958,9 +959,9 @@ def evaluate(
     elif baseline == "untrained":
         fold, method = fold or 0, methods.untrained(source, seed, device)
     else:
-        click.echo("Fitting the cosine threshold on training episodes", err=True) if not quiet else None
+        click.echo(f"Fitting the {baseline} baseline on training episodes", err=True) if not quiet else None
         fold = fold or 0
-        method = methods.cosine(source, fold, seed)
+        method = (methods.cosine if baseline == "cosine" else methods.location)(source, fold, seed)
     with open_runner(workers, address, device) as runner, Progress("evaluate", "episodes", quiet) as progress:
         result = stage(
             method.make,

@@ -1,4 +1,4 @@
-"""What can be evaluated, by name: a checkpoint, an untrained head, the cosine baseline.
+"""What can be evaluated, by name: a checkpoint, an untrained head, the cosine and the location baseline.
 
 A `Method` is made once and sent to every worker; it says how to build the segmenter there and what to write into
 the results.
@@ -18,7 +18,14 @@ from hsnet.backbone import backbone_spec
 from hsnet.model import HSNet
 from pipeline.checkpoint import load_checkpoint
 from pipeline.features import FeatureSource
-from pipeline.segmenters import CosineSegmenter, LearnedSegmenter, Segmenter, fit_cosine_threshold
+from pipeline.segmenters import (
+    CosineSegmenter,
+    LearnedSegmenter,
+    LocationSegmenter,
+    Segmenter,
+    fit_cosine_threshold,
+    fit_location_mask,
+)
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,13 @@ def cosine(source: FeatureSource, fold: int, seed: int = 0) -> Method:
     """The deepest level's cosine map, cut at the threshold that is best on training episodes of the fold."""
     segmenter = fit_cosine_threshold(source, fold, seed=seed)
     return Method(partial(CosineSegmenter, segmenter.threshold), {"name": "cosine", "threshold": segmenter.threshold})
+
+
+def location(source: FeatureSource, fold: int, seed: int = 0) -> Method:
+    """The same mask for every query: the mean object of training episodes of the fold, cut where it fits them best."""
+    segmenter = fit_location_mask(source, fold, seed=seed)
+    facts = {"name": "location", "object_share": float(segmenter.mask.float().mean())}
+    return Method(partial(LocationSegmenter, segmenter.mask), facts)
 
 
 def _load(path: Path, device: str) -> Segmenter:

@@ -1,4 +1,4 @@
-"""What can answer an episode: a trained head, an untrained one, or a cosine map with one fitted threshold.
+"""What can answer an episode: a trained head, an untrained one, a cosine map, or one mask for all.
 
 All give hard one-shot masks, support by support; the vote over K of them is the same for all.
 """
@@ -17,7 +17,7 @@ from hsnet.baseline import cosine_map
 from hsnet.correlation import build_hypercorrelation, build_pyramid, interpolate_mask
 from hsnet.metrics import count, mean_iou, sum_by_class
 from hsnet.model import HSNet, predict_mask, resize_logits
-from pipeline.episodes import EpisodeStream
+from pipeline.episodes import Episode, EpisodeStream
 from pipeline.features import EpisodeBatch, FeatureSource, load_batch
 
 FORWARD_ELEMENTS = 24_000_000
@@ -67,6 +67,20 @@ class CosineSegmenter:
         return cosine_scores(batch) >= self.threshold
 
 
+@dataclass(frozen=True)
+class LocationSegmenter:
+    """One mask for every query: where objects usually are. It looks at neither query nor support.
+
+    Photos are often taken with the object in the middle; a score below this one may come from the place alone.
+    """
+
+    mask: Tensor
+    """(S, S) bool."""
+
+    def masks(self, batch: EpisodeBatch) -> Tensor:
+        return self.mask.to(batch.target.device).expand(batch.shots, batch.size, -1, -1)
+
+
 def forward_batch(batch: EpisodeBatch) -> int:
     """Support-query pairs per forward pass: as many as fit FORWARD_ELEMENTS, at least one."""
     per_pair = sum(
@@ -94,20 +108,38 @@ def fit_cosine_threshold(
         episodes: how many to fit on.
         steps: thresholds tried, evenly spaced over [0, 1].
     """
-    stream = EpisodeStream(source.index, fold, "trn", 1, seed, exclude=source.skipped)
+    drawn = _training_episodes(source, fold, episodes, seed)
     thresholds = [step / steps for step in range(steps)]
     counts: list[list[Tensor]] = [[] for _ in thresholds]
-    classes: list[int] = []
     for start in range(0, episodes, 20):
-        drawn = [stream[number] for number in range(start, min(start + 20, episodes))]
-        batch = load_batch(source, drawn)
+        batch = load_batch(source, drawn[start : start + 20])
         scores = cosine_scores(batch)[0]
         for tried, threshold in zip(counts, thresholds, strict=True):
             tried.append(count(scores >= threshold, batch.target, batch.ignore))
-        classes += [episode.class_id for episode in drawn]
-    scored = [_score(tried, classes) for tried in counts]
-    return CosineSegmenter(thresholds[scored.index(max(scored))])
+    return CosineSegmenter(_best(thresholds, [torch.cat(tried) for tried in counts], drawn))
 
 
-def _score(counts: Sequence[Tensor], classes: Sequence[int]) -> float:
-    return mean_iou(sum_by_class(torch.cat(list(counts)), classes, sorted(set(classes))))
+def fit_location_mask(
+    source: FeatureSource, fold: int, episodes: int = 600, seed: int = 0, steps: int = 50
+) -> LocationSegmenter:
+    """The mean object of *training* episodes, cut at the share (of its highest value) with the best mIoU on them."""
+    drawn = _training_episodes(source, fold, episodes, seed)
+    labels = source.labels([episode.query for episode in drawn])
+    target = labels == torch.tensor([episode.class_id + 1 for episode in drawn])[:, None, None]
+    ignore = labels == source.index.ignore_label if source.index.has_ignore else None
+    mean = target.float().mean(0)
+    thresholds = [step / steps * float(mean.max()) for step in range(1, steps + 1)]
+    counts = [count((mean >= threshold).expand_as(target), target, ignore) for threshold in thresholds]
+    return LocationSegmenter(mean >= _best(thresholds, counts, drawn))
+
+
+def _training_episodes(source: FeatureSource, fold: int, episodes: int, seed: int) -> list[Episode]:
+    stream = EpisodeStream(source.index, fold, "trn", 1, seed, exclude=source.skipped)
+    return [stream[number] for number in range(episodes)]
+
+
+def _best(thresholds: Sequence[float], counts: Sequence[Tensor], drawn: Sequence[Episode]) -> float:
+    """The threshold whose counts give the best mIoU over the classes drawn."""
+    classes = [episode.class_id for episode in drawn]
+    scores = [mean_iou(sum_by_class(tried, classes, sorted(set(classes)))) for tried in counts]
+    return thresholds[scores.index(max(scores))]

@@ -177,7 +177,7 @@ def test_choices_that_move_scores_are_recorded(job: Path, tmp_path: Path) -> Non
     assert json.loads((tmp_path / "run" / "config.json").read_text())["boundary"] == "ignore"
 
 
-@pytest.mark.parametrize("baseline", ["cosine", "untrained"])
+@pytest.mark.parametrize("baseline", ["cosine", "location", "untrained"])
 def test_baselines(job: Path, baseline: str) -> None:
     result = machine("evaluate", "--baseline", baseline, "--store", job / "s.zarr", "--episodes", "5")
     assert result["protocol"]["method"]["name"] == baseline

@@ -12,7 +12,15 @@ from hsnet.model import HSNet
 from hsnet.vote import vote
 from pipeline.evaluate import COUNTS, evaluate, score, write_rows
 from pipeline.features import load_batch
-from pipeline.segmenters import CosineSegmenter, LearnedSegmenter, cosine_scores, fit_cosine_threshold, forward_batch
+from pipeline.segmenters import (
+    CosineSegmenter,
+    LearnedSegmenter,
+    LocationSegmenter,
+    cosine_scores,
+    fit_cosine_threshold,
+    fit_location_mask,
+    forward_batch,
+)
 
 
 def learner():
@@ -165,6 +173,23 @@ def test_cosine_threshold_is_the_best_on_training_episodes(tiny_source):
     best = on_training(fitted.threshold)
     assert best > 0
     assert all(best >= on_training(other) for other in (0.1, fitted.threshold - 0.05, fitted.threshold + 0.05, 0.9))
+
+
+def test_location_baseline_is_one_mask_that_fits_training_objects_best(tiny_source):
+    fitted = fit_location_mask(tiny_source, 0, episodes=40)
+    assert 0 < fitted.mask.float().mean() < 1
+
+    def on_training(mask):
+        return run(tiny_source, lambda: LocationSegmenter(mask), role="trn", episodes=40).scores[0].miou
+
+    best = on_training(fitted.mask)
+    everywhere, middle = torch.ones_like(fitted.mask), torch.zeros_like(fitted.mask)
+    middle[24:40, 24:40] = True
+    assert best > on_training(everywhere)
+    assert best > on_training(middle)
+    rows = run(tiny_source, lambda: fitted, shots=(1, 2), episodes=6).rows.to_pylist()
+    ones, twos = ([row["union"] for row in rows if row["shots"] == k] for k in (1, 2))
+    assert ones == twos, "more supports change nothing"
 
 
 def test_cosine_scores_are_high_on_the_object_of_the_support_itself(tiny_source):

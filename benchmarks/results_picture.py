@@ -1,0 +1,45 @@
+"""Draw support, query, truth and prediction of one class of an FSS-1000 tree as one sheet.
+
+    python benchmarks/results_picture.py RUN FSS-1000/shorts,FSS-1000/boots OUT.png
+
+The first photo of each class is the support, the next three are queries. Uses `pipeline.predict` as a user would.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from hsnet.backbone import FrozenBackbone
+from pipeline import render
+from pipeline.checkpoint import load_checkpoint
+from pipeline.datasets.images import read_binary_mask, read_photo
+from pipeline.predict import Predictor
+from pipeline.support import read_support
+from pipeline.weights import load_weights
+
+
+def main(run: str, classes: str, out: str, support: int = 1, queries: int = 3) -> None:
+    checkpoint = load_checkpoint(Path(run))
+    weights = load_weights(checkpoint.recipe.backbone)
+    backbone = FrozenBackbone(weights.backbone, weights.state_dict)
+    predictor = Predictor(checkpoint.learner(), backbone, checkpoint.recipe.image_size)
+    rows = []
+    for folder in map(Path, classes.split(",")):
+        example = read_support(folder / f"{support}.jpg", folder / f"{support}.png")
+        encoded = [predictor.encode_support(example)]
+        for number in range(support + 1, support + 1 + queries):
+            photo, truth = read_photo(folder / f"{number}.jpg"), read_binary_mask(folder / f"{number}.png")
+            said = predictor.segment(photo, encoded)
+            iou = 100 * np.sum(said & truth) / max(1, np.sum(said | truth))
+            captions = (f"support: {folder.name}", "query", "truth", f"prediction, IoU {iou:.0f} %")
+            rows.append(render.strip((example.photo, example.mask), photo, said, truth, captions=captions, cell=160))
+    sheet = render.sheet(rows, cell=160, title="Classes never trained on, one support each")
+    sheet.convert("P", palette=Image.Palette.ADAPTIVE, colors=256).save(out, optimize=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:4])
