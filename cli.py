@@ -288,6 +288,8 @@ def open_data(name: str, root: Path | None, splits: Path | None, given: Sequence
     """The data set of the options, its notes printed."""
     from pipeline.datasets import open_dataset
 
+    # Absolute, because a worker on another machine has another working directory.
+    root, splits = root and root.absolute(), splits and splits.absolute()
     dataset = open_dataset(name, root, splits, **parse_data_options(given))
     for note in () if quiet else dataset.index.notes:
         click.echo(f"Note: {note}", err=True)
@@ -338,6 +340,7 @@ def open_runner(workers: int, address: str | None, device: str) -> Iterator[Runn
 
         yield SerialRunner()
         return
+    _require_ray_device(device)
     from cluster.runner import RayRunner
     from cluster.session import session
 
@@ -346,6 +349,11 @@ def open_runner(workers: int, address: str | None, device: str) -> Iterator[Runn
 
         count = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
         yield RayRunner(count, gpus=1 if device.startswith("cuda") else 0)
+
+
+def _require_ray_device(device: str) -> None:
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {device} cannot be chosen on Ray, which hands out the GPUs. Use cpu or cuda.")
 
 
 def store_source(path: Path) -> Callable[[], FeatureSource]:
@@ -388,6 +396,7 @@ def fit_somewhere(
         from pipeline.train import fit
 
         return fit(config, source, run_dir, device=device, micro_batch=micro_batch, stop=stop, on_event=on_event)
+    _require_ray_device(device)
     from cluster.train import fit_on_ray
 
     return fit_on_ray(
@@ -765,7 +774,7 @@ def train(
         raise click.UsageError("Give --store S.zarr, or --features online with --dataset and --backbone.")
     if features == "online" and (dataset is None or backbone is None):
         raise click.UsageError("--features online needs --dataset and --backbone.")
-    from pipeline.config import RunConfig
+    from pipeline.config import RunConfig, skipped_digest
     from pipeline.train import Validated, steps_per_epoch, training_stream
 
     device = pick_device(device, address)
@@ -781,6 +790,7 @@ def train(
         fold=fold,
         recipe=source.recipe,
         data=source.index.digest,
+        skipped=skipped_digest([source.index.images[image] for image in source.skipped]),
         steps=steps or 10_000,
         batch_size=batch_size,
         learning_rate=lr,
@@ -944,6 +954,8 @@ def evaluate(
     """
     set_up_logging(quiet)
     on_interrupt("No result was written.")
+    if episodes == "reference" and distinct_supports:
+        raise click.UsageError("The reference episodes let supports repeat: leave out --distinct-supports.")
     if (checkpoint_path is None) == (baseline is None):
         raise click.UsageError("Give --checkpoint C or --baseline cosine|location|untrained, one of them.")
     from pipeline import methods

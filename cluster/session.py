@@ -6,8 +6,10 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,8 +77,13 @@ def session(
             else:
                 _probe(address, timeout_s)
                 options["runtime_env"] = {"py_modules": [str(PROJECT / package) for package in PACKAGES]}
+            # Ray takes SIGTERM for itself, but stopping well is the caller's business.
+            main = threading.current_thread() is threading.main_thread()
+            terminate = signal.getsignal(signal.SIGTERM)
             try:
                 ray.init(address=address, **options)
+                if main:
+                    signal.signal(signal.SIGTERM, terminate)
             except (Exception, SystemExit) as error:  # a core worker that cannot connect ends in SystemExit
                 with contextlib.suppress(Exception):
                     ray.shutdown()

@@ -110,9 +110,8 @@ def _fit_in_session(
     from ray.train.v2.api.config import LoggingConfig
 
     on_gpu = device.startswith("cuda")
-    resources = ray.cluster_resources()
-    workers = workers or (int(resources.get("GPU", 0)) if on_gpu else 0) or 1
-    cpus = max(1, int(resources.get("CPU", 1)) // workers)
+    workers = workers or (int(ray.cluster_resources().get("GPU", 0)) if on_gpu else 0) or 1
+    cpus = _cpus_each(workers, on_gpu)
     mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
     # Ray Train keeps notes of its own beside the run; they are of no use once it has ended.
     notes = run_dir.with_name(f".{run_dir.name}.ray-{uuid.uuid4().hex[:8]}")
@@ -135,7 +134,7 @@ def _fit_in_session(
         run_config=RayRunConfig(
             name="train",
             storage_path=str(notes),
-            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            failure_config=FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=MAX_FAILURES),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -152,12 +151,41 @@ def _fit_in_session(
     if failure is not None and not isinstance(failure, (TrainingFailedError, ray.exceptions.RayError)):
         raise failure  # a bug, ours or Ray's
     if failure is not None or outcome is None:
-        lines = str(failure).strip().splitlines() or ["it ended without a result."]
         raise ClusterError(
-            f"Ray lost the training group {MAX_FAILURES + 1} times: {lines[0]} Often a machine ran out of memory: use "
-            f"a smaller --micro-batch. {run_dir} is unharmed; the same command goes on from its last save."
+            f"The training group failed {MAX_FAILURES + 1} times: {_reason(failure)} If a machine ran out of memory, "
+            f"use a smaller --micro-batch. {run_dir} is unharmed; the same command goes on from its last save."
         ) from failure
     return outcome
+
+
+def _cpus_each(workers: int, on_gpu: bool) -> int:
+    """CPUs for each worker: an even share that fits the machines there are.
+
+    Raises:
+        ClusterError: the group does not fit at all. Ray itself would wait for more machines without a word.
+    """
+    import ray
+
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+    def places(kind: str, each: int) -> int:
+        return sum(int(machine.get(kind, 0) // each) for machine in machines)
+
+    if on_gpu and places("GPU", 1) < workers:
+        raise ClusterError(
+            f"{workers} workers need a GPU each, Ray has {places('GPU', 1)}. Use fewer --workers, or --device cpu."
+        )
+    if places("CPU", 1) < workers:
+        raise ClusterError(f"{workers} workers need a CPU each, Ray has {places('CPU', 1)}. Use fewer --workers.")
+    share = max(1, sum(int(machine.get("CPU", 0)) for machine in machines) // workers)
+    return next(cpus for cpus in range(share, 0, -1) if places("CPU", cpus) >= workers)
+
+
+def _reason(failure: BaseException | None) -> str:
+    """The last line of what failed: of a traceback, the one that names the error."""
+    causes = list((getattr(failure, "worker_failures", None) or {}).values())
+    lines = str(causes[0] if causes else failure or "").strip().splitlines()
+    return lines[-1].rstrip(".") + "." if lines else "it ended without a result."
 
 
 def _watch(

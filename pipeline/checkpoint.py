@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,6 +68,12 @@ class CheckpointInfo:
         if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
             raise ConfigError(f"its header is not of format {FORMAT}")
         recipe, config = Recipe.from_dict(values.pop("recipe", None)), values.pop("config", None)
+        scores = values.get("scores") or {}
+        plain = isinstance(scores, dict) and all(isinstance(score, int | float) for score in scores.values())
+        if not plain or type(values.get("step")) is not int or not isinstance(values.get("origin"), str):
+            raise ConfigError("its header has a step, origin or scores of another type")
+        if not isinstance(values.get("learner"), dict):
+            raise ConfigError("its header does not describe a learner")
         try:
             return cls(recipe=recipe, config=None if config is None else RunConfig.from_dict(config), **values)
         except TypeError as error:
@@ -99,8 +104,8 @@ class Checkpoint:
         try:
             model = HSNet(**self.info.learner)
             model.load_state_dict(self.state)
-        except (RuntimeError, TypeError, ValueError, ConfigError) as error:
-            reason = str(error).splitlines()[-1].strip()
+        except (RuntimeError, TypeError, ValueError, IndexError, ZeroDivisionError, ConfigError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
             raise CheckpointError(f"{self.path}: weights and level layout do not fit: {reason}") from None
         return model.eval()
 
@@ -177,8 +182,8 @@ def import_published(source: Path, target: Path, backbone: str | None = None, im
         raise CheckpointError(f"No checkpoint at {source}.")
     try:
         content = torch.load(source, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # torch's reader raises anything at all on damaged bytes
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{source} is not a file of plain tensors and was not executed: {reason} Nothing was imported."
         ) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -13,6 +13,11 @@ from hsnet.errors import ConfigError
 from pipeline.recipe import Recipe
 
 SELECT_ON = ("val", "test", "none")
+
+
+def skipped_digest(ids: Collection[str]) -> str:
+    """Identity of a set of left-out image ids: leaving out others gives other episodes, and so another run."""
+    return "sha256:" + hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest() if ids else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +34,8 @@ class RunConfig:
     """The features it learns from."""
     data: str
     """Digest of the data-set index."""
+    skipped: str = ""
+    """Digest of the images that could not be read and are never drawn (`skipped_digest`); "" if there are none."""
     steps: int
     """Optimiser steps. A finished run may be continued with more."""
     batch_size: int = 20

@@ -61,7 +61,8 @@ def demo(out: Path, run: Run, workers: int = 2) -> DemoSummary:
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     store, run_dir, rows = str(out / "shapes.zarr"), str(out / "run"), str(out / "episodes.parquet")
-    spread = ("--workers", str(workers))
+    # On the CPU also where there is a GPU: it is small enough, and two workers would need two GPUs.
+    spread = ("--workers", str(workers), "--device", "cpu")
     held_out = ("--store", store, "--fold", str(FOLD), "--episodes", str(EPISODES))
 
     network = ("--backbone", BACKBONE, "--image-size", str(IMAGE_SIZE))

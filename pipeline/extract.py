@@ -118,6 +118,7 @@ def extract(
     store = FeatureStore.create(path, recipe, dataset.index, shard_images)
     reports = []
     with store.writing() as token:
+        store.drop(_mended_shards(store, dataset))
         missing = store.missing_shards()
         plan = plan_store(store)
         emit(plan)
@@ -150,6 +151,18 @@ def extract(
         seconds=seconds,
         images_per_s=images / seconds if images else 0.0,
     )
+
+
+def _mended_shards(store: FeatureStore, dataset: Dataset) -> set[int]:
+    """Shards with a skipped image that can be read by now."""
+    mended = set()
+    for image in store.skipped:
+        try:
+            dataset.image(image), dataset.label(image)
+        except (DataError, OSError):
+            continue
+        mended.add(image // store.shard_images)
+    return mended
 
 
 class _ShardWorker:

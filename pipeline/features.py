@@ -93,8 +93,9 @@ class OnlineSource:
     def __init__(self, dataset: Dataset, backbone: FrozenBackbone, recipe: Recipe, device: str = "cpu") -> None:
         self.dataset = dataset
         self.backbone = backbone.to(device)
-        self.device = device
-        self.batch = BATCH["cpu" if device == "cpu" else "cuda"]
+        # With its number: "cuda" alone means another GPU on another thread, and batches are read ahead on one.
+        self.device = next(self.backbone.parameters()).device
+        self.batch = BATCH["cpu" if self.device.type == "cpu" else "cuda"]
         self._recipe = recipe
 
     @property

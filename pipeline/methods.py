@@ -52,7 +52,7 @@ def trained(path: Path, source: FeatureSource, device: str = "cpu") -> Method:
         "step": checkpoint.info.step,
         "trained_on": None if config is None else {"data": config.data, "fold": config.fold},
     }
-    return Method(partial(_load, checkpoint.path, device), facts)
+    return Method(partial(_load, checkpoint.path.absolute(), device), facts)
 
 
 def classes_seen(method: Method, source: FeatureSource, fold: int) -> tuple[int, ...]:

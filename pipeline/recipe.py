@@ -111,11 +111,6 @@ class Recipe:
             f"Nearest image sizes that work: {' and '.join(str(size) for size in near if size)}. Nothing was written."
         )
 
-    @property
-    def bytes_per_image(self) -> int:
-        """Size of one image's features, bytes, without labels and checksums."""
-        return sum(int(np.prod(shape)) for shape in self.level_shapes()) * self.dtype.itemsize
-
     def differences(self, other: Recipe) -> dict[str, tuple[object, object]]:
         """Field -> (value here, value in `other`), for the fields that differ."""
         pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}

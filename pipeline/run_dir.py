@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,11 +119,14 @@ class RunDir:
             _replace(self._metrics_file, "".join(kept))
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All lines of metrics.jsonl; a last line cut short by a crash is left out."""
+        """All lines of metrics.jsonl; lines cut short by a crash are left out."""
         if not self._metrics_file.is_file():
             return []
-        text = self._metrics_file.read_text()
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        lines = []
+        for line in self._metrics_file.read_text(errors="replace").splitlines():
+            with suppress(ValueError):
+                lines.append(json.loads(line))
+        return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
 
     def log(self, values: Mapping[str, Any]) -> None:
         with self._metrics_file.open("a") as stream:

@@ -19,7 +19,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -412,6 +412,12 @@ class FeatureStore:
             sweep_partials(self.root, self._names)
             self.refresh()
             yield token
+
+    def drop(self, numbers: Iterable[int]) -> None:
+        """Delete shards, to be made anew. Inside `writing`."""
+        for number in list(numbers):
+            remove_shard(self.root, number, self._names)
+            self._facts.pop(number, None)
 
     def write_shard(
         self,

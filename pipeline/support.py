@@ -90,7 +90,10 @@ def read_mask(path: Path) -> NDArray[np.bool_]:
     if len(used) < 2:
         return values > 0
     others = used[used != _BOUNDARY]
-    if palette or others[-1] <= _HIGHEST_CLASS:
+    # A boundary is a thin line around a larger object; where 255 covers more than the rest, it is the object itself
+    # and the rest its soft edge.
+    boundary = (values == _BOUNDARY).sum() <= ((values > 0) & (values != _BOUNDARY)).sum()
+    if palette or (others[-1] <= _HIGHEST_CLASS and boundary):
         if _BOUNDARY in used:
             log.warning("%s: values %s taken as the object, 255 as its boundary", path, _few(others))
         elif len(others) > 1:

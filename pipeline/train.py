@@ -6,6 +6,7 @@ micro-batch or how often it was interrupted: a run is its configuration.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -13,18 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hsnet.correlation import build_pyramid
 from hsnet.errors import CheckpointError, ConfigError, HSNetError
 from hsnet.loss import episode_losses
 from hsnet.metrics import foreground_background_iou, mean_iou, sum_by_class
 from hsnet.model import HSNet
-from pipeline.config import RunConfig
+from pipeline.config import RunConfig, skipped_digest
 from pipeline.episodes import Episode, EpisodeStream
 from pipeline.evaluate import count_masks
 from pipeline.features import EpisodeBatch, FeatureSource, prefetch
 from pipeline.ranks import Alone, Ranks
+from pipeline.recipe import difference_lines
 from pipeline.run_dir import Progress, RunDir
 from pipeline.segmenters import LearnedSegmenter
 
@@ -131,9 +133,14 @@ def fit(
 def check_run(config: RunConfig, source: FeatureSource) -> tuple[EpisodeStream, EpisodeStream | None]:
     """The training and selection streams of a run, or the error that says why it cannot start. Writes nothing."""
     differing = config.recipe.differences(source.recipe)
-    if differing or config.data != source.index.digest:
+    left_out = skipped_digest([source.index.images[image] for image in source.skipped])
+    for name, pair in (("data", (config.data, source.index.digest)), ("skipped", (config.skipped, left_out))):
+        if pair[0] != pair[1]:
+            differing[name] = pair
+    if differing:
         raise ConfigError(
-            f"The run is configured for other features than those given: {differing or 'another data set'}."
+            "The run is configured for other features than those given:\n"
+            f"{difference_lines(differing, 'configured', 'given')}\nNothing was changed."
         )
     return training_stream(config, source), selection_stream(config, source)
 
@@ -209,7 +216,7 @@ class _Trainer:
 
             self.run.trim_metrics(self.progress.step)
             folder = str(self.run.path / "tensorboard")
-            self.board = SummaryWriter(folder, purge_step=self.progress.step + 1 if self.progress.step else None)
+            self.board = SummaryWriter(folder, purge_step=self.progress.step + 1)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -273,12 +280,14 @@ class _Trainer:
             losses = self._losses(batch, sync=number == count - 1, weight=self._weight(mine, batch_size))
             if mine:
                 total += losses.sum().double().cpu()
-        self.optimiser.step()
         loss = float(self.ranks.sum(total)) / batch_size
-        if loss != loss or loss == float("inf"):
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        # Before the update: weights that are not numbers would be saved. All ranks see the same and stop together.
+        if not math.isfinite(loss) or not torch.isfinite(nn.utils.get_total_norm(gradients)):
             raise HSNetError(
-                f"The loss of step {step + 1} is not a number. The last save is unharmed; try a lower --lr."
+                f"Loss or gradient of step {step + 1} is not a number. The last save is unharmed; try a lower --lr."
             )
+        self.optimiser.step()
         return loss, time.perf_counter() - started, waited
 
     def _weight(self, mine: Sequence[Episode], batch_size: int) -> float:

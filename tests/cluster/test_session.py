@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -188,3 +189,23 @@ def test_output_is_given_back_after_an_error(no_ray, capfd):
     print("result", flush=True)
     os.write(1, b"raw\n")
     assert capfd.readouterr().out == "result\nraw\n"
+
+
+def test_sigterm_stays_with_the_caller(no_ray, monkeypatch):
+    """Ray takes it when it starts; `hsnet train` saves the run on it."""
+
+    def take_it(**options):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    monkeypatch.setattr(ray, "init", take_it)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+
+    def mine(number, frame):
+        raise AssertionError("not called")
+
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+        with session("local"):
+            assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from cluster.train import fit_on_ray
+from cluster.train import _reason, fit_on_ray
 from hsnet.backbone import FrozenBackbone
-from hsnet.errors import ConfigError, DataError
+from hsnet.errors import ClusterError, ConfigError, DataError
 from pipeline.config import RunConfig
 from pipeline.datasets.shapes import Shapes
 from pipeline.features import OnlineSource
@@ -100,3 +100,21 @@ def test_mistakes_show_before_ray_is_started(config, source_maker, tmp_path):
     with pytest.raises(ConfigError, match="no fold 9"):
         fit_on_ray(replace(config, fold=9), source_maker, tmp_path / "run", workers=2)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("ray_runner")
+def test_a_group_that_does_not_fit_is_an_error_and_not_an_endless_wait(config, source_maker, tmp_path):
+    """Ray itself would wait for more machines without a word."""
+    with pytest.raises(ClusterError, match="4 workers need a CPU each, Ray has 3"):
+        fit_on_ray(config, source_maker, tmp_path / "run", workers=4)
+    with pytest.raises(ClusterError, match="2 workers need a GPU each, Ray has 0"):
+        fit_on_ray(config, source_maker, tmp_path / "run", workers=2, device="cuda")
+
+
+def test_the_reason_of_a_failure_is_the_line_that_names_it():
+    class GroupError(Exception):
+        worker_failures = {1: "Traceback (most recent call last):\n  File 'x'\nRuntimeError: out of memory"}  # noqa: RUF012
+
+    assert _reason(GroupError("Training failed due to worker errors:")) == "RuntimeError: out of memory."
+    assert _reason(ValueError("one\ntwo")) == "two."
+    assert _reason(None) == "it ended without a result."

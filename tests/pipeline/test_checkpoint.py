@@ -109,6 +109,29 @@ def test_damage_and_strangers_are_named(saved, tmp_path):
         load_checkpoint(tmp_path / "empty")
 
 
+def test_damaged_published_files_are_one_message(tmp_path):
+    """Cut anywhere, changed anywhere, or empty."""
+    torch.save({"module.hpn_learner.x": torch.zeros(50)}, tmp_path / "whole.pt")
+    whole = (tmp_path / "whole.pt").read_bytes()
+    changed = [whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :] for at in range(0, len(whole), 97)]
+    for content in (b"", *(whole[:at] for at in range(1, len(whole), 97)), *changed):
+        (tmp_path / "bad.pt").write_bytes(content)
+        with pytest.raises(CheckpointError):  # a change where it does not matter leaves a file that is no checkpoint
+            import_published(tmp_path / "bad.pt", tmp_path / "out.safetensors")
+        assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"step": "x"}, {"origin": 5}, {"scores": [1]}, {"scores": {"miou": "a"}}, {"learner": 3}, {"surprise": 1}],
+)
+def test_headers_of_another_type_are_refused(tmp_path, info, change):
+    header = json.dumps({**json.loads(info.to_json()), **change})
+    save_file({"a": torch.zeros(1)}, tmp_path / "c.safetensors", {"hsnet": header})
+    with pytest.raises(CheckpointError, match=r"c\.safetensors cannot be used"):
+        load_checkpoint(tmp_path / "c.safetensors")
+
+
 def test_a_published_checkpoint_is_imported(tmp_path):
     """A file as the published code saves it: `module.`, the backbone and its classifier inside."""
     from hsnet.published import _BLOCKS, _SIDES  # the names, the other way round

@@ -206,7 +206,18 @@ def test_an_unreadable_image_can_be_left_out(tmp_path, weights):
     whole = FeatureStore.open(tmp_path / "whole.zarr").features(others)
     for stored, wanted in zip(store.features(others), whole, strict=True):
         np.testing.assert_array_equal(stored, wanted)  # its neighbours are not touched
-    assert run(Photos(), weights, tmp_path / "s.zarr").skipped == summary.skipped  # remembered
+    again = run(Photos(broken=(11, 20)), weights, tmp_path / "s.zarr", on_error="fail")
+    assert (again.skipped, again.written_shards) == (summary.skipped, 0), "remembered; a complete shard is not lost"
+
+
+def test_a_mended_photo_comes_into_the_store(tmp_path, weights):
+    """Only the shard it is in is made anew, and the store ends as if nothing had been wrong."""
+    run(Photos(broken=(11, 20)), weights, tmp_path / "s.zarr", on_error="skip")
+    half = run(Photos(broken=(20,)), weights, tmp_path / "s.zarr", on_error="skip")
+    assert (half.skipped, half.written_shards) == (("photos/20.jpg",), 1)
+    assert run(Photos(), weights, tmp_path / "s.zarr").skipped == ()
+    run(Photos(), weights, tmp_path / "whole.zarr")
+    assert fingerprints(tmp_path / "s.zarr") == fingerprints(tmp_path / "whole.zarr")
 
 
 def test_a_label_map_of_another_size(tmp_path, weights):

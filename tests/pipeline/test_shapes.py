@@ -102,3 +102,9 @@ def test_it_opens_by_name_and_names_what_is_wrong():
         Shapes(size=16)
     with pytest.raises(ConfigError, match="1 validation"):
         Shapes(val_per_class=1)
+
+
+def test_other_pictures_are_another_data_set():
+    """Same lists, other seed or size: without its own digest a store of one would be finished with the other."""
+    digests = {Shapes(seed=seed, size=size).index.digest for seed in (0, 1) for size in (160, 64)}
+    assert len(digests) == 4

@@ -62,6 +62,14 @@ def test_voc_masks_leave_the_boundary_out(tmp_path: Path, palette: bool, caplog:
     assert "values 15 taken as the object, 255 as its boundary" in caplog.text
 
 
+def test_a_soft_edge_below_the_class_numbers_does_not_take_the_object_away(tmp_path: Path) -> None:
+    """255 inside and edges of 40 and 80: 255 covers more than the rest, so it is no boundary."""
+    soft = (OBJECT * 255).astype(np.uint8)
+    soft[4, 10:25], soft[5, 10:25] = 40, 80
+    Image.fromarray(soft).save(tmp_path / "m.png")
+    assert np.array_equal(read_mask(tmp_path / "m.png"), soft >= 128)
+
+
 def test_several_classes_are_one_object_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     both = (OBJECT * 3).astype(np.uint8)
     both[0, 0] = 9

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from hsnet.backbone import FrozenBackbone
-from hsnet.errors import CheckpointError, ConfigError
+from hsnet.errors import CheckpointError, ConfigError, HSNetError
 from pipeline.checkpoint import load_checkpoint
+from pipeline.config import skipped_digest
 from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.datasets.shapes import Shapes
 from pipeline.features import OnlineSource
@@ -243,3 +244,40 @@ def test_a_class_with_one_image_is_an_error_and_not_an_endless_loop(tiny_config,
 
     with pytest.raises(ConfigError, match=r"needs 2 images of its class.*'cat' has 1"):
         fit(tiny_config(data=index.digest), OneImage(), tmp_path / "run")
+
+
+def test_leaving_out_other_photos_is_another_run(tiny_config, tiny_source, tmp_path):
+    """A store whose skipped photo was mended draws other episodes; going on with it would not be the same run."""
+
+    class WithSkipped:
+        skipped = (3,)
+
+        def __getattr__(self, name):
+            return getattr(tiny_source, name)
+
+    with pytest.raises(ConfigError, match=r"skipped +configured '', given 'sha256:"):
+        fit(tiny_config(), WithSkipped(), tmp_path / "run")
+    config = tiny_config(skipped=skipped_digest([tiny_source.index.images[3]]), steps=1, select_on="none")
+    assert fit(config, WithSkipped(), tmp_path / "run").finished
+    assert set(config.differences(tiny_config())) == {"skipped", "select_on"}
+
+
+def test_a_gradient_that_is_no_number_stops_before_the_weights_are_spoilt(tiny_config, tiny_source, tmp_path):
+    class Broken:
+        def __init__(self):
+            self.reads = 0
+
+        def __getattr__(self, name):
+            return getattr(tiny_source, name)
+
+        def features(self, images):
+            self.reads += 1
+            levels = tiny_source.features(images)
+            return [level * float("nan") for level in levels] if self.reads > 4 else levels
+
+    config = tiny_config(validate_every=1, validate_episodes=1)
+    with pytest.raises(HSNetError, match="step 2 is not a number"):
+        fit(config, Broken(), tmp_path / "run", prefetch_depth=0)
+    saved = load_checkpoint(tmp_path / "run" / "last.safetensors")
+    assert saved.info.step == 1
+    assert all(bool(torch.isfinite(value).all()) for value in saved.state.values())
