@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 from hsnet.backbone import backbone_spec
@@ -97,15 +97,20 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: object) -> RunConfig:
-        """Read what `to_dict` gave. Raises ConfigError for anything else."""
-        names = sorted(item.name for item in fields(cls))
-        if not isinstance(values, Mapping) or sorted(values) != names:
-            raise ConfigError(f"A run configuration has exactly the fields {', '.join(names)}.")
+        """Read what `to_dict` gave, by this version or an earlier one: a field that came later has its default.
+
+        Raises:
+            ConfigError: an unknown field, a missing one without a default, or a value of another type.
+        """
+        known = {item.name: item for item in fields(cls)}
+        needed = {name for name, item in known.items() if item.default is MISSING and item.default_factory is MISSING}
+        if not isinstance(values, Mapping) or not needed <= set(values) <= set(known):
+            found = ", ".join(map(str, values)) if isinstance(values, Mapping) else type(values).__name__
+            raise ConfigError(f"a run configuration has the fields {', '.join(sorted(known))}; found: {found}")
         plain = {name: value for name, value in values.items() if name != "recipe"}
-        for item in fields(cls):
-            kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
-            wanted = kinds.get(str(item.type))
-            value = values[item.name]
+        kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
+        for name, value in plain.items():
+            wanted = kinds.get(str(known[name].type))
             if wanted and (not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted)):
-                raise ConfigError(f"Run configuration: {item.name} must be {item.type}, got {value!r}.")
+                raise ConfigError(f"in a run configuration {name} must be {known[name].type}, got {value!r}")
         return cls(recipe=Recipe.from_dict(values["recipe"]), **plain)
