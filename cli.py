@@ -340,7 +340,7 @@ def open_runner(workers: int, address: str | None, device: str) -> Iterator[Runn
 
         yield SerialRunner()
         return
-    _require_ray_device(device)
+    _require_ray(workers, address, device)
     from cluster.runner import RayRunner
     from cluster.session import session
 
@@ -351,7 +351,11 @@ def open_runner(workers: int, address: str | None, device: str) -> Iterator[Runn
         yield RayRunner(count, gpus=1 if device.startswith("cuda") else 0)
 
 
-def _require_ray_device(device: str) -> None:
+def _require_ray(workers: int, address: str | None, device: str) -> None:
+    """Refuse what Ray would take without a word and then not get done."""
+    cores = os.cpu_count() or 1
+    if address is None and workers > max(8, 4 * cores):
+        raise ConfigError(f"--workers {workers} is far more than this machine's {cores} cores can carry. Use {cores}.")
     if device not in ("cpu", "cuda"):
         raise ConfigError(f"--device {device} cannot be chosen on Ray, which hands out the GPUs. Use cpu or cuda.")
 
@@ -396,7 +400,7 @@ def fit_somewhere(
         from pipeline.train import fit
 
         return fit(config, source, run_dir, device=device, micro_batch=micro_batch, stop=stop, on_event=on_event)
-    _require_ray_device(device)
+    _require_ray(workers, address, device)
     from cluster.train import fit_on_ray
 
     return fit_on_ray(
@@ -819,7 +823,8 @@ def train(
 
         summary = fit_somewhere(config, source, make_source, run_dir, workers, address, device, micro_batch, stop, show)
     loss = f", loss {summary.loss:.3f}" if summary.loss == summary.loss else ""
-    lines = [f"{printable(run_dir)}: {summary.steps} of {config.steps} steps, {time_text(summary.seconds)}{loss}"]
+    done = f"{summary.steps} of {max(summary.steps, config.steps)} steps"
+    lines = [f"{printable(run_dir)}: {done}, {time_text(summary.seconds)}{loss}"]
     if summary.best_miou is not None:
         lines.append(f"best validation mIoU {summary.best_miou:.1f} at step {summary.best_step}")
     result = emit(summary, "\n".join(lines), as_json)
@@ -857,7 +862,7 @@ def checkpoint_info(path: Path, as_json: bool) -> None:
     facts = {
         "file": printable(loaded.path),
         "digest": loaded.digest[:15],
-        "made by": f"{info.origin}, step {info.step}" if info.step else info.origin,
+        "made by": f"{info.origin}, step {info.step}" if info.config else info.origin,
         "backbone": f"{recipe.backbone}, weights {recipe.weights[:15]}",
         "image size": f"{recipe.image_size} px",
         "precision": f"{recipe.precision} features",
@@ -960,7 +965,10 @@ def evaluate(
         raise click.UsageError("Give --checkpoint C or --baseline cosine|location|untrained, one of them.")
     from pipeline import methods
     from pipeline.evaluate import evaluate as stage
-    from pipeline.evaluate import write_rows
+    from pipeline.evaluate import require_writable, write_rows
+
+    if out is not None:
+        require_writable(out)
 
     device = pick_device(device, address)
     make_source = store_source(store)
@@ -990,8 +998,6 @@ def evaluate(
             protocol={"method": method.facts, "recipe": source.recipe.to_dict()},
             on_event=progress.update,
         )
-    if out is not None:
-        write_rows(out, result.rows)
     classes = source.index.classes
     named = [
         {
@@ -1002,7 +1008,13 @@ def evaluate(
         for scores in result.scores
     ]
     report = {"scores": named, "protocol": result.protocol, "rows": out}
-    return emit(report, _scores_text(result.scores, classes), as_json)
+    printed = emit(report, _scores_text(result.scores, classes), as_json)
+    if out is not None:  # after the table: a disk that is full by now does not cost it
+        write_rows(out, result.rows)
+    without = sum(count == 0 for count in result.scores[0].episodes_per_class.values())
+    if without and not quiet:
+        click.echo(f"Note: {without} classes had no episode and count as 0. Use more --episodes.", err=True)
+    return printed
 
 
 def _tested_fold(method: Method, source: FeatureSource, fold: int | None) -> int:

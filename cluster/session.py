@@ -17,6 +17,8 @@ from typing import Any
 
 from hsnet.errors import ClusterError
 
+log = logging.getLogger(__name__)
+
 OBJECT_STORE_BYTES = 256 << 20
 """Only small things pass through Ray's object store: backbone weights at most (ResNet-101: 170 MB)."""
 
@@ -68,6 +70,7 @@ def session(
                     ray._raylet.Config.initialize("")
             options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
             if local:
+                log.info("Starting Ray on this machine")
                 options |= {
                     "num_cpus": num_cpus,
                     "num_gpus": num_gpus,
@@ -154,7 +157,8 @@ def _probe(address: str, timeout_s: float) -> None:
     """Ask for an answer first: Ray itself waits two minutes for one, and then ends the process."""
     target = address if address != "auto" else _address_of_auto()
     if target is None:
-        return  # ray.init looks for running processes and says so if there are none
+        # Ray itself would look for any running process, also one that belongs to another command.
+        raise ClusterError(_cannot("auto", "RAY_ADDRESS is not set, and no `ray start` left its address here"))
     host, separator, port = target.rpartition(":")
     if not (separator and host and port.isdecimal() and 0 < int(port) < 65536) or "//" in target:
         raise ClusterError(f"'{target}' is not an address of a Ray cluster. Give local, auto or HOST:PORT.")

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +30,8 @@ from hsnet.published import layers_of, split_published
 from pipeline.config import RunConfig
 from pipeline.recipe import Recipe, difference_lines
 from pipeline.weights import weights_of
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 BEST, LAST = "best.safetensors", "last.safetensors"
@@ -158,6 +163,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         info = CheckpointInfo.from_json(metadata[_KEY])
     except (HSNetError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be used: {error}.") from None
+    if info.config is not None and info.step == 0:
+        log.warning("%s was saved before the first step of its run: the head is untrained", file)
     return Checkpoint(state, info, "sha256:" + hashlib.sha256(file.read_bytes()).hexdigest(), file)
 
 
@@ -181,9 +188,13 @@ def import_published(source: Path, target: Path, backbone: str | None = None, im
     if not source.is_file():
         raise CheckpointError(f"No checkpoint at {source}.")
     try:
-        content = torch.load(source, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # of pickles that are refused anyway
+            warnings.simplefilter("ignore")
+            content = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's reader raises anything at all on damaged bytes
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "it holds more than that."  # torch's own text advises to switch the safety off
         raise CheckpointError(
             f"{source} is not a file of plain tensors and was not executed: {reason} Nothing was imported."
         ) from None

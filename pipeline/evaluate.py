@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,6 +154,18 @@ def score(rows: pa.Table, shots: int, class_ids: Sequence[int]) -> Scores:
         dict(zip(class_ids, class_iou(totals).tolist(), strict=True)),
         {class_id: classes.count(class_id) for class_id in class_ids},
     )
+
+
+def require_writable(path: Path) -> None:
+    """Find out before hours of work whether rows can be written there. Raises DataError."""
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; give the name of a Parquet file. Nothing was computed.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            return
+    except OSError as error:
+        raise DataError(f"Cannot write {path}: {error.strerror or error}. Nothing was computed.") from error
 
 
 def write_rows(path: Path, rows: pa.Table) -> None:

@@ -23,7 +23,7 @@ from pipeline.codec import encode
 from pipeline.datasets import Dataset
 from pipeline.datasets.images import network_image, object_pixels, resize_label
 from pipeline.ownership import still_owned
-from pipeline.plan import Planned, plan_store
+from pipeline.plan import Planned, plan_new, plan_store
 from pipeline.recipe import Recipe
 from pipeline.runner import Runner, SerialRunner
 from pipeline.store import SHARD_IMAGES, FeatureStore
@@ -115,6 +115,8 @@ def extract(
     emit = on_event or (lambda event: None)
     recipe = Recipe.of(backbone, weights.sha256, image_size, precision)
     recipe.require_trainable()
+    if not Path(path).exists():  # before anything is made
+        _require_space(path, plan_new(dataset.index, recipe, Path(path), shard_images))
     store = FeatureStore.create(path, recipe, dataset.index, shard_images)
     reports = []
     with store.writing() as token:
@@ -122,12 +124,7 @@ def extract(
         missing = store.missing_shards()
         plan = plan_store(store)
         emit(plan)
-        if plan.bytes_needed > plan.bytes_free:
-            raise StoreError(
-                f"{path} needs {plan.bytes_needed:,} bytes more for {plan.images - plan.images_done:,} images; "
-                f"{plan.bytes_free:,} are free there. Free some space, or choose another place, a smaller precision "
-                f"(int8 takes a quarter of float32) or image size. No features were written."
-            )
+        _require_space(path, plan)
         make_worker = partial(_ShardWorker, dataset, weights, Path(path).absolute(), token, recipe, on_error, device)
         for _, report in (runner or SerialRunner()).map(make_worker, missing):
             reports.append(report)
@@ -151,6 +148,15 @@ def extract(
         seconds=seconds,
         images_per_s=images / seconds if images else 0.0,
     )
+
+
+def _require_space(path: str | Path, plan: Planned) -> None:
+    if plan.bytes_needed > plan.bytes_free:
+        raise StoreError(
+            f"{path} needs {plan.bytes_needed:,} bytes more for {plan.images - plan.images_done:,} images; "
+            f"{plan.bytes_free:,} are free there. Free some space, or choose another place, a smaller precision "
+            f"(int8 takes a quarter of float32) or image size. No features were written."
+        )
 
 
 def _mended_shards(store: FeatureStore, dataset: Dataset) -> set[int]:

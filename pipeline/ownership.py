@@ -1,4 +1,4 @@
-"""One writer per store: a lock that the kernel drops when its holder dies."""
+"""One writer per store or run directory: a lock that the kernel drops when its holder dies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OWNER = "_owner.json"
 
 @contextmanager
 def sole_writer(root: Path) -> Iterator[str]:
-    """Hold a store for writing inside the block; yields a token that `still_owned` knows.
+    """Hold a folder for writing inside the block; yields a token that `still_owned` knows.
 
     The lock is an flock on `_owner.json`, not the file's existence: a killed holder needs no cleaning up, and two
     processes cannot both decide that a left-over file is stale. The file's text names the holder for the error

@@ -33,6 +33,8 @@ from pipeline.weights import Weights
 
 log = logging.getLogger(__name__)
 
+log = logging.getLogger(__name__)
+
 _NAME_BYTES = 120  # file systems allow 255 bytes; leaves room for numbering and suffixes
 
 
@@ -187,6 +189,7 @@ def list_queries(paths: Iterable[Path]) -> list[Path]:
     for path in paths:
         if path.is_dir():
             photos = sorted(p for p in path.iterdir() if p.suffix.lower() in PHOTO_SUFFIXES and p.is_file())
+            photos = _without_masks(photos)
             if not photos:
                 raise DataError(
                     f"The folder {path} holds no photo ({', '.join(PHOTO_SUFFIXES)}); subfolders are not searched"
@@ -197,6 +200,18 @@ def list_queries(paths: Iterable[Path]) -> list[Path]:
         else:
             raise DataError(f"The query {path} does not exist")
     return found
+
+
+def _without_masks(photos: list[Path]) -> list[Path]:
+    """Leave out X.png beside X.jpg: the mask of an annotated photo."""
+    stems = {photo.stem for photo in photos if photo.suffix.lower() != ".png"}
+    kept = [photo for photo in photos if photo.suffix.lower() != ".png" or photo.stem not in stems]
+    if len(kept) < len(photos):
+        log.warning(
+            "%s: %d PNG files beside a photo of the same name taken as masks, not as queries",
+            photos[0].parent, len(photos) - len(kept),
+        )  # fmt: skip
+    return kept
 
 
 def output_names(queries: Sequence[Path]) -> list[str]:

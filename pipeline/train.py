@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from pipeline.config import RunConfig, skipped_digest
 from pipeline.episodes import Episode, EpisodeStream
 from pipeline.evaluate import count_masks
 from pipeline.features import EpisodeBatch, FeatureSource, prefetch
+from pipeline.ownership import sole_writer
 from pipeline.ranks import Alone, Ranks
 from pipeline.recipe import difference_lines
 from pipeline.run_dir import Progress, RunDir
@@ -98,6 +99,7 @@ def fit(
 
     Raises:
         ConfigError: another run is in `run_dir`; no such fold; a class with one image; features of another recipe.
+        StoreError: another process is training in `run_dir`.
     """
     ranks = ranks or Alone()
     stream, selection = check_run(config, source)
@@ -105,19 +107,22 @@ def fit(
     model = HSNet(**config.learner_arguments).to(device)
     optimiser = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
     run = RunDir(run_dir, config, write=ranks.rank == 0)
-    progress = run.load(model, optimiser)
-    if int(ranks.sum(torch.tensor(progress.step))) != progress.step * ranks.world_size:
-        raise CheckpointError(
-            f"The workers found different states of the run in {run_dir}. Put --run-dir on a file system that all "
-            "machines share. Nothing was changed."
-        )
-    resumed_at = progress.step
-    trainer = _Trainer(config, source, run, ranks, model, optimiser, progress, stream, selection)
-    trainer.device, trainer.micro_batch = device, micro_batch or config.batch_size
-    trainer.on_event = on_event if ranks.rank == 0 else None
-    started = time.monotonic()
-    with trainer:
-        finished = trainer.run_steps(stop, prefetch_depth)
+    with ExitStack() as held:
+        if ranks.rank == 0:  # two trainings in one folder would undo each other's saves
+            held.enter_context(sole_writer(run_dir))
+        progress = run.load(model, optimiser)
+        if int(ranks.sum(torch.tensor(progress.step))) != progress.step * ranks.world_size:
+            raise CheckpointError(
+                f"The workers found different states of the run in {run_dir}. Put --run-dir on a file system that all "
+                "machines share. Nothing was changed."
+            )
+        resumed_at = progress.step
+        trainer = _Trainer(config, source, run, ranks, model, optimiser, progress, stream, selection)
+        trainer.device, trainer.micro_batch = device, micro_batch or config.batch_size
+        trainer.on_event = on_event if ranks.rank == 0 else None
+        started = time.monotonic()
+        with trainer:
+            finished = trainer.run_steps(stop, prefetch_depth)
     return FitSummary(
         steps=progress.step,
         resumed_at=resumed_at,

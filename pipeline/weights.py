@@ -5,10 +5,13 @@ A file from elsewhere is never unpickled freely: safetensors, or `torch.load(wei
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import pickle
 import re
+import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,11 +131,14 @@ def _read_file(path: Path) -> Mapping[str, object]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        with warnings.catch_warnings():  # of pickles that are refused anyway
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        # torch's own text advises to switch the safety off.
         raise WeightsError(
-            f"{path} is not a plain file of tensors ({_first_line(error)}). It was not executed. Save only the "
-            f"network's state_dict(), best as .safetensors."
+            f"{path} is not a plain file of tensors. It was not executed. Save only the network's state_dict(), best "
+            f"as .safetensors."
         ) from None
     except Exception as error:  # torch's reader raises anything at all on damaged bytes
         raise WeightsError(
@@ -149,7 +155,9 @@ def _download(backbone: str) -> tuple[Mapping[str, object], str]:
     entry = get_model_weights(backbone)[PUBLISHED]
     try:
         # check_hash compares the bytes with the digits in the file's name.
-        tensors = entry.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
+        # torch announces the download on standard output, where results go.
+        with contextlib.redirect_stdout(sys.stderr):
+            tensors = entry.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         raise WeightsError(

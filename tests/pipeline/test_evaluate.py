@@ -10,7 +10,7 @@ import torch
 from hsnet.errors import ConfigError, DataError
 from hsnet.model import HSNet
 from hsnet.vote import vote
-from pipeline.evaluate import COUNTS, evaluate, score, write_rows
+from pipeline.evaluate import COUNTS, evaluate, require_writable, score, write_rows
 from pipeline.features import load_batch
 from pipeline.segmenters import (
     CosineSegmenter,
@@ -216,5 +216,10 @@ def test_bad_settings_are_named(tiny_source, tmp_path):
     with pytest.raises(ConfigError, match="need 1 images that were skipped"):
         run(tiny_source, Truthful, episodes="reference", skipped=[first])
     (tmp_path / "file").write_text("")
+    for bad in (tmp_path, tmp_path / "file" / "rows.parquet"):
+        with pytest.raises(DataError, match="Nothing was computed"):
+            require_writable(bad)
+    require_writable(tmp_path / "new" / "rows.parquet")
+    assert not list((tmp_path / "new").iterdir())
     with pytest.raises(DataError, match="Cannot write"):
         write_rows(tmp_path / "file" / "rows.parquet", run(tiny_source, Truthful, episodes=1).rows)

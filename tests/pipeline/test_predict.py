@@ -236,3 +236,12 @@ def test_list_queries(tmp_path: Path) -> None:
         list_queries([tmp_path / "none"])
     with pytest.raises(DataError, match="does not exist"):
         list_queries([tmp_path / "gone"])
+
+
+def test_masks_beside_photos_are_no_queries(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A class folder holds 1.jpg with its mask 1.png; a PNG photo of its own is a query."""
+    for name in ("1.jpg", "1.png", "2.jpg", "photo.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    assert [path.name for path in list_queries([tmp_path])] == ["1.jpg", "2.jpg", "photo.png"]
+    assert "1 PNG files beside a photo of the same name taken as masks" in caplog.text
+    assert list_queries([tmp_path / "1.png"]) == [tmp_path / "1.png"], "asked for by name"

@@ -3,6 +3,7 @@
 import json
 import math
 import multiprocessing
+import os
 import signal
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from hsnet.backbone import FrozenBackbone
-from hsnet.errors import CheckpointError, ConfigError, HSNetError
+from hsnet.errors import CheckpointError, ConfigError, HSNetError, StoreError
 from pipeline.checkpoint import load_checkpoint
 from pipeline.config import skipped_digest
 from pipeline.datasets.index import DatasetIndex, Split
@@ -281,3 +282,18 @@ def test_a_gradient_that_is_no_number_stops_before_the_weights_are_spoilt(tiny_c
     saved = load_checkpoint(tmp_path / "run" / "last.safetensors")
     assert saved.info.step == 1
     assert all(bool(torch.isfinite(value).all()) for value in saved.state.values())
+
+
+def test_a_second_training_in_the_same_folder_is_refused(tiny_config, tiny_source, tmp_path):
+    """Two would undo each other's saves. The first one is not disturbed."""
+    refused = []
+
+    def start_another(event):
+        if not refused:
+            with pytest.raises(StoreError, match=f"being written by process {os.getpid()}"):
+                fit(tiny_config(), tiny_source, tmp_path / "run")
+            refused.append(event)
+
+    assert fit(tiny_config(), tiny_source, tmp_path / "run", on_event=start_another).finished
+    assert len(losses(tmp_path / "run")) == 4
+    assert not (tmp_path / "run" / "_owner.json").exists()
