@@ -185,7 +185,10 @@ class _ClassFolders:
                 raise DataError(f"{root}: no folder with photos and masks for the class {missing[0]!r}.")
         else:
             names = [folder for folder in sorted(pairs) if pairs[folder]]
-        self.notes = _left_out("folders without a photo that has a mask", empty)
+        lonely = [photo for folder in sorted(pairs) if pairs[folder] for photo in _without_mask(root, pairs[folder])]
+        self.notes = _left_out("folders without a photo that has a mask", empty) + _left_out(
+            "photos without a mask", lonely
+        )
         self.classes = dict(enumerate(names))
         self._pairs = [(photo, mask, c) for c, name in self.classes.items() for photo, mask in pairs[name]]
         self.ids = tuple(photo for photo, _, _ in self._pairs)
@@ -373,6 +376,19 @@ def _pairs(root: Path, folder: str) -> list[tuple[str, str]]:
         if mask is not None and not stem.endswith("_mask"):
             pairs.append((f"{folder}/{name}", f"{folder}/{mask}"))
     return pairs
+
+
+def _without_mask(root: Path, pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """Photos of a class folder that are in no pair. A PNG alone may be anything, so it is not counted."""
+    folder = pairs[0][0].rpartition("/")[0]
+    paired = {photo for photo, _ in pairs}
+    photos = (
+        path
+        for path in (root / folder).iterdir()
+        if path.suffix.lower() in PHOTO_SUFFIXES and path.suffix.lower() != ".png"
+    )
+    names = (f"{folder}/{path.name}" for path in photos if not path.name.startswith("."))
+    return sorted(name for name in names if name not in paired)
 
 
 def _left_out(what: str, names: Sequence[str]) -> tuple[str, ...]:

@@ -216,6 +216,14 @@ def test_class_folders(folders):
     assert not index.has_ignore
 
 
+def test_a_photo_without_its_mask_is_noted(folders):
+    before = len(open_dataset("folder", folders).index.images)
+    (folders / "dog" / "2.png").unlink()
+    index = open_dataset("folder", folders).index
+    assert len(index.images) == before - 1
+    assert "Left out 1 photos without a mask: dog/2.jpg." in index.notes
+
+
 def test_two_folds_leave_no_classes_to_choose_a_model(folders):
     describe(folders, "folds: [[ant], [bee, cat]]\n")
     index = open_dataset("folder", folders).index
