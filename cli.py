@@ -342,13 +342,10 @@ def open_runner(workers: int, address: str | None, device: str) -> Iterator[Runn
         return
     _require_ray(workers, address, device)
     from cluster.runner import RayRunner
-    from cluster.session import session
+    from cluster.session import cpus, session
 
     with session(address or "local", num_cpus=max(workers, os.cpu_count() or 1)):
-        import ray
-
-        count = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-        yield RayRunner(count, gpus=1 if device.startswith("cuda") else 0)
+        yield RayRunner(workers or cpus(), gpus=1 if device.startswith("cuda") else 0)
 
 
 def _require_ray(workers: int, address: str | None, device: str) -> None:

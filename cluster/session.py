@@ -97,6 +97,11 @@ def session(
                 ray.shutdown()
 
 
+def cpus() -> int:
+    """CPUs of the Ray in use, over all its machines; at least 1."""
+    return max(1, int(_import_ray().cluster_resources().get("CPU", 1)))
+
+
 def _import_ray() -> Any:
     # Read when ray is imported or started. Set for good: they change what Ray tells others, not what it computes.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
