@@ -21,7 +21,7 @@ def test_sizes_follow_from_the_backbone_table():
     recipe = Recipe.of("resnet50", SHA)
     assert recipe.level_shapes() == ((4, 50, 50, 512), (6, 25, 25, 1024), (3, 13, 13, 2048))
     assert recipe.dtype == np.int8
-    assert sum(math.prod(shape) for shape in recipe.level_shapes()) == 9_998_336  # design.md: 10.0 M values
+    assert sum(math.prod(shape) for shape in recipe.level_shapes()) == 9_998_336  # 10.0 M values
 
 
 def test_differences_name_every_field_with_both_values():

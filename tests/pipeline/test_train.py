@@ -169,7 +169,7 @@ def test_two_ranks_are_the_same_run(tiny_config, tiny_source, tiny_recipe, tiny_
 
 def test_batches_follow_epochs_and_the_last_one_is_short():
     sizes = [len(batch_numbers(step, 20, 11394)) for step in range(steps_per_epoch(20, 11394))]
-    assert (len(sizes), sizes[0], sizes[-1]) == (570, 20, 14), "PASCAL fold 0, reference.md 2.6"
+    assert (len(sizes), sizes[0], sizes[-1]) == (570, 20, 14), "PASCAL fold 0 as published"
     seen = [number for step in range(6) for number in batch_numbers(step, 4, 10)]
     assert seen == list(range(20))
 
