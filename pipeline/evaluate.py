@@ -60,8 +60,8 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class _Block:
-    number: int
     first: int
+    """Number of its first episode."""
     episodes: tuple[Episode, ...]
     shots: tuple[int, ...]
     """Results wanted: every K up to the episodes' own."""
@@ -112,15 +112,14 @@ def evaluate(
         segmenter, source = make_segmenter(), make_source()
         return lambda block: _rows(segmenter, source, block, fold, device)
 
-    results: dict[int, list[dict[str, Any]]] = {}
+    results: list[dict[str, Any]] = []
     done = 0
     for block, rows in (runner or SerialRunner()).map(make_worker, plan):
-        results[block.number] = rows
+        results += rows
         done += len(block.episodes)
         if on_event:
             on_event(done, total)
-    ordered = [row for number in sorted(results) for row in results[number]]
-    ordered.sort(key=lambda row: (row["shots"], row["episode"]))
+    ordered = sorted(results, key=lambda row: (row["shots"], row["episode"]))  # blocks come in any order
     resolved = {
         "data": index.digest,
         "dataset": index.name,
@@ -214,7 +213,7 @@ def _plan(
     plan: list[_Block] = []
     for ks, drawn in runs:
         for first in range(0, len(drawn), BLOCK):
-            plan.append(_Block(len(plan), first, tuple(drawn[first : first + BLOCK]), ks))
+            plan.append(_Block(first, tuple(drawn[first : first + BLOCK]), ks))
     return plan
 
 

@@ -95,7 +95,10 @@ def test_rows_do_not_depend_on_the_order_of_work(tiny_source):
             for item in reversed(list(items)):
                 yield item, worker(item)
 
-    assert run(tiny_source, episodes=60, runner=Backwards()).rows == run(tiny_source, episodes=60).rows
+    backwards = run(tiny_source, shots=(1, 2), episodes=60, runner=Backwards()).rows
+    assert backwards == run(tiny_source, shots=(1, 2), episodes=60).rows
+    keys = [(row["shots"], row["episode"]) for row in backwards.to_pylist()]
+    assert keys == [(shots, episode) for shots in (1, 2) for episode in range(60)]
 
 
 def test_reference_episodes_repeat_the_published_order(tiny_source):
