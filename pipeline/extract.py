@@ -21,7 +21,7 @@ from hsnet.backbone import FrozenBackbone
 from hsnet.errors import ConfigError, DataError, StoreError
 from pipeline.codec import encode
 from pipeline.datasets import Dataset
-from pipeline.datasets.images import network_image, object_pixels, resize_label
+from pipeline.datasets.images import Size, network_image, object_pixels, resize_label, same_aspect
 from pipeline.ownership import still_owned
 from pipeline.plan import Planned, plan_new, plan_store
 from pipeline.recipe import Recipe
@@ -210,7 +210,7 @@ class _ShardWorker:
             batch = np.zeros((len(rows), 3, size, size), np.float32)
             for row in rows:
                 try:
-                    pixels, label = self._read(images[row])
+                    pixels, label, sizes[row] = self._read(images[row])
                 except DataError as error:
                     if not self.skip_errors:
                         raise
@@ -218,7 +218,6 @@ class _ShardWorker:
                     continue
                 batch[row - first] = pixels
                 labels[row] = resize_label(label, (size, size))
-                sizes[row] = (label.shape[0], label.shape[1])
                 classes[row] = tuple(object_pixels(label, index.ignore_label))
             features = self.backbone(torch.from_numpy(batch).to(self.device))
             names = [index.images[images[row]] for row in rows]
@@ -230,18 +229,21 @@ class _ShardWorker:
             raise StoreError(f"{self.store.root} is being written by another run now. This one stopped.")
         self.store.write_shard(shard, levels, labels, sizes, classes, skipped)
 
-    def _read(self, image: int) -> tuple[np.ndarray, np.ndarray]:
-        """(network input, full-size label map) of an image; every failure is a DataError that names the image."""
+    def _read(self, image: int) -> tuple[np.ndarray, np.ndarray, Size]:
+        """(network input, label map, photo's size) of an image; every failure is a DataError that names the image."""
         name = self.store.index.images[image]
         try:
             photo = self.dataset.image(image)
             label = self.dataset.label(image)
-            if label.shape != (photo.height, photo.width) or label.dtype != self.store.index.label_dtype:
+            if (
+                not same_aspect((photo.height, photo.width), (label.shape[0], label.shape[1]))
+                or label.dtype != self.store.index.label_dtype
+            ):
                 raise DataError(
                     f"its label map is {label.dtype}{label.shape}, the photo {photo.height} x {photo.width} "
                     f"(height x width)"
                 )
-            return network_image(photo, self.store.recipe.image_size), label
+            return network_image(photo, self.store.recipe.image_size), label, (photo.height, photo.width)
         except (DataError, OSError) as error:
             raise DataError(
                 f"Image '{name}' of {self.store.index.name} cannot be used: {str(error).rstrip('.')}. Mend or remove "

@@ -40,6 +40,8 @@ class Dataset(Protocol):
     def label(self, i: int, /) -> np.ndarray:
         """Label map (H, W) of image `i`, `index.label_dtype`: 0 background, class id + 1, `index.ignore_label`.
 
+        Of the image's size or a scaled copy of it: from there it is resized to network size once, as published.
+
         Raises DataError naming the file.
         """
         ...

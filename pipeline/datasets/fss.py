@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from hsnet.errors import DataError
-from pipeline.datasets.images import Size, image_size, read_binary_mask, read_image, require_same_size, resize_label
+from pipeline.datasets.images import image_size, read_binary_mask, read_image, require_same_size, same_aspect
 from pipeline.datasets.index import DatasetIndex, Split, small_class_notes
 from pipeline.datasets.listing import require_files
 from pipeline.datasets.splits import fss_lists
@@ -65,14 +65,12 @@ class Fss:
         return read_image(self.root / self.index.images[i])
 
     def label(self, i: int) -> np.ndarray:
-        """As in `Dataset`. A mask that is a scaled copy of its photo (same aspect ratio) is brought to its size."""
+        """As in `Dataset`. A mask may be a scaled copy of its photo (same aspect ratio); it keeps its own size."""
         name = self.index.images[i]
         photo, path = self.root / name, self.root / _mask(name)
         mask = read_binary_mask(path)
         size, mask_size = image_size(photo), (mask.shape[0], mask.shape[1])
-        if _same_aspect(size, mask_size):
-            mask = resize_label(mask, size)
-        else:
+        if not same_aspect(size, mask_size):
             require_same_size(photo, size, path, mask_size)
         return (mask * (self._class_of[i] + 1)).astype(self.index.label_dtype)
 
@@ -129,8 +127,3 @@ def _derived(folders: Sequence[str]) -> dict[str, list[str]]:
     order = sorted(folders, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest())
     first, second = round(len(order) * 0.52), round(len(order) * 0.76)
     return {"trn": sorted(order[:first]), "val": sorted(order[first:second]), "test": sorted(order[second:])}
-
-
-def _same_aspect(one: Size, other: Size) -> bool:
-    # Within rounding to whole pixels of the smaller of the two.
-    return abs(one[0] * other[1] - one[1] * other[0]) <= max(*one, *other) / 2 if one != other else True

@@ -107,6 +107,12 @@ def require_same_size(path: Path, size: Size, mask_path: Path, mask_size: Size) 
         )
 
 
+def same_aspect(one: Size, other: Size) -> bool:
+    """Whether one (height, width) is a scaled copy of the other."""
+    # Within rounding to whole pixels of the smaller of the two.
+    return abs(one[0] * other[1] - one[1] * other[0]) <= max(*one, *other) / 2 if one != other else True
+
+
 def network_image(image: Image.Image, size: int) -> np.ndarray:
     """An RGB image as network input: (3, size, size) float32, normalised with ImageNet's mean and deviation.
 

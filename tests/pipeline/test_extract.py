@@ -17,7 +17,7 @@ import pipeline.store as store_module
 from hsnet.backbone import FrozenBackbone
 from hsnet.errors import ConfigError, DataError, StoreError, StoreMismatch
 from pipeline.codec import encode
-from pipeline.datasets.images import network_image
+from pipeline.datasets.images import network_image, resize_label
 from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.extract import Planned, ShardDone, extract
 from pipeline.ownership import OWNER
@@ -227,6 +227,19 @@ def test_a_label_map_of_another_size(tmp_path, weights):
 
     with pytest.raises(DataError, match=r"'photos/0\.jpg'.*\(49, 90\).* 50 x 90"):
         run(Wrong(), weights, tmp_path / "s.zarr")
+
+
+def test_a_scaled_label_map_is_resized_once(tmp_path, weights):
+    """A map of half the photo's size (FSS masks may be) goes straight to network size; the photo's size is kept."""
+
+    class Halved(Photos):
+        def label(self, i):
+            return super().label(i)[::2, ::2]
+
+    run(Halved(), weights, tmp_path / "s.zarr")
+    store = FeatureStore.open(tmp_path / "s.zarr")
+    np.testing.assert_array_equal(store.labels([0])[0], resize_label(Halved().label(0), (SIZE, SIZE)))
+    assert store.size(0) == (Photos().image(0).height, Photos().image(0).width)
 
 
 # -- what cannot work ------------------------------------------------------------------------------------------
