@@ -1,56 +1,33 @@
 """Run a frozen backbone once over every image of a data set and store its features.
 
-Work is planned in shards (a fixed run of images). A worker makes a whole shard and writes it itself, so features
-never travel between processes; what is complete is skipped, so running again finishes what is missing. The bytes do
-not depend on how many workers there are: the images of a forward pass are always the same ones, and torch runs with
-one thread.
+Work is planned in shards (a fixed run of images). A worker makes a whole shard and writes it itself
+(`pipeline.shard_worker`), so features never travel between processes; what is complete is skipped, so running again
+finishes what is missing. The bytes do not depend on how many workers there are: the images of a forward pass are
+always the same ones, and torch runs with one thread.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from hsnet.backbone import FrozenBackbone
 from hsnet.errors import ConfigError, DataError, StoreError
-from pipeline.codec import encode
 from pipeline.datasets import Dataset
-from pipeline.datasets.images import Size, network_image, object_pixels, resize_label, same_aspect
-from pipeline.ownership import still_owned
 from pipeline.plan import Planned, plan_new, plan_store
 from pipeline.recipe import Recipe
 from pipeline.runner import Runner, SerialRunner
+from pipeline.shard_worker import ShardDone, ShardWorker
 from pipeline.store import SHARD_IMAGES, FeatureStore
 from pipeline.weights import Weights
-
-BATCH = {"cpu": 1, "cuda": 16}
-"""Images per forward pass. Not an option: another number changes last bits (8e-6 of SqueezeNet at 64 px).
-
-On a CPU one image at a time is also the fastest at real sizes (400 px, one thread, seconds per image alone and in a
-batch of four: SqueezeNet 0.065 and 0.090, ResNet-50 0.36 and 0.46), and a photo's features then depend on no other.
-"""
 
 ON_ERROR = ("fail", "skip")
 
 
-@dataclass(frozen=True)
-class ShardDone:
-    """One shard is on disk."""
-
-    shard: int
-    images: int
-    skipped: tuple[str, ...]
-    """Ids of images that could not be read."""
-    nbytes: int
-    seconds: float
-    """Time one worker took."""
-
+TASK_SECONDS = 10.0
+"""About how long a worker is busy with the shards it is given at a time; see `_tasks`."""
 
 Event = Planned | ShardDone
 
@@ -118,17 +95,19 @@ def extract(
     if not Path(path).exists():  # before anything is made
         _require_space(path, plan_new(dataset.index, recipe, Path(path), shard_images))
     store = FeatureStore.create(path, recipe, dataset.index, shard_images)
-    reports = []
+    reports: list[ShardDone] = []
     with store.writing() as token:
         store.drop(_mended_shards(store, dataset))
         missing = store.missing_shards()
         plan = plan_store(store)
         emit(plan)
         _require_space(path, plan)
-        make_worker = partial(_ShardWorker, dataset, weights, Path(path).absolute(), token, recipe, on_error, device)
-        for _, report in (runner or SerialRunner()).map(make_worker, missing):
-            reports.append(report)
-            emit(report)
+        make_worker = partial(ShardWorker, dataset, weights, Path(path).absolute(), token, recipe, on_error, device)
+        runner = runner or SerialRunner()
+        for _, made in runner.map(make_worker, _tasks(missing, reports, runner.workers)):
+            for report in made:
+                reports.append(report)
+                emit(report)
         store.refresh()
     if not store.complete:
         raise StoreError(
@@ -171,82 +150,16 @@ def _mended_shards(store: FeatureStore, dataset: Dataset) -> set[int]:
     return mended
 
 
-class _ShardWorker:
-    """Makes one shard per call. Built once per process, because the backbone and the store take time to load."""
+def _tasks(missing: Sequence[int], reports: Sequence[ShardDone], workers: int) -> Iterator[tuple[int, ...]]:
+    """Shards to be made in one go, chosen when a worker is free; `reports` grows meanwhile.
 
-    def __init__(
-        self, dataset: Dataset, weights: Weights, path: Path, token: str, recipe: Recipe, on_error: str, device: str
-    ) -> None:
-        self.dataset = dataset
-        self.token = token
-        self.skip_errors = on_error == "skip"
-        self.device = torch.device(device)
-        self.batch = BATCH["cpu" if self.device.type == "cpu" else "cuda"]
-        self.backbone = FrozenBackbone(recipe.backbone, weights.state_dict).to(self.device)
-        self.store = FeatureStore.open(
-            path, recipe, require_complete=False, index_digest=dataset.index.digest, writable=True
-        )
-
-    def __call__(self, shard: int) -> ShardDone:
-        """Make a shard; a repeated call finds it done and only reports it."""
-        start = time.monotonic()
-        images = self.store.shard_range(shard)
-        if not self.store.is_done(shard):
-            self._write(shard, images)
-        facts = self.store.facts(shard)
-        return ShardDone(shard, len(images), tuple(facts.skipped), facts.nbytes, time.monotonic() - start)
-
-    def _write(self, shard: int, images: range) -> None:
-        index, recipe = self.store.index, self.store.recipe
-        size, n = recipe.image_size, len(images)
-        levels = [np.zeros((n, *shape), recipe.dtype) for shape in recipe.level_shapes()]
-        labels = np.zeros((n, size, size), index.label_dtype)
-        sizes = [(0, 0)] * n
-        classes: list[tuple[int, ...]] = [()] * n
-        skipped: dict[int, str] = {}
-        for first in range(0, n, self.batch):
-            rows = range(first, min(first + self.batch, n))
-            # A skipped image leaves its place in the batch black, so that its neighbours' bits stay as they are.
-            batch = np.zeros((len(rows), 3, size, size), np.float32)
-            for row in rows:
-                try:
-                    pixels, label, sizes[row] = self._read(images[row])
-                except DataError as error:
-                    if not self.skip_errors:
-                        raise
-                    skipped[images[row]] = str(error)[:500]
-                    continue
-                batch[row - first] = pixels
-                labels[row] = resize_label(label, (size, size))
-                classes[row] = tuple(object_pixels(label, index.ignore_label))
-            features = self.backbone(torch.from_numpy(batch).to(self.device))
-            names = [index.images[images[row]] for row in rows]
-            for level, encoded in zip(levels, encode(features, recipe.precision, names), strict=True):
-                for row in rows:
-                    if images[row] not in skipped:
-                        level[row] = encoded[row - first]
-        if not still_owned(self.store.root, self.token):
-            raise StoreError(f"{self.store.root} is being written by another run now. This one stopped.")
-        self.store.write_shard(shard, levels, labels, sizes, classes, skipped)
-
-    def _read(self, image: int) -> tuple[np.ndarray, np.ndarray, Size]:
-        """(network input, label map, photo's size) of an image; every failure is a DataError that names the image."""
-        name = self.store.index.images[image]
-        try:
-            photo = self.dataset.image(image)
-            label = self.dataset.label(image)
-            if (
-                not same_aspect((photo.height, photo.width), (label.shape[0], label.shape[1]))
-                or label.dtype != self.store.index.label_dtype
-            ):
-                raise DataError(
-                    f"its label map is {label.dtype}{label.shape}, the photo {photo.height} x {photo.width} "
-                    f"(height x width)"
-                )
-            return network_image(photo, self.store.recipe.image_size), label, (photo.height, photo.width)
-        except (DataError, OSError) as error:
-            raise DataError(
-                f"Image '{name}' of {self.store.index.name} cannot be used: {str(error).rstrip('.')}. Mend or remove "
-                f"it and run the same command again, or leave such images out with `--on-error skip`. Complete "
-                f"shards are kept."
-            ) from error
+    A worker writes a shard while it computes the next one it was given. So quick shards go out several at a time, by
+    how long the last one took; fewer towards the end, so that all workers end together.
+    """
+    given = 0
+    while given < len(missing):
+        wanted = int(TASK_SECONDS / reports[-1].seconds) if reports else 1
+        fair = (len(missing) - given) // (2 * workers)
+        task = tuple(missing[given : given + max(1, min(wanted, fair))])
+        yield task
+        given += len(task)

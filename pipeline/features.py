@@ -18,8 +18,8 @@ from hsnet.backbone import FrozenBackbone
 from pipeline.datasets.images import network_image, resize_label
 from pipeline.datasets.index import DatasetIndex
 from pipeline.episodes import Episode
-from pipeline.extract import BATCH
 from pipeline.recipe import Recipe
+from pipeline.shard_worker import BATCH
 from pipeline.store import FeatureStore
 
 if TYPE_CHECKING:

@@ -18,8 +18,14 @@ class Runner(Protocol):
     `make_worker` is called once per process that does work and returns the function; it loads what every item needs
     (a backbone, an open store). `map` yields (item, result) as results come, in any order; every item once. An
     `HSNetError` raised by the function reaches the caller as itself. The function runs with one torch thread, because
-    two threads sum in another order: results must not depend on how many processes share the machine.
+    two threads sum in another order: results must not depend on how many processes share the machine. `items` is
+    advanced only when a worker is free.
     """
+
+    @property
+    def workers(self) -> int:
+        """Items worked on at a time."""
+        ...
 
     def map(self, make_worker: Callable[[], Callable[[T], R]], items: Iterable[T]) -> Iterator[tuple[T, R]]:
         """Yield (item, result) for every item."""
@@ -28,6 +34,8 @@ class Runner(Protocol):
 
 class SerialRunner:
     """Works in this process, in order: the default, and the one to debug with."""
+
+    workers = 1
 
     def map(self, make_worker: Callable[[], Callable[[T], R]], items: Iterable[T]) -> Iterator[tuple[T, R]]:
         """Yield (item, result) for every item; `make_worker` is not called when there is none."""

@@ -1,0 +1,230 @@
+"""Make shards of a feature store: read photos, run the backbone, encode, write, all at the same time.
+
+The calling thread runs the backbone and does nothing else. Three helper threads read the next photos, encode the
+features of the last ones and write the last shard; Pillow, torch, zarr and the checksums let go of Python's lock while
+they work. With as many workers as cores nothing is gained by it, and nothing lost.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hsnet.backbone import FrozenBackbone, pack_levels
+from hsnet.errors import DataError, StoreError
+from pipeline.codec import encode
+from pipeline.datasets.images import Size, network_image, object_pixels, resize_label, same_aspect
+from pipeline.ownership import still_owned
+from pipeline.recipe import Recipe
+from pipeline.store import FeatureStore
+
+if TYPE_CHECKING:
+    from pipeline.datasets import Dataset
+    from pipeline.weights import Weights
+
+BATCH = {"cpu": 1, "cuda": 16}
+"""Images per forward pass. Not an option: another number changes last bits (8e-6 of SqueezeNet at 64 px).
+
+On a CPU one image at a time is also the fastest at real sizes, and a photo's features then depend on no other.
+"""
+
+READ_AHEAD = 4
+"""Photos read and brought to network size before they are needed, or a batch if that is more: 2 MB each at 400 px."""
+
+ENCODE_BEHIND = 2
+"""Forward passes whose features wait to be encoded: 20 to 90 MB each at 400 px."""
+
+WRITE_BEHIND_BYTES = 512 << 20
+"""A shard of at most this many bytes is written while the next one is computed: both are in memory then."""
+
+
+@dataclass(frozen=True)
+class ShardDone:
+    """One shard is on disk."""
+
+    shard: int
+    images: int
+    skipped: tuple[str, ...]
+    """Ids of images that could not be read."""
+    nbytes: int
+    seconds: float
+    """Time one worker took; shards made in one go share it evenly."""
+
+
+@dataclass(frozen=True)
+class _Photo:
+    """One image, ready for the network."""
+
+    pixels: np.ndarray
+    """(3, S, S) float32; black if the image could not be read."""
+    label: np.ndarray
+    """(S, S)."""
+    size: Size = (0, 0)
+    classes: tuple[int, ...] = ()
+    error: str | None = None
+    """Why it could not be read."""
+
+
+@dataclass
+class _Shard:
+    """A shard in the making."""
+
+    number: int
+    levels: list[np.ndarray]
+    labels: list[np.ndarray] = field(default_factory=list)
+    sizes: list[Size] = field(default_factory=list)
+    classes: list[tuple[int, ...]] = field(default_factory=list)
+    skipped: dict[int, str] = field(default_factory=dict)
+    encoding: list[Future[None]] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(level.nbytes for level in self.levels)
+
+
+class ShardWorker:
+    """Makes a few shards per call. Built once per process, because the backbone and the store take time to load."""
+
+    def __init__(
+        self, dataset: Dataset, weights: Weights, path: Path, token: str, recipe: Recipe, on_error: str, device: str
+    ) -> None:
+        self.dataset = dataset
+        self.token = token
+        self.skip_errors = on_error == "skip"
+        self.device = torch.device(device)
+        self.batch = BATCH["cpu" if self.device.type == "cpu" else "cuda"]
+        self.backbone = FrozenBackbone(recipe.backbone, weights.state_dict).to(self.device)
+        self.store = FeatureStore.open(
+            path, recipe, require_complete=False, index_digest=dataset.index.digest, writable=True
+        )
+
+    def __call__(self, shards: Sequence[int]) -> list[ShardDone]:
+        """Make shards; a repeated call finds them done and only reports them.
+
+        After an error every shard before the one that failed is complete.
+        """
+        start = time.monotonic()
+        self._make([shard for shard in shards if not self.store.is_done(shard)])
+        seconds = (time.monotonic() - start) / len(shards)
+        reports = []
+        for shard in shards:
+            facts = self.store.facts(shard)
+            reports.append(ShardDone(shard, len(facts.images), tuple(facts.skipped), facts.nbytes, seconds))
+        return reports
+
+    def _make(self, shards: Sequence[int]) -> None:
+        images = [image for shard in shards for image in self.store.shard_range(shard)]
+        # Left in reverse: reading stops, then what is computed is encoded, then it is written.
+        with _helper("write") as writer, _helper("encode") as encoder, _helper("read") as reader:
+            writing: Future[None] | None = None
+            with closing(self._photos(images, reader)) as photos:
+                for number in shards:
+                    shard = self._compute(number, photos, encoder)
+                    if writing is not None:
+                        writing.result()
+                    writing = writer.submit(self._write, shard)
+                    if shard.nbytes > WRITE_BEHIND_BYTES:
+                        writing.result()
+            if writing is not None:
+                writing.result()
+
+    def _photos(self, images: Iterable[int], reader: ThreadPoolExecutor) -> Generator[_Photo, None, None]:
+        """Photos in order, read ahead on one thread. An error is raised at the image it belongs to."""
+        waiting: deque[Future[_Photo]] = deque()
+        try:
+            for image in images:
+                waiting.append(reader.submit(self._read, image))
+                if len(waiting) > max(READ_AHEAD, self.batch):
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def _compute(self, number: int, photos: Generator[_Photo, None, None], encoder: ThreadPoolExecutor) -> _Shard:
+        images, recipe = self.store.shard_range(number), self.store.recipe
+        shard = _Shard(number, [np.zeros((len(images), *shape), recipe.dtype) for shape in recipe.level_shapes()])
+        for first in range(0, len(images), self.batch):
+            group = images[first : first + self.batch]
+            batch = list(islice(photos, len(group)))
+            for image, photo in zip(group, batch, strict=True):
+                shard.labels.append(photo.label)
+                shard.sizes.append(photo.size)
+                shard.classes.append(photo.classes)
+                if photo.error is not None:
+                    shard.skipped[image] = photo.error
+            # A skipped image leaves its place in the batch black, so that its neighbours' bits stay as they are.
+            pixels = torch.from_numpy(np.stack([photo.pixels for photo in batch]))
+            taps = self.backbone.taps(pixels.to(self.device))
+            shard.encoding.append(encoder.submit(self._encode, shard, group, first, taps))
+            del taps  # the last ones would stay in memory during the next forward pass
+            if len(shard.encoding) > ENCODE_BEHIND:
+                shard.encoding[-1 - ENCODE_BEHIND].result()
+        return shard
+
+    def _encode(self, shard: _Shard, images: range, first: int, taps: Sequence[Tensor]) -> None:
+        """Put the features of images into the shard, from row `first` on."""
+        recipe, names = self.store.recipe, [self.store.index.images[image] for image in images]
+        encoded = encode(pack_levels(taps, self.backbone.spec), recipe.precision, names)
+        for level, values in zip(shard.levels, encoded, strict=True):
+            for row, image in enumerate(images):
+                if image not in shard.skipped:
+                    level[first + row] = values[row]
+
+    def _write(self, shard: _Shard) -> None:
+        for done in shard.encoding:
+            done.result()
+        if not still_owned(self.store.root, self.token):
+            raise StoreError(f"{self.store.root} is being written by another run now. This one stopped.")
+        self.store.write_shard(
+            shard.number, shard.levels, np.stack(shard.labels), shard.sizes, shard.classes, shard.skipped
+        )
+
+    def _read(self, image: int) -> _Photo:
+        """An image and its label map; every failure is a DataError that names the image, or is noted if so asked."""
+        index, size = self.store.index, self.store.recipe.image_size
+        name = index.images[image]
+        try:
+            photo = self.dataset.image(image)
+            label = self.dataset.label(image)
+            if (
+                not same_aspect((photo.height, photo.width), (label.shape[0], label.shape[1]))
+                or label.dtype != index.label_dtype
+            ):
+                raise DataError(
+                    f"its label map is {label.dtype}{label.shape}, the photo {photo.height} x {photo.width} "
+                    f"(height x width)"
+                )
+            return _Photo(
+                network_image(photo, size),
+                resize_label(label, (size, size)),
+                (photo.height, photo.width),
+                tuple(object_pixels(label, index.ignore_label)),
+            )
+        except (DataError, OSError) as error:
+            message = (
+                f"Image '{name}' of {index.name} cannot be used: {str(error).rstrip('.')}. Mend or remove "
+                f"it and run the same command again, or leave such images out with `--on-error skip`. Complete "
+                f"shards are kept."
+            )
+            if not self.skip_errors:
+                raise DataError(message) from error
+            return _Photo(
+                np.zeros((3, size, size), np.float32), np.zeros((size, size), index.label_dtype), error=message[:500]
+            )
+
+
+def _helper(name: str) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix=name)
