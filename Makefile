@@ -5,11 +5,12 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; 
 PIP_ARGS ?=
 TEST_ARGS ?=
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help venv demo test lint format clean distclean
+.PHONY: help venv demo test lint format bench bench-check clean distclean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +18,8 @@ help:
 	@echo "make test       all tests (TEST_ARGS='-k episodes' for some)"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     rewrite the code as 'make lint' wants it"
+	@echo "make bench      time training and evaluation against the published way (BENCH_ARGS='--backbones vgg16' for a part)"
+	@echo "make bench-check  a short run; says what became slower, relative to the published way, than the stored results"
 	@echo "make venv       .venv with the pinned versions and the command .venv/bin/hsnet"
 	@echo "make clean      remove caches, builds and the demo's output; 'make distclean' removes .venv too"
 	@echo
@@ -53,6 +56,12 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)
+
+bench-check: $(STAMP)
+	$(BIN)/python -m benchmarks.check $(BENCH_ARGS)
 
 clean:
 	rm -rf build dist demo-output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

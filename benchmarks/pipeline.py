@@ -1,0 +1,353 @@
+"""Time what lies around the arithmetic: extraction, the commands' start, waiting for data, evaluation as a command.
+
+    make bench-pipeline
+    python -m benchmarks.pipeline --parts extract --backbones resnet50 --repeats 3
+    python -m benchmarks.pipeline --parts evaluate,train --store voc.zarr --run-dir runs/voc-0
+
+Without --data or --store it makes photos (JPEG, 500 x 375) and masks of its own, and the stores with random weights:
+how long anything takes does not depend on what the photos show. Results are added to a JSON file with the same facts
+of machine and versions as benchmarks/run.py's.
+
+    extract   images per second of `extract` in this process and on Ray workers, beside those of the bare backbone
+    evaluate  episodes per second of the whole command, of the stage, and of the segmenter alone
+    train     time to the first step of the command; share of a step spent waiting for data, read ahead or not
+    help      `hsnet --help`
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks import timing
+from benchmarks.inputs import disc, picture
+from hsnet.backbone import FrozenBackbone, random_state_dict
+from pipeline.datasets import Dataset, open_dataset
+from pipeline.runner import one_torch_thread
+
+PARTS = ("help", "extract", "evaluate", "train")
+BACKBONES = ("squeezenet1_1", "resnet50", "vgg16")
+IMAGES = {"squeezenet1_1": 192, "resnet50": 64, "resnet101": 48, "vgg16": 32}
+"""Photos of one extraction: some ten to forty seconds of work."""
+CLASSES = 4
+
+
+def make_photos(folder: Path, count: int) -> Path:
+    """A data set in the layout `masks`: JPEG photos of 500 x 375 pixels, one object each, PNG masks beside them."""
+    for sub in ("images", "masks"):
+        (folder / sub).mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        photo, mask = picture(number, 500)[:375].numpy(), disc(number, 500).numpy()[62:437]
+        Image.fromarray(photo).save(folder / "images" / f"{number:04d}.jpg", quality=92)
+        Image.fromarray((mask * (1 + number % CLASSES)).astype(np.uint8)).save(folder / "masks" / f"{number:04d}.png")
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------- extraction
+
+
+def measure_extract(
+    data: Callable[[int], Dataset], backbone: str, size: int, images: int, repeats: int, workers: int, scratch: Path
+) -> dict[str, Any]:
+    """Rates of extraction and of the bare backbone, in turn; with Ray if workers > 0, each process with one thread."""
+    from pipeline.extract import extract
+    from pipeline.weights import load_weights
+
+    dataset, weights = data(images), load_weights(backbone, "random")
+    many, bare, ours, cpu = len(dataset.index.images), [], [], []
+    with _ray(workers) as runner, _bare(backbone, size, max(1, workers)) as run_bare:
+        for number in range(-1 if workers else 0, repeats):
+            # Ray's processes import everything in a first round that does not count.
+            some = data(4 * workers) if number < 0 else dataset
+            path, before = scratch / f"{backbone}-{workers}-{number}.zarr", time.process_time()
+            summary = extract(some, weights, backbone, size, "int8", path, runner)
+            if number >= 0:
+                ours.append(summary.images_per_s)
+                cpu.append((time.process_time() - before) / many)
+                bare.append(run_bare(max(4, min(64, many // 2))))
+            if number != repeats - 1 or workers:
+                _remove(path)
+    return {
+        "images": many,
+        "workers": workers,
+        "images_per_s": timing.summary(ours),
+        "bare_images_per_s": timing.summary(bare),
+        "share_of_bare": statistics.median(ours) / statistics.median(bare),
+        **({} if workers else {"cpu_s_per_image": timing.summary(cpu)}),
+    }
+
+
+@contextmanager
+def _bare(backbone: str, size: int, processes: int) -> Iterator[Callable[[int], float]]:
+    """A function: images per second of nothing but the backbone, in as many processes of one thread at once."""
+    with multiprocessing.get_context("spawn").Pool(processes, _build_bare, (backbone, size)) as pool:
+
+        def run(images: int) -> float:
+            return sum(pool.map(_run_bare, [images] * processes, chunksize=1))
+
+        run(2)
+        yield run
+
+
+def _build_bare(backbone: str, size: int) -> None:
+    global _network, _pixels
+    torch.set_num_threads(1)
+    _network = FrozenBackbone(backbone, random_state_dict(backbone))
+    _pixels = torch.randn(1, 3, size, size)
+
+
+def _run_bare(images: int) -> float:
+    start = time.perf_counter()
+    for _ in range(images):
+        _network.taps(_pixels)
+    return images / (time.perf_counter() - start)
+
+
+@contextmanager
+def _ray(workers: int) -> Iterator[Any]:
+    if not workers:
+        yield None
+        return
+    from cluster.runner import RayRunner
+    from cluster.session import session
+
+    with session("local", num_cpus=max(workers, os.cpu_count() or 1)):
+        yield RayRunner(workers)
+
+
+# ---------------------------------------------------------------------------------------------- commands
+
+
+def measure_help(repeats: int) -> dict[str, Any]:
+    """Seconds of `hsnet --help`, a warm disk presumed."""
+    _command("--help")
+    return {"wall_s": timing.summary([_command("--help")[0] for _ in range(repeats)])}
+
+
+def measure_evaluate(store: Path, run_dir: Path | None, shots: int, episodes: int, repeats: int) -> dict[str, Any]:
+    """Rates of evaluation: the command, the stage in this process, and the segmenter on batches that are there."""
+    from pipeline import methods
+    from pipeline.episodes import EpisodeStream
+    from pipeline.evaluate import BLOCK, count_masks
+    from pipeline.evaluate import evaluate as stage
+    from pipeline.features import StoreSource, load_batch
+    from pipeline.store import FeatureStore
+
+    chosen = ["--checkpoint", str(run_dir)] if run_dir else ["--baseline", "untrained"]
+    options = ["evaluate", *chosen, "--store", str(store), "--shots", str(shots), "--quiet", "--device", "cpu"]
+    source = StoreSource(FeatureStore.open(store))
+    method = methods.trained(run_dir, source) if run_dir else methods.untrained(source)
+    stream = EpisodeStream(source.index, 0, "test", shots, 0)
+    drawn = [stream[number] for number in range(min(episodes, max(1, BLOCK // shots)))]
+    with one_torch_thread():
+        segmenter, batch = method.make(), load_batch(source, drawn)
+
+        def inner() -> None:
+            count_masks(segmenter.masks(batch), batch, shots)
+
+        def load() -> None:
+            load_batch(source, drawn)
+
+        def whole() -> None:
+            stage(method.make, lambda: source, source.index, fold=0, shots=(shots,), episodes=episodes)
+
+        times = timing.alternate({"inner": inner, "load": load, "stage": whole}, repeats)
+    start = statistics.median(_command(*options, "--episodes", "1")[0] for _ in range(repeats))
+    command = statistics.median(_command(*options, "--episodes", str(episodes))[0] for _ in range(repeats))
+    return {
+        "shots": shots,
+        "episodes": episodes,
+        "inner_episodes_per_s": len(drawn) / statistics.median(times["inner"].wall),
+        "load_s_per_episode": statistics.median(times["load"].wall) / len(drawn),
+        "stage_episodes_per_s": episodes / statistics.median(times["stage"].wall),
+        "command_episodes_per_s": episodes / command,
+        "command_s": command,
+        "command_of_one_episode_s": start,
+    }
+
+
+def measure_train(store: Path, batch: int, steps: int, threads: int | None, scratch: Path) -> dict[str, Any]:
+    """Seconds from the start of `hsnet train` to its first step, and the share of steps spent waiting for data."""
+    from pipeline.config import RunConfig, skipped_digest
+    from pipeline.features import StoreSource
+    from pipeline.store import FeatureStore
+    from pipeline.train import StepDone, fit
+
+    run = scratch / "train-command"
+    options = ["train", "--store", str(store), "--run-dir", str(run), "--batch-size", str(batch), "--steps", "1"]
+    wall, _ = _command(*options, "--select-on", "none", "--quiet", "--device", "cpu")
+    (line,) = (run / "metrics.jsonl").read_text().splitlines()
+    first = json.loads(line)["train"]["seconds"]
+    _remove(run)
+
+    source = StoreSource(FeatureStore.open(store))
+    config = RunConfig(
+        fold=0,
+        recipe=source.recipe,
+        data=source.index.digest,
+        skipped=skipped_digest([source.index.images[image] for image in source.skipped]),
+        steps=steps + 1,
+        batch_size=batch,
+        select_on="none",
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    result: dict[str, Any] = {
+        "batch": batch,
+        "steps": steps,
+        "threads": torch.get_num_threads(),
+        "command_of_one_step_s": wall,
+        "first_step_s": first,
+        "before_and_after_the_first_step_s": wall - first,
+    }
+    for depth in (2, 0, 2, 0):
+        events: list[StepDone] = []
+        folder = scratch / f"train-{depth}"
+        fit(config, source, folder, prefetch_depth=depth, on_event=events.append)  # type: ignore[arg-type]
+        _remove(folder)
+        entry = result.setdefault(f"prefetch_{depth}", {"step_s": [], "waited_s": []})
+        entry["step_s"] += [event.seconds for event in events[1:]]  # nothing is read ahead of the first
+        entry["waited_s"] += [event.waited for event in events[1:]]
+    torch.set_num_threads(before)
+    for depth in (2, 0):
+        entry = result[f"prefetch_{depth}"]
+        entry["waited_share"] = sum(entry["waited_s"]) / sum(entry["step_s"])
+        entry["step_s"], entry["waited_s"] = timing.summary(entry["step_s"]), timing.summary(entry["waited_s"])
+    return result
+
+
+def _command(*arguments: str) -> tuple[float, str]:
+    """(seconds, stdout) of an `hsnet` command of this checkout."""
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, str(timing.ROOT / "cli.py"), *arguments], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        sys.exit(f"hsnet {' '.join(arguments)} failed:\n{done.stderr}")
+    return time.perf_counter() - start, done.stdout
+
+
+def _remove(path: Path) -> None:
+    import shutil
+
+    shutil.rmtree(path, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------------- running
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"of: {', '.join(PARTS)}")
+    parser.add_argument("--backbones", default=",".join(BACKBONES), help="of the extraction, commas between them")
+    parser.add_argument("--workers", default="0,2", help="of the extraction: 0 is this process, others are on Ray")
+    parser.add_argument("--images", type=int, help="photos of an extraction; by backbone if left out")
+    parser.add_argument("--size", type=int, default=400, help="side of the network input, pixels")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--data", type=Path, help="folder of photos and masks to extract (data set `folder`)")
+    parser.add_argument("--store", type=Path, help="store to train and evaluate from; made if left out")
+    parser.add_argument("--run-dir", type=Path, help="run to evaluate; an untrained head if left out")
+    parser.add_argument("--shots", type=int, default=1)
+    parser.add_argument("--episodes", type=int, default=50, help="of an evaluation")
+    parser.add_argument("--batch", type=int, default=4, help="episodes of a training step")
+    parser.add_argument("--steps", type=int, default=5, help="training steps that count, twice for each setting")
+    parser.add_argument("--threads", type=int, help="torch threads of training; torch's own choice if left out")
+    parser.add_argument(
+        "--scratch", type=Path, help="folder for photos and stores; the system's temporary one if left out"
+    )
+    parser.add_argument("--out", type=Path, help="JSON file to add to; benchmarks/results/pipeline/DATE-MACHINE.json")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> Path:
+    """Run what the command line says; returns the file of results."""
+    options = parse(arguments)
+    parts = options.parts.split(",")
+    if unknown := set(parts) - set(PARTS):
+        sys.exit(f"Unknown part: {', '.join(sorted(unknown))}. Choose of: {', '.join(PARTS)}. Nothing was run.")
+    out = options.out or timing.RESULTS / "pipeline" / timing.result_path().name
+    run = timing.describe_run("cpu", vars(options), "numpy", "zarr", "PIL")
+
+    def keep(work: str, backbone: str, measured: dict[str, Any]) -> None:
+        facts = {"device": "cpu", "backbone": backbone, "work": work, "image_size": options.size}
+        print_measurement({**facts, **measured})
+        timing.record(run, {**facts, **measured}, out)
+
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=options.scratch) as folder:
+        scratch = Path(folder)
+
+        def data(count: int) -> Dataset:
+            if options.data:
+                return open_dataset("folder", options.data)
+            place = scratch / f"photos-{count}"
+            return open_dataset("folder", place if place.exists() else make_photos(place, count))
+
+        if "help" in parts:
+            keep("help", "", measure_help(max(5, options.repeats)))
+        for backbone in options.backbones.split(",") if "extract" in parts else ():
+            for workers in map(int, options.workers.split(",")):
+                images = options.images or IMAGES[backbone]
+                measured = measure_extract(
+                    data, backbone, options.size, images * max(1, workers), options.repeats, workers, scratch
+                )
+                keep(f"extract, {workers} workers", backbone, measured)
+        if {"evaluate", "train"} & set(parts):
+            store = options.store or _make_store(data, options.size, scratch)
+            backbone = _backbone_of(store)
+            if "evaluate" in parts:
+                measured = measure_evaluate(store, options.run_dir, options.shots, options.episodes, options.repeats)
+                keep(f"evaluate, {options.shots} shots", backbone, measured)
+            if "train" in parts:
+                measured = measure_train(store, options.batch, options.steps, options.threads, scratch)
+                keep(f"train, batch {options.batch}", backbone, measured)
+    print(f"\nAdded to {out}")
+    return out
+
+
+def _make_store(data: Callable[[int], Dataset], size: int, scratch: Path) -> Path:
+    from pipeline.extract import extract
+    from pipeline.weights import load_weights
+
+    return Path(
+        extract(data(48), load_weights("resnet50", "random"), "resnet50", size, "int8", scratch / "store.zarr").path
+    )
+
+
+def _backbone_of(store: Path) -> str:
+    from pipeline.store import FeatureStore
+
+    return FeatureStore.open(store).recipe.backbone
+
+
+def print_measurement(measured: dict[str, Any]) -> None:
+    """A few lines for a person."""
+    print(f"\n{measured['backbone']} {measured['work']}, {measured['image_size']} px".strip())
+    for name, value in measured.items():
+        if name not in ("device", "backbone", "work", "image_size"):
+            print(f"  {name:<34} {_text(value)}", flush=True)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_text(one)}" for name, one in value.items())
+    return f"{value:.4g}" if isinstance(value, float) and math.isfinite(value) else str(value)
+
+
+if __name__ == "__main__":
+    main()
