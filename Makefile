@@ -10,7 +10,7 @@ BENCH_ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help venv demo test lint format bench bench-check clean distclean
+.PHONY: help venv demo test lint format bench bench-check bench-table clean distclean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make format     rewrite the code as 'make lint' wants it"
 	@echo "make bench      time training and evaluation against the published way (BENCH_ARGS='--backbones vgg16' for a part)"
 	@echo "make bench-check  a short run; says what became slower, relative to the published way, than the stored results"
+	@echo "make bench-table  README's table of speed, from benchmarks/results/"
 	@echo "make venv       .venv with the pinned versions and the command .venv/bin/hsnet"
 	@echo "make clean      remove caches, builds and the demo's output; 'make distclean' removes .venv too"
 	@echo
@@ -62,6 +63,9 @@ bench: $(STAMP)
 
 bench-check: $(STAMP)
 	$(BIN)/python -m benchmarks.check $(BENCH_ARGS)
+
+bench-table: $(STAMP)
+	$(BIN)/python -m benchmarks.table --write
 
 clean:
 	rm -rf build dist demo-output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -50,15 +50,9 @@ def measure(job: Job, names: list[str], repeats: int, budget: float | None, memo
     }
     for name, taken in times.items():
         measured["variants"][name] = {
-            "label": "published way" if name == BASELINE else VARIANTS[name].label,
-            "wall_s": timing.summary(taken.wall),
-            "cpu_s": timing.summary(taken.cpu),
-            "ratio": timing.ratio(times[BASELINE].wall, taken.wall),
-            "cpu_ratio": timing.ratio(times[BASELINE].cpu, taken.cpu),
+            **timing.entry("published way" if name == BASELINE else VARIANTS[name].label, taken, times[BASELINE]),
             **far[name],
             **(peak_of(job, name) if memory else {}),
-            "wall_each_s": list(taken.wall),
-            "cpu_each_s": list(taken.cpu),
         }
     return measured
 

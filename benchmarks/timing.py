@@ -79,7 +79,7 @@ def summary(values: Sequence[float]) -> dict[str, float]:
     """Median and quartiles.
 
     >>> summary([3, 1, 2])
-    {'median': 2, 'q1': 1.5, 'q3': 2.5}
+    {'median': 2.0, 'q1': 1.5, 'q3': 2.5}
     """
     if len(values) == 1:
         return {"median": values[0], "q1": values[0], "q3": values[0]}
@@ -98,6 +98,19 @@ def ratio(baseline: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
         "of_medians": statistics.median(baseline) / statistics.median(ours),
         "q1": pairs["q1"],
         "q3": pairs["q3"],
+    }
+
+
+def entry(label: str, taken: Times, baseline: Times) -> dict[str, Any]:
+    """What a result file says about the times of one variant."""
+    return {
+        "label": label,
+        "wall_s": summary(taken.wall),
+        "cpu_s": summary(taken.cpu),
+        "ratio": ratio(baseline.wall, taken.wall),
+        "cpu_ratio": ratio(baseline.cpu, taken.cpu),
+        "wall_each_s": list(taken.wall),
+        "cpu_each_s": list(taken.cpu),
     }
 
 
