@@ -285,7 +285,7 @@ def main(arguments: list[str] | None = None) -> Path:
     run = timing.describe_run("cpu", vars(options), "numpy", "zarr", "PIL")
 
     def keep(work: str, backbone: str, measured: dict[str, Any]) -> None:
-        facts = {"device": "cpu", "backbone": backbone, "work": work, "image_size": options.size}
+        facts = {"device": "cpu", "backbone": backbone, "work": work, "image_size": _size(backbone, options.size)}
         print_measurement({**facts, **measured})
         timing.record(run, {**facts, **measured}, out)
 
@@ -303,8 +303,9 @@ def main(arguments: list[str] | None = None) -> Path:
         for backbone in options.backbones.split(",") if "extract" in parts else ():
             for workers in map(int, options.workers.split(",")):
                 images = options.images or IMAGES[backbone]
+                size = _size(backbone, options.size)
                 measured = measure_extract(
-                    data, backbone, options.size, images * max(1, workers), options.repeats, workers, scratch
+                    data, backbone, size, images * max(1, workers), options.repeats, workers, scratch
                 )
                 keep(f"extract, {workers} workers", backbone, measured)
         if {"evaluate", "train"} & set(parts):
@@ -318,6 +319,10 @@ def main(arguments: list[str] | None = None) -> Path:
                 keep(f"train, batch {options.batch}", backbone, measured)
     print(f"\nAdded to {out}")
     return out
+
+
+def _size(backbone: str, size: int) -> int:
+    return 401 if (backbone, size) == ("squeezenet1_1", 400) else size  # SqueezeNet's grids at 400 cannot be mixed
 
 
 def _make_store(data: Callable[[int], Dataset], size: int, scratch: Path) -> Path:

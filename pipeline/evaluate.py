@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,12 +26,15 @@ from hsnet.metrics import class_iou, count, foreground_background_iou, mean_iou,
 from hsnet.vote import vote
 from pipeline.datasets.index import DatasetIndex
 from pipeline.episodes import Episode, EpisodeStream, fingerprint, reference_episodes
-from pipeline.features import EpisodeBatch, FeatureSource, load_batch
-from pipeline.runner import Runner, SerialRunner
+from pipeline.features import EpisodeBatch, FeatureSource, prefetch
+from pipeline.runner import Runner, SerialRunner, in_groups
 from pipeline.segmenters import Segmenter
 
 BLOCK = 25
-"""Episodes per unit of work."""
+"""Episodes that are planned together; a worker gets several blocks if they are quick."""
+
+TASK_SECONDS = 5.0
+"""About how long a worker is busy with the blocks it is given at a time: it reads one while it computes another."""
 
 COUNTS = ("intersection_background", "intersection", "union_background", "union")
 """Columns of an episode's counts, pixels at network size; each again with `_all` where ignored pixels are counted."""
@@ -108,15 +113,20 @@ def evaluate(
     plan = _plan(index, fold, wanted, episodes, seed, role, repeat_supports, skipped)
     total = sum(len(block.episodes) for block in plan)
 
-    def make_worker() -> Callable[[_Block], list[dict[str, Any]]]:
+    def make_worker() -> Callable[[Sequence[_Block]], tuple[list[dict[str, Any]], float]]:
         segmenter, source = make_segmenter(), make_source()
-        return lambda block: _rows(segmenter, source, block, fold, device)
+        return lambda blocks: _rows(segmenter, source, blocks, fold, device)
 
+    runner = runner or SerialRunner()
     results: list[dict[str, Any]] = []
-    done = 0
-    for block, rows in (runner or SerialRunner()).map(make_worker, plan):
+    done, took = 0, [0.0]
+    if on_event:
+        on_event(0, total)  # so that the rate shown counts from here
+    groups = in_groups(plan, lambda: took[-1] or None, TASK_SECONDS, runner.workers)
+    for blocks, (rows, seconds) in runner.map(make_worker, groups):
         results += rows
-        done += len(block.episodes)
+        took.append(seconds)
+        done += sum(len(block.episodes) for block in blocks)
         if on_event:
             on_event(done, total)
     ordered = sorted(results, key=lambda row: (row["shots"], row["episode"]))  # blocks come in any order
@@ -217,29 +227,40 @@ def _plan(
     return plan
 
 
-def _rows(segmenter: Segmenter, source: FeatureSource, block: _Block, fold: int, device: str) -> list[dict[str, Any]]:
+def _rows(
+    segmenter: Segmenter, source: FeatureSource, blocks: Sequence[_Block], fold: int, device: str
+) -> tuple[list[dict[str, Any]], float]:
+    """(rows of the blocks' episodes, seconds per block); the next episodes are read while these are predicted."""
+    started = time.monotonic()
+    # Cut alike however blocks are grouped: episodes that are predicted together could tell by their last bits.
+    parts = [(block, start) for block in blocks for start in range(0, len(block.episodes), _step(block))]
+    reads = (block.episodes[start : start + _step(block)] for block, start in parts)
     rows = []
-    step = max(1, BLOCK // len(block.episodes[0].supports))  # bounds memory at many shots
-    for start in range(0, len(block.episodes), step):
-        episodes = block.episodes[start : start + step]
-        batch = load_batch(source, episodes).to(device)
-        masks = segmenter.masks(batch)
-        for shots in block.shots:
-            kept, everything = (counts.flatten(1).tolist() for counts in count_masks(masks, batch, shots))
-            for offset, episode in enumerate(episodes):
-                rows.append(
-                    {
-                        "episode": block.first + start + offset,
-                        "fold": fold,
-                        "shots": shots,
-                        "class_id": episode.class_id,
-                        "query": episode.query,
-                        "supports": list(episode.supports[:shots]),
-                        **dict(zip(COUNTS, kept[offset], strict=True)),
-                        **dict(zip((f"{name}_all" for name in COUNTS), everything[offset], strict=True)),
-                    }
-                )
-    return rows
+    with closing(prefetch(source, reads, 1)) as loaded:
+        for (block, start), (episodes, batch) in zip(parts, loaded, strict=True):
+            batch = batch.to(device)
+            masks = segmenter.masks(batch)
+            for shots in block.shots:
+                kept, everything = (counts.flatten(1).tolist() for counts in count_masks(masks, batch, shots))
+                for offset, episode in enumerate(episodes):
+                    rows.append(
+                        {
+                            "episode": block.first + start + offset,
+                            "fold": fold,
+                            "shots": shots,
+                            "class_id": episode.class_id,
+                            "query": episode.query,
+                            "supports": list(episode.supports[:shots]),
+                            **dict(zip(COUNTS, kept[offset], strict=True)),
+                            **dict(zip((f"{name}_all" for name in COUNTS), everything[offset], strict=True)),
+                        }
+                    )
+    return rows, (time.monotonic() - started) / len(blocks)
+
+
+def _step(block: _Block) -> int:
+    """Episodes read and predicted together: fewer at many shots, which bounds memory."""
+    return max(1, BLOCK // len(block.episodes[0].supports))
 
 
 def _named(row: Mapping[str, Any], index: DatasetIndex) -> dict[str, Any]:

@@ -9,7 +9,7 @@ always the same ones, and torch runs with one thread.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from hsnet.errors import ConfigError, DataError, StoreError
 from pipeline.datasets import Dataset
 from pipeline.plan import Planned, plan_new, plan_store
 from pipeline.recipe import Recipe
-from pipeline.runner import Runner, SerialRunner
+from pipeline.runner import Runner, SerialRunner, in_groups
 from pipeline.shard_worker import ShardDone, ShardWorker
 from pipeline.store import SHARD_IMAGES, FeatureStore
 from pipeline.weights import Weights
@@ -26,8 +26,8 @@ from pipeline.weights import Weights
 ON_ERROR = ("fail", "skip")
 
 
-TASK_SECONDS = 10.0
-"""About how long a worker is busy with the shards it is given at a time; see `_tasks`."""
+TASK_SECONDS = 30.0
+"""About how long a worker is busy with the shards it is given at a time: it writes one while it computes the next."""
 
 Event = Planned | ShardDone
 
@@ -104,7 +104,8 @@ def extract(
         _require_space(path, plan)
         make_worker = partial(ShardWorker, dataset, weights, Path(path).absolute(), token, recipe, on_error, device)
         runner = runner or SerialRunner()
-        for _, made in runner.map(make_worker, _tasks(missing, reports, runner.workers)):
+        tasks = in_groups(missing, lambda: reports[-1].seconds if reports else None, TASK_SECONDS, runner.workers)
+        for _, made in runner.map(make_worker, tasks):
             for report in made:
                 reports.append(report)
                 emit(report)
@@ -148,18 +149,3 @@ def _mended_shards(store: FeatureStore, dataset: Dataset) -> set[int]:
             continue
         mended.add(image // store.shard_images)
     return mended
-
-
-def _tasks(missing: Sequence[int], reports: Sequence[ShardDone], workers: int) -> Iterator[tuple[int, ...]]:
-    """Shards to be made in one go, chosen when a worker is free; `reports` grows meanwhile.
-
-    A worker writes a shard while it computes the next one it was given. So quick shards go out several at a time, by
-    how long the last one took; fewer towards the end, so that all workers end together.
-    """
-    given = 0
-    while given < len(missing):
-        wanted = int(TASK_SECONDS / reports[-1].seconds) if reports else 1
-        fair = (len(missing) - given) // (2 * workers)
-        task = tuple(missing[given : given + max(1, min(wanted, fair))])
-        yield task
-        given += len(task)

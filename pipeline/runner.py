@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
@@ -46,6 +46,27 @@ class SerialRunner:
                     worker = make_worker()
                 result = worker(item)
             yield item, result
+
+
+def in_groups(
+    items: Sequence[T], seconds: Callable[[], float | None], wanted: float, workers: int
+) -> Iterator[tuple[T, ...]]:
+    """Items for `Runner.map` in groups of about `wanted` seconds of work, each chosen when a worker is free.
+
+    A worker that is given several items can read or write one while it computes another.
+
+    Args:
+        seconds: how long one item takes, as known by now; None gives them out one by one.
+        workers: groups worked on at a time. Towards the end groups get smaller, so that all workers end together.
+    """
+    given = 0
+    while given < len(items):
+        known = seconds()
+        fits = int(wanted / max(known, 1e-9)) if known is not None else 1
+        fair = (len(items) - given) // (2 * workers - 1)
+        group = tuple(items[given : given + max(1, min(fits, fair))])
+        yield group
+        given += len(group)
 
 
 @contextmanager

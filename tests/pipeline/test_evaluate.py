@@ -90,6 +90,8 @@ def test_fewer_shots_come_from_the_same_pass(tiny_source):
 
 def test_rows_do_not_depend_on_the_order_of_work(tiny_source):
     class Backwards:
+        workers = 2
+
         def map(self, make_worker, items):
             worker = make_worker()
             for item in reversed(list(items)):

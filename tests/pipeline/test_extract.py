@@ -13,6 +13,8 @@ import torch
 import zarr
 from PIL import Image
 
+import pipeline.extract as extract_module
+import pipeline.shard_worker as worker_module
 import pipeline.store as store_module
 from hsnet.backbone import FrozenBackbone
 from hsnet.errors import ConfigError, DataError, StoreError, StoreMismatch
@@ -109,6 +111,43 @@ def test_the_same_bytes_every_time_and_whatever_threads_torch_has(tmp_path, weig
     finally:
         torch.set_num_threads(before)
     assert fingerprints(tmp_path / "one.zarr") == fingerprints(tmp_path / "two.zarr")
+
+
+@pytest.mark.parametrize("room", [0, 1 << 30], ids=["one shard in memory", "two"])
+def test_the_same_bytes_whether_shards_are_made_one_by_one_or_several_in_one_go(tmp_path, weights, monkeypatch, room):
+    """In one go, a shard is written while the next is computed, if both fit in memory."""
+    monkeypatch.setattr(extract_module, "TASK_SECONDS", 0.0)
+    run(Photos(broken=(11,)), weights, tmp_path / "single.zarr", shard_images=3, on_error="skip")
+    monkeypatch.setattr(extract_module, "TASK_SECONDS", 1e6)
+    monkeypatch.setattr(worker_module, "WRITE_BEHIND_BYTES", room)
+    photos, events = Photos(broken=(11,)), []
+    run(photos, weights, tmp_path / "several.zarr", shard_images=3, on_error="skip", on_event=events.append)
+    assert fingerprints(tmp_path / "single.zarr") == fingerprints(tmp_path / "several.zarr")
+    assert photos.read == list(range(21))
+    assert [event.shard for event in events[1:]] == list(range(7))
+    assert len({event.seconds for event in events[1:]}) == 2, "the first alone, then all others together"
+
+
+def test_shards_before_a_broken_photo_are_kept_when_several_are_made_in_one_go(tmp_path, weights, monkeypatch):
+    monkeypatch.setattr(extract_module, "TASK_SECONDS", 1e6)
+    with pytest.raises(DataError, match=r"'photos/17\.jpg'"):
+        run(Photos(broken=(17,)), weights, tmp_path / "s.zarr", shard_images=3)
+    assert FeatureStore.open(tmp_path / "s.zarr", require_complete=False).missing_shards() == (5, 6)
+
+
+def test_photos_are_read_ahead_but_not_without_bound(tmp_path, weights, monkeypatch):
+    photos, ahead = Photos(), []
+    taps = FrozenBackbone.taps
+
+    def watched(self, images):
+        if images.device.type != "meta":  # not the run that tells the shapes
+            ahead.append(len(photos.read) - len(ahead))
+        return taps(self, images)
+
+    monkeypatch.setattr(FrozenBackbone, "taps", watched)
+    run(photos, weights, tmp_path / "s.zarr", shard_images=21)
+    assert len(ahead) == 21
+    assert max(ahead) <= worker_module.READ_AHEAD + 1
 
 
 def test_events_tell_the_plan_and_every_shard(tmp_path, weights):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hsnet.errors import DataError
-from pipeline.runner import SerialRunner, one_torch_thread
+from pipeline.runner import SerialRunner, in_groups, one_torch_thread
 
 
 def make_doubler():
@@ -50,3 +50,22 @@ def test_torch_runs_with_one_thread_inside_and_as_before_outside():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_groups_grow_with_quick_items_and_shrink_towards_the_end():
+    assert list(in_groups([1, 2, 3], lambda: None, 10, 1)) == [(1,), (2,), (3,)]
+    assert [len(group) for group in in_groups(range(20), lambda: 2.0, 10, 1)] == [5, 5, 5, 5]
+    assert [len(group) for group in in_groups(range(20), lambda: 60.0, 10, 1)] == [1] * 20
+    sizes = [len(group) for group in in_groups(range(20), lambda: 0.0, 10, 2)]
+    assert sum(sizes) == 20
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == 6, "no more than half of what a worker's share may be"
+    assert sizes[-3:] == [1, 1, 1]
+
+
+def test_groups_are_chosen_when_they_are_asked_for():
+    known = [None]
+    groups = in_groups(range(10), lambda: known[-1], 4, 1)
+    assert next(groups) == (0,)
+    known.append(1.0)
+    assert next(groups) == (1, 2, 3, 4)
