@@ -193,7 +193,8 @@ class OurWay(Way):
         fused: Callable[..., Tensor] = FusedHSNet(model, **variant.fused)
         self.forward = torch.compile(fused) if variant.compiled else fused
         self.prepare(model)
-        self.graph = capture(self.prediction) if variant.graph and work.task == "evaluate" else None
+        with tf32(False):
+            self.graph = capture(self.prediction) if variant.graph else None
 
     def episode_logits(self) -> Tensor:
         features, masks = self.scene.features, self.scene.masks
@@ -315,6 +316,8 @@ def measure(scene: Scene, key: str, work: Work, options: argparse.Namespace) -> 
     peaks: dict[str, int] = {}
     logits: dict[str, Tensor] = {}
     for name, build in ways(options).items():
+        if name == "graph" and work.task == "train":
+            continue
         before = torch.cuda.memory_allocated() if cuda else 0
         way = attempt(name, lambda build=build: build(scene, work))
         found = None if way is None else attempt(name, way.logits)

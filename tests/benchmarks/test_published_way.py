@@ -74,11 +74,11 @@ def test_photos_give_the_same_features_correlations_logits_and_loss(backbone):
 
 def test_several_shots_are_voted_on_as_in_the_model():
     published, learner, state = build("resnet50")
-    photos, masks = inputs(4)
+    photos, masks = inputs(3)
     network = FrozenBackbone("resnet50", state)
     # A bias that puts the shots' logits around zero, so that they do not all agree.
     with torch.no_grad():
-        pyramid = build_pyramid(network(photos[:1].expand(3, -1, -1, -1)), network(photos[1:]), masks[1:])
+        pyramid = build_pyramid(network(photos[:1].expand(2, -1, -1, -1)), network(photos[1:]), masks[1:])
         gap = learner(pyramid)
         shift = (gap[:, 1] - gap[:, 0]).median()
         learner.decode_fine[2].bias[1] -= shift
@@ -87,7 +87,7 @@ def test_several_shots_are_voted_on_as_in_the_model():
     assert len({int(one.sum()) for one in hard}) > 1
     got = published.predict(photos[:1], photos[None, 1:], masks[None, 1:].float())
     assert (got != vote(hard[:, None])).float().mean() < 1e-3
-    assert 0 < float(got.float().mean()) < 1
+    assert (hard[0] != hard[1]).any()  # one vote of two is enough: a tie at the threshold
 
 
 def test_no_photo_is_read_again_after_a_relu_in_place():

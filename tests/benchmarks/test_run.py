@@ -20,7 +20,18 @@ def stores(tmp_path_factory):
 
 def test_a_run_on_this_cpu_is_stored_with_all_it_says(stores, tmp_path):
     out = tmp_path / "results.json"
-    arguments = ["--backbones", "resnet50", "--work", "train2,eval5", "--size", "64", "--repeats", "2", "--no-memory"]
+    arguments = [
+        "--backbones",
+        "resnet50",
+        "--work",
+        "train2,eval5",
+        "--size",
+        "64",
+        "--repeats",
+        "2",
+        "--memory",
+        "none",
+    ]
     assert run.main([*arguments, "--stores", str(stores), "--out", str(out)]) == out
     (stored,) = timing.read(out)["runs"]
     assert {"date", "commit", "machine", "versions", "arguments"} <= set(stored)
