@@ -284,8 +284,8 @@ def main(arguments: list[str] | None = None) -> Path:
     out = options.out or timing.RESULTS / "pipeline" / timing.result_path().name
     run = timing.describe_run("cpu", vars(options), "numpy", "zarr", "PIL")
 
-    def keep(work: str, backbone: str, measured: dict[str, Any]) -> None:
-        facts = {"device": "cpu", "backbone": backbone, "work": work, "image_size": _size(backbone, options.size)}
+    def keep(work: str, backbone: str, size: int, measured: dict[str, Any]) -> None:
+        facts = {"device": "cpu", "backbone": backbone, "work": work, "image_size": size}
         print_measurement({**facts, **measured})
         timing.record(run, {**facts, **measured}, out)
 
@@ -299,7 +299,7 @@ def main(arguments: list[str] | None = None) -> Path:
             return open_dataset("folder", place if place.exists() else make_photos(place, count))
 
         if "help" in parts:
-            keep("help", "", measure_help(max(5, options.repeats)))
+            keep("help", "", options.size, measure_help(max(5, options.repeats)))
         for backbone in options.backbones.split(",") if "extract" in parts else ():
             for workers in map(int, options.workers.split(",")):
                 images = options.images or IMAGES[backbone]
@@ -307,16 +307,16 @@ def main(arguments: list[str] | None = None) -> Path:
                 measured = measure_extract(
                     data, backbone, size, images * max(1, workers), options.repeats, workers, scratch
                 )
-                keep(f"extract, {workers} workers", backbone, measured)
+                keep(f"extract, {workers} workers", backbone, size, measured)
         if {"evaluate", "train"} & set(parts):
             store = options.store or _make_store(data, options.size, scratch)
-            backbone = _backbone_of(store)
+            backbone, size = _made_for(store)
             if "evaluate" in parts:
                 measured = measure_evaluate(store, options.run_dir, options.shots, options.episodes, options.repeats)
-                keep(f"evaluate, {options.shots} shots", backbone, measured)
+                keep(f"evaluate, {options.shots} shots", backbone, size, measured)
             if "train" in parts:
                 measured = measure_train(store, options.batch, options.steps, options.threads, scratch)
-                keep(f"train, batch {options.batch}", backbone, measured)
+                keep(f"train, batch {options.batch}", backbone, size, measured)
     print(f"\nAdded to {out}")
     return out
 
@@ -334,10 +334,12 @@ def _make_store(data: Callable[[int], Dataset], size: int, scratch: Path) -> Pat
     )
 
 
-def _backbone_of(store: Path) -> str:
+def _made_for(store: Path) -> tuple[str, int]:
+    """Backbone and image size of a store."""
     from pipeline.store import FeatureStore
 
-    return FeatureStore.open(store).recipe.backbone
+    recipe = FeatureStore.open(store).recipe
+    return recipe.backbone, recipe.image_size
 
 
 def print_measurement(measured: dict[str, Any]) -> None:
