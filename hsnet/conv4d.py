@@ -69,7 +69,7 @@ class CenterPivotConv4d(nn.Module):
         # On a grid smaller than the kernel most of the kernel meets padding. The same map as one matrix per query
         # position multiplies no zeros of it: 1.8 times faster than the padded convolution at 2x2, 128 channels.
         matrix = support_matrix(self.support.weight[..., 0], (x.shape[2], x.shape[3]), self.support_stride)
-        out = matrix @ x.reshape(len(x), -1, x.shape[4] * x.shape[5])
+        out = matrix.flatten(2).flatten(0, 1) @ x.reshape(len(x), -1, x.shape[4] * x.shape[5])
         assert self.support.bias is not None
         return out.view(len(x), self.support.out_channels, -1) + self.support.bias[:, None]
 
@@ -82,12 +82,10 @@ def support_matrix(kernel: Tensor, grid: tuple[int, int], stride: int) -> Tensor
         grid: (U, V) of the input.
 
     Returns:
-        (C_out U' V', C_in U V) with U' = ceil(U / stride). Differentiable in the kernel.
+        (C_out, U' V', C_in, U V) with U' = ceil(U / stride). Differentiable in the kernel.
     """
-    out_channels, in_channels, side, _ = kernel.shape
-    positions = grid[0] * grid[1]
+    side, positions = kernel.shape[-1], grid[0] * grid[1]
     pixels = torch.eye(positions, dtype=kernel.dtype, device=kernel.device).view(positions, 1, *grid)
     # meets[p, j, v] = 1 where kernel offset j lies on input position p for output position v
     meets = F.unfold(pixels, side, padding=side // 2, stride=stride)
-    matrix = torch.einsum("ocj,pjv->ovcp", kernel.flatten(2), meets)
-    return matrix.reshape(out_channels * meets.shape[-1], in_channels * positions)
+    return torch.einsum("ocj,pjv->ovcp", kernel.flatten(2), meets)

@@ -14,6 +14,7 @@ but it multiplies only the support positions inside the mask, about one in six f
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,8 @@ def build_hypercorrelation(query: Tensor, support: Tensor, mask: Tensor, eps: fl
         eps: added to each norm; the published code's 1e-5 by default, Eq. 2 has 0.
 
     Returns:
-        (B, L, U, V, H, W) float32 cosine similarities in [0, 1]; a masked-out position correlates 0.
+        (B, L, U, V, H, W) float32 cosine similarities in [0, 1] (float64 for float64 features); a masked-out
+        position correlates 0.
 
     Raises:
         ShapeError: batch, layers or channels of the three do not fit.
@@ -60,33 +62,113 @@ def build_hypercorrelation(query: Tensor, support: Tensor, mask: Tensor, eps: fl
     Source: Min et al. 2021, Sec. 4.1, Eq. 1 (masking) and Eq. 2 (cosine, negative values cut to 0).
     """
     _check(query, support, mask)
-    query = query.float()
-    support = support.float() * mask.float()[:, None, :, :, None]
+    query = _real(query)
+    support = _real(support) * mask[:, None, :, :, None].to(query.dtype)
     query = query / (query.norm(dim=-1, keepdim=True) + eps)
     support = support / (support.norm(dim=-1, keepdim=True) + eps)
     return torch.einsum("bluvc,blhwc->bluvhw", support, query).clamp_(min=0)
 
 
-def correlate_objects(query: Tensor, support: Tensor, mask: Tensor, eps: float = EPS) -> Tensor:
-    """`build_hypercorrelation`, multiplying only the support positions where the mask is above zero.
+@dataclass(frozen=True)
+class QueryLevel:
+    """One query's level, made ready for several supports."""
+
+    values: Tensor
+    """(L, H W, C): unit vectors in float, or int8 codes."""
+    factor: Tensor | None
+    """(L, 1, H W): what a product with the codes must be multiplied by; None for unit vectors."""
+    grid: tuple[int, int]
+    """(H, W)."""
+
+
+def prepare_query(query: Tensor, eps: float = EPS) -> QueryLevel:
+    """Normalise (L, H, W, C) features of one query once for all its supports.
+
+    int8 codes stay codes where the processor multiplies them exactly and several times faster than floats.
+    """
+    values, grid = query.flatten(1, 2), (query.shape[1], query.shape[2])
+    real = _real(values)
+    factor = 1 / (torch.linalg.vector_norm(real, dim=-1, keepdim=True) + eps)
+    if _multiplies_codes(query):
+        return QueryLevel(values, factor.transpose(1, 2), grid)
+    return QueryLevel(real * factor, None, grid)
+
+
+def correlate_rows(query: QueryLevel, support: Tensor, mask: Tensor, eps: float = EPS) -> tuple[Tensor, Tensor]:
+    """Correlate one query with the support positions inside the mask, and with no others.
+
+    Args:
+        query: `prepare_query` of the query's level.
+        support: (L, U, V, C) features, unmasked.
+        mask: (U, V) support mask in [0, 1] at the level's grid.
+
+    Returns:
+        values (n, L, H, W), cosine similarities cut to [0, 1], and positions (n,) int64 on the grid, row by row,
+        where the mask is above zero.
 
     The mask scales a whole feature vector, so normalising takes it out again up to eps: what remains is the factor
-    m / (m n + eps) on the vector, n its norm. Positions with m = 0 correlate 0 and are not computed.
+    m / (m n + eps) on the vector, n its norm.
     """
+    positions = mask.flatten().nonzero()[:, 0]
+    chosen = support.flatten(1, 2).index_select(1, positions)  # (L, n, C)
+    real = _real(chosen)
+    soft = mask.flatten()[positions].to(real.dtype)[None, :, None]
+    factor = soft / (soft * torch.linalg.vector_norm(real, dim=-1, keepdim=True) + eps)
+    layers, places = query.values.shape[:2]
+    out = real.new_empty(len(positions), layers, places)
+    if query.factor is None:
+        chosen = real * factor
+    for layer in range(layers if len(positions) else 0):
+        scene = query.values[layer].t()
+        if query.factor is None:
+            torch.mm(chosen[layer], scene, out=out[:, layer])
+        else:
+            products = torch._int_mm(chosen[layer], scene)
+            torch.mul(products, factor[layer], out=out[:, layer])
+            out[:, layer] *= query.factor[layer]
+    return out.clamp_(min=0).unflatten(2, query.grid), positions
+
+
+def correlate_objects(query: Tensor, support: Tensor, mask: Tensor, eps: float = EPS) -> Tensor:
+    """`build_hypercorrelation`, multiplying only the support positions where the mask is above zero."""
     _check(query, support, mask)
     (batch, layers, height, width, _), grid = query.shape, support.shape[2:4]
-    result = query.new_zeros(batch, layers, grid[0] * grid[1], height * width, dtype=torch.float32)
+    result = _real(query.new_zeros(0)).new_zeros(batch, layers, grid[0] * grid[1], height, width)
     for episode in range(batch):
-        inside = mask[episode].flatten().nonzero()[:, 0]
-        if not len(inside):
-            continue
-        object_ = support[episode].flatten(1, 2)[:, inside].float()  # (L, n, C)
-        soft = mask[episode].flatten()[inside].float()[None, :, None]
-        object_ = object_ * (soft / (soft * object_.norm(dim=-1, keepdim=True) + eps))
-        scene = query[episode].flatten(1, 2).float()  # (L, H W, C)
-        scene = scene / (scene.norm(dim=-1, keepdim=True) + eps)
-        result[episode, :, inside] = torch.bmm(object_, scene.transpose(1, 2)).clamp_(min=0)
-    return result.view(batch, layers, *grid, height, width)
+        values, inside = correlate_rows(prepare_query(query[episode], eps), support[episode], mask[episode], eps)
+        result[episode].index_copy_(1, inside, values.transpose(0, 1))
+    return result.unflatten(2, grid)
+
+
+def _real(features: Tensor) -> Tensor:
+    """Stored features as numbers to calculate with: float32, or float64 where they are that already."""
+    return features if features.dtype == torch.float64 else features.float()
+
+
+def _multiplies_codes(features: Tensor) -> bool:
+    """Whether int8 products are exact and fast here. Older x86 processors add pairs of them in 16 bits and saturate."""
+    return features.dtype == torch.int8 and features.device.type == "cpu" and torch.cpu._is_vnni_supported()
+
+
+def correlate_all(query: Tensor, support: Tensor, mask: Tensor, dtype: torch.dtype, eps: float = EPS) -> Tensor:
+    """`build_hypercorrelation` as one product of the whole batch, in a given precision.
+
+    It multiplies every support position, and never asks how many lie inside the mask: on a GPU the answer would cost
+    more than the products.
+
+    Returns:
+        (B, L, U, V, H, W) of `dtype`; norms and masks are float32.
+    """
+    _check(query, support, mask)
+    soft = mask[:, None, :, :, None].float()
+    real = _real(support)
+    factor = soft / (soft * torch.linalg.vector_norm(real, dim=-1, keepdim=True) + eps)
+    objects = (real * factor).to(dtype).flatten(0, 1).flatten(1, 2)
+    real = _real(query)
+    factor = 1 / (torch.linalg.vector_norm(real, dim=-1, keepdim=True) + eps)
+    scene = (real * factor).to(dtype).flatten(0, 1).flatten(1, 2)
+    products = torch.bmm(objects, scene.transpose(1, 2)).clamp_(min=0)
+    return products.view(*query.shape[:2], *support.shape[2:4], *query.shape[2:4])
 
 
 def build_pyramid(query: Sequence[Tensor], support: Sequence[Tensor], mask: Tensor, eps: float = EPS) -> list[Tensor]:

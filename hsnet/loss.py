@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hsnet.errors import ConfigError
 from hsnet.model import resize_logits
-
-_IGNORE = -100  # torch's own "do not count" label
 
 
 def episode_losses(
@@ -28,15 +30,31 @@ def episode_losses(
     """
     if boundary not in ("background", "ignore"):
         raise ConfigError(f"boundary must be 'background' or 'ignore', got '{boundary}'.")
-    target = target.long()
-    counted = None
-    if boundary == "ignore" and ignore is not None:
-        target = target.masked_fill(ignore, _IGNORE)
-        counted = (~ignore).sum(dim=(1, 2)).clamp(min=1)
-    pixels = F.cross_entropy(
-        resize_logits(logits, (target.shape[1], target.shape[2])),
-        target,
-        ignore_index=_IGNORE,
-        reduction="none",
-    )
-    return pixels.mean(dim=(1, 2)) if counted is None else pixels.sum(dim=(1, 2)) / counted
+    counted = ~ignore if boundary == "ignore" and ignore is not None else torch.ones_like(target, dtype=torch.bool)
+    # Two classes are one number, how much more the pixel looks like the object: one map to resize instead of two.
+    return _TwoClassLoss.apply(logits[:, 1:] - logits[:, :1], target.bool(), counted)
+
+
+class _TwoClassLoss(torch.autograd.Function):
+    """Cross-entropy of each episode from logit differences (B, 1, h, w), mean over the counted pixels (B, H, W).
+
+    The gradient is taken at once, so that no map of the target's size outlives the forward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, difference: Tensor, target: Tensor, counted: Tensor) -> Tensor:
+        size = (target.shape[1], target.shape[2])
+        pixels = resize_logits(difference.float() if difference.dtype != torch.float64 else difference, size)[:, 0]
+        share = counted / counted.sum(dim=(1, 2), keepdim=True).clamp(min=1).to(pixels.dtype)
+        # -log(sigmoid(x)) on the object, -log(sigmoid(-x)) beside it
+        losses = -(F.logsigmoid(torch.where(target, pixels, -pixels)) * share).sum(dim=(1, 2))
+        slope = (pixels.sigmoid() - target.to(pixels.dtype)) * share
+        small = torch.ops.aten.upsample_bilinear2d_backward(slope[:, None], size, list(difference.shape), True)
+        ctx.save_for_backward(small.to(difference.dtype))
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (small,) = ctx.saved_tensors
+        return small * gradients[0][:, None, None, None].to(small.dtype), None, None

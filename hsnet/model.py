@@ -107,14 +107,23 @@ class HSNet(nn.Module):
         squeezed = [squeeze(level) for squeeze, level in zip(self.squeeze, pyramid, strict=True)]
         mixed = squeezed[0]
         for mix, finer in zip(self.mix, squeezed[1:], strict=True):
-            if mixed.shape[2:4] != finer.shape[2:4]:
-                raise ShapeError(
-                    f"Support grids of neighbouring levels differ after squeezing: {tuple(mixed.shape[2:4])} and "
-                    f"{tuple(finer.shape[2:4])}. This image size does not suit this backbone; choose another."
-                )
+            require_same_grid(mixed.shape[2:4], finer.shape[2:4])
             mixed = mix(upsample_query_grid(mixed, (finer.shape[4], finer.shape[5])) + finer)
-        context = self.decode_coarse(mixed.mean(dim=(2, 3)))
+        return self.decode(mixed.mean(dim=(2, 3)))
+
+    def decode(self, context: Tensor) -> Tensor:
+        """Logits (B, 2, 2 H, 2 W) from what is left of the support, its mean: (B, C, H, W)."""
+        context = self.decode_coarse(context)
         return self.decode_fine(resize_logits(context, (2 * context.shape[2], 2 * context.shape[3])))
+
+
+def require_same_grid(coarser: Sequence[int], finer: Sequence[int]) -> None:
+    """Raise ShapeError unless two levels have the same support grid (U, V) after squeezing."""
+    if tuple(coarser) != tuple(finer):
+        raise ShapeError(
+            f"Support grids of neighbouring levels differ after squeezing: {tuple(coarser)} and {tuple(finer)}. "
+            f"This image size does not suit this backbone; choose another."
+        )
 
 
 def squeezed_grids(

@@ -36,7 +36,7 @@ class Method:
     facts: Mapping[str, Any]
 
 
-def trained(path: Path, source: FeatureSource, device: str = "cpu") -> Method:
+def trained(path: Path, source: FeatureSource, device: str = "cpu", arithmetic: str = "float32") -> Method:
     """A checkpoint's head, or a run directory's best one.
 
     Raises:
@@ -50,9 +50,10 @@ def trained(path: Path, source: FeatureSource, device: str = "cpu") -> Method:
         "name": "trained",
         "checkpoint": checkpoint.digest,
         "step": checkpoint.info.step,
+        "arithmetic": arithmetic,
         "trained_on": None if config is None else {"data": config.data, "fold": config.fold},
     }
-    return Method(partial(_load, checkpoint.path.absolute(), device), facts)
+    return Method(partial(_load, checkpoint.path.absolute(), device, arithmetic), facts)
 
 
 def classes_seen(method: Method, source: FeatureSource, fold: int) -> tuple[int, ...]:
@@ -86,8 +87,8 @@ def location(source: FeatureSource, fold: int, seed: int = 0) -> Method:
     return Method(partial(LocationSegmenter, segmenter.mask), facts)
 
 
-def _load(path: Path, device: str) -> Segmenter:
-    return LearnedSegmenter(load_checkpoint(path).learner().to(device))
+def _load(path: Path, device: str, arithmetic: str) -> Segmenter:
+    return LearnedSegmenter(load_checkpoint(path).learner().to(device), arithmetic)
 
 
 def _initialise(layers: tuple[int, ...], seed: int, device: str) -> Segmenter:

@@ -20,8 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from hsnet.backbone import FrozenBackbone
-from hsnet.correlation import build_pyramid
 from hsnet.errors import ConfigError, DataError, HSNetError
+from hsnet.fused import FusedHSNet
 from hsnet.model import HSNet, predict_mask, resize_logits
 from hsnet.vote import vote
 from pipeline import render
@@ -83,7 +83,7 @@ class Predictor:
         self, learner: HSNet, backbone: FrozenBackbone, image_size: int, device: torch.device | str = "cpu"
     ) -> None:
         self.device = torch.device(device)
-        self.learner = learner.to(self.device).eval()
+        self.learner = FusedHSNet(learner.to(self.device).eval())
         self.backbone = backbone.to(self.device)
         self.image_size = image_size
 
@@ -110,8 +110,7 @@ class Predictor:
         size = (photo.height, photo.width)
         # One support after the other: memory stays that of one shot, whatever the number of supports.
         votes = [
-            predict_mask(resize_logits(self.learner(build_pyramid(query, support.levels, support.mask)), size))
-            for support in supports
+            predict_mask(resize_logits(self.learner(query, support.levels, support.mask), size)) for support in supports
         ]
         mask: NDArray[np.bool_] = vote(torch.stack(votes))[0].cpu().numpy().astype(bool)
         return mask

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from hsnet.baseline import cosine_map
-from hsnet.correlation import build_hypercorrelation, build_pyramid, interpolate_mask
+from hsnet.correlation import build_hypercorrelation, interpolate_mask
+from hsnet.fused import FusedHSNet
 from hsnet.metrics import count, mean_iou, sum_by_class
 from hsnet.model import HSNet, predict_mask, resize_logits
 from pipeline.episodes import Episode, EpisodeStream
 from pipeline.features import EpisodeBatch, FeatureSource, load_batch
 
-FORWARD_ELEMENTS = 24_000_000
-"""Correlation elements per forward pass when no gradient is kept: about 100 MB in float32."""
+FORWARD_ELEMENTS = 1_000_000_000
+"""Correlation elements per forward pass of a whole batch, when no gradient is kept: 4 GB in float32, on a GPU."""
 
 
 class Segmenter(Protocol):
@@ -35,24 +36,21 @@ class LearnedSegmenter:
     """HSNet's learner, trained or not."""
 
     model: HSNet
+    arithmetic: str = "float32"
+    """Precision of its activations, see `hsnet.fused.FusedHSNet`."""
 
     @torch.no_grad()
     def masks(self, batch: EpisodeBatch) -> Tensor:
-        size = (batch.target.shape[1], batch.target.shape[2])
+        fused, size = FusedHSNet(self.model, self.arithmetic), (batch.target.shape[1], batch.target.shape[2])
         out = torch.empty(batch.shots, batch.size, *size, dtype=torch.bool, device=batch.target.device)
-        # A fixed number of passes at a time, so that memory does not grow with K and no result depends on how
-        # episodes were handed out.
-        per_pass = forward_batch(batch)
-        pairs = [(shot, episode) for episode in range(batch.size) for shot in range(batch.shots)]
-        for start in range(0, len(pairs), per_pass):
-            chosen = pairs[start : start + per_pass]
-            query = [level[[episode for _, episode in chosen]] for level in batch.query]
-            rows = [episode * batch.shots + shot for shot, episode in chosen]
-            support = [level[rows] for level in batch.support]
-            logits = self.model(build_pyramid(query, support, batch.support_mask[rows]))
-            hard = predict_mask(resize_logits(logits, size))
-            for (shot, episode), mask in zip(chosen, hard, strict=True):
-                out[shot, episode] = mask
+        # A fixed number of episodes at a time, so that memory does not grow with the batch.
+        step = episodes_per_pass(batch)
+        for first in range(0, batch.size, step):
+            chosen = slice(first, first + step)
+            pairs = slice(first * batch.shots, (first + step) * batch.shots)
+            query, support = [level[chosen] for level in batch.query], [level[pairs] for level in batch.support]
+            hard = predict_mask(resize_logits(fused(query, support, batch.support_mask[pairs]), size))
+            out[:, chosen] = hard.unflatten(0, (-1, batch.shots)).transpose(0, 1)
         return out
 
 
@@ -81,13 +79,15 @@ class LocationSegmenter:
         return self.mask.to(batch.target.device).expand(batch.shots, batch.size, -1, -1)
 
 
-def forward_batch(batch: EpisodeBatch) -> int:
-    """Support-query pairs per forward pass: as many as fit FORWARD_ELEMENTS, at least one."""
+def episodes_per_pass(batch: EpisodeBatch) -> int:
+    """One on a CPU, where pairs are computed singly; elsewhere as many as fit FORWARD_ELEMENTS."""
+    if batch.target.device.type == "cpu":
+        return 1
     per_pair = sum(
         q.shape[1] * math.prod(q.shape[2:4]) * math.prod(s.shape[2:4])
         for q, s in zip(batch.query, batch.support, strict=True)
     )
-    return max(1, FORWARD_ELEMENTS // per_pair)
+    return max(1, FORWARD_ELEMENTS // (per_pair * batch.shots))
 
 
 def cosine_scores(batch: EpisodeBatch) -> Tensor:

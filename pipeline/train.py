@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hsnet.correlation import build_pyramid
 from hsnet.errors import CheckpointError, ConfigError, HSNetError
+from hsnet.fused import FusedHSNet
 from hsnet.loss import episode_losses
 from hsnet.metrics import foreground_background_iou, mean_iou, sum_by_class
 from hsnet.model import HSNet
@@ -209,7 +209,7 @@ class _Trainer:
         self.config, self.source, self.run, self.ranks = config, source, run, ranks
         self.model, self.optimiser, self.progress = model, optimiser, progress
         self.stream, self.selection = stream, selection
-        self.wrapped = ranks.wrap(model)
+        self.wrapped = ranks.wrap(FusedHSNet(model, config.arithmetic))
         self.device = "cpu"
         self.micro_batch = config.batch_size
         self.on_event: Callable[[Event], None] | None = None
@@ -302,8 +302,8 @@ class _Trainer:
 
     def _losses(self, batch: EpisodeBatch, sync: bool, weight: float) -> Tensor:
         def run() -> Tensor:
-            pyramid = build_pyramid(batch.query, batch.support, batch.support_mask)
-            losses = episode_losses(self.wrapped(pyramid), batch.target, batch.ignore, self.config.boundary)
+            logits = self.wrapped(batch.query, batch.support, batch.support_mask)
+            losses = episode_losses(logits, batch.target, batch.ignore, self.config.boundary)
             (losses.sum() * weight).backward()
             return losses.detach()
 
@@ -320,7 +320,7 @@ class _Trainer:
         episodes = [self.selection[number] for number in numbers]
         class_ids = self.selection.class_ids
         totals = torch.zeros(len(class_ids), 2, 2, dtype=torch.int64)
-        segmenter = LearnedSegmenter(self.model)
+        segmenter = LearnedSegmenter(self.model, self.config.arithmetic)
         groups = (episodes[start : start + size] for start in range(0, len(episodes), size))
         for drawn, batch in prefetch(self.source, groups, 1):
             batch = batch.to(self.device)

@@ -109,7 +109,7 @@ def test_an_empty_mask_correlates_nowhere():
 def test_integer_codes_are_accepted():
     query, support, mask = draw(1, 2, (3, 3), (3, 3), seed=3)
     codes = [(x / x.abs().amax(-1, keepdim=True) * 127).round().to(torch.int8) for x in (query, support)]
-    exact = build_hypercorrelation(query, support, (mask > 0).double())
+    exact = build_hypercorrelation(query, support, (mask > 0).double()).float()
     torch.testing.assert_close(correlate_objects(*codes, (mask > 0).float()), exact, rtol=0, atol=0.02)
 
 

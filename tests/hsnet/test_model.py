@@ -11,6 +11,7 @@ from hsnet.conv4d import CenterPivotConv4d
 from hsnet.correlation import build_pyramid
 from hsnet.errors import CheckpointError, ConfigError, ShapeError
 from hsnet.loss import episode_losses
+from hsnet.fused import FusedHSNet
 from hsnet.model import HSNet, predict_mask, resize_logits, squeezed_grids
 from hsnet.published import layers_of, split_published
 from hsnet.vote import vote
@@ -123,8 +124,9 @@ def test_parameter_counts_are_those_of_tables_a5_to_a7(backbone, total, squeeze)
     assert size(model) == total
 
 
+@pytest.mark.parametrize("path", ["plain", "pair by pair", "whole batch"])
 @pytest.mark.parametrize("backbone", ["resnet50", "vgg16"])
-def test_whole_episodes_equal_the_published_model(golden, make, backbone):
+def test_whole_episodes_equal_the_published_model(golden, make, backbone, path):
     """Backbone, mask, correlation, learner, vote and the path to the original size, from one set of inputs."""
     stored = np.load(golden / f"g_e2e_{backbone}.npz")
     seed = int(stored["seed"])
@@ -148,8 +150,11 @@ def test_whole_episodes_equal_the_published_model(golden, make, backbone):
 
     levels = network(query)
     with torch.no_grad():
-        logits = [model(build_pyramid(levels, network(s[None]), m[None])) for s, m in zip(supports, masks, strict=True)]
-        nothing = model(build_pyramid(levels, network(supports[:1]), torch.zeros(1, 96, 96)))
+        run = FusedHSNet(model, pairwise=path == "pair by pair")
+        if path == "plain":
+            run = lambda q, s, m: model(build_pyramid(q, s, m))  # noqa: E731
+        logits = [run(levels, network(s[None]), m[None]) for s, m in zip(supports, masks, strict=True)]
+        nothing = run(levels, network(supports[:1]), torch.zeros(1, 96, 96))
     # 1e-4: one or two OpenMP threads already move the taps by 1e-5.
     for name, value in (("logit_shot0", logits[0]), ("logit_shot1", logits[1]), ("logit_zero_mask", nothing)):
         torch.testing.assert_close(resize_logits(value, (96, 96)), torch.from_numpy(stored[name]), rtol=0, atol=1e-4)

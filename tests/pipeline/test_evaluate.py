@@ -1,8 +1,8 @@
 """Evaluation: rows that any number of workers repeats, and scores made of them."""
 
 import json
+from dataclasses import replace
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -10,6 +10,7 @@ import torch
 from hsnet.errors import ConfigError, DataError
 from hsnet.model import HSNet
 from hsnet.vote import vote
+from pipeline.episodes import EpisodeStream
 from pipeline.evaluate import COUNTS, evaluate, require_writable, score, write_rows
 from pipeline.features import load_batch
 from pipeline.segmenters import (
@@ -17,9 +18,9 @@ from pipeline.segmenters import (
     LearnedSegmenter,
     LocationSegmenter,
     cosine_scores,
+    episodes_per_pass,
     fit_cosine_threshold,
     fit_location_mask,
-    forward_batch,
 )
 
 
@@ -152,14 +153,23 @@ def test_scores_come_from_the_rows_alone(tiny_source, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["rows.parquet"]
 
 
-def test_passes_are_split_without_changing_a_row(tiny_source, monkeypatch):
-    whole = run(tiny_source, shots=(2,), episodes=5).rows
+def test_memory_of_a_pass_does_not_grow_with_the_batch(tiny_source, monkeypatch):
+    batch = load_batch(tiny_source, [tiny_episode(tiny_source)] * 3)
+    assert episodes_per_pass(batch) == 1
+    elsewhere = replace(batch, target=batch.target.to("meta"))
+    assert episodes_per_pass(elsewhere) > 3
     monkeypatch.setattr("pipeline.segmenters.FORWARD_ELEMENTS", 1)
-    assert forward_batch(load_batch(tiny_source, [tiny_episode(tiny_source)])) == 1
-    split = run(tiny_source, shots=(2,), episodes=5).rows
-    ours, theirs = (np.array([[row[name] for name in COUNTS] for row in rows.to_pylist()]) for rows in (whole, split))
-    # Another batch size rounds differently; a pixel whose logits tie within 1e-6 may change sides.
-    assert abs(ours - theirs).max() <= 4
+    assert episodes_per_pass(elsewhere) == 1
+
+
+def test_an_episode_has_the_same_masks_alone_and_in_a_batch(tiny_source):
+    """To the bit: on a CPU a pair is computed by itself."""
+    stream = EpisodeStream(tiny_source.index, 0, "test", 2, 0)
+    episodes = [stream[number] for number in range(3)]
+    segmenter = LearnedSegmenter(learner())
+    together = segmenter.masks(load_batch(tiny_source, episodes))
+    for number, episode in enumerate(episodes):
+        assert torch.equal(together[:, number], segmenter.masks(load_batch(tiny_source, [episode]))[:, 0])
 
 
 def tiny_episode(source):
