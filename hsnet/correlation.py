@@ -7,6 +7,9 @@ first, any real dtype. Correlations leave as (B, L, U, V, H, W) float32, deepest
 before query positions, so that the learner's support side and query side are both views of it. (The published
 code has the query first; the values are the same.)
 
+Features may also be *unit* features: unit vectors, or what a projection left of them, which is shorter. Then a
+correlation is their inner product as it is. To normalise again what was projected would stretch weak vectors.
+
 `build_hypercorrelation` is the plain reading of the paper. `correlate_objects` is what the pipeline runs: equal,
 but it multiplies only the support positions inside the mask, about one in six for a typical object.
 """
@@ -43,7 +46,9 @@ def interpolate_mask(mask: Tensor, grid: tuple[int, int]) -> Tensor:
     return F.interpolate(mask[:, None].float(), grid, mode="bilinear", align_corners=True)[:, 0]
 
 
-def build_hypercorrelation(query: Tensor, support: Tensor, mask: Tensor, eps: float = EPS) -> Tensor:
+def build_hypercorrelation(
+    query: Tensor, support: Tensor, mask: Tensor, eps: float = EPS, unit: bool = False
+) -> Tensor:
     """Correlate every query position with every support position, layer by layer: the plain reading.
 
     Args:
@@ -51,6 +56,7 @@ def build_hypercorrelation(query: Tensor, support: Tensor, mask: Tensor, eps: fl
         support: (B, L, U, V, C) features, unmasked.
         mask: (B, U, V) support mask in [0, 1] at the level's grid (`interpolate_mask`).
         eps: added to each norm; the published code's 1e-5 by default, Eq. 2 has 0.
+        unit: the features are normalised already; what the mask leaves of a position counts in full.
 
     Returns:
         (B, L, U, V, H, W) float32 cosine similarities in [0, 1] (float64 for float64 features); a masked-out
@@ -63,9 +69,12 @@ def build_hypercorrelation(query: Tensor, support: Tensor, mask: Tensor, eps: fl
     """
     _check(query, support, mask)
     query = _real(query)
-    support = _real(support) * mask[:, None, :, :, None].to(query.dtype)
-    query = query / (query.norm(dim=-1, keepdim=True) + eps)
-    support = support / (support.norm(dim=-1, keepdim=True) + eps)
+    if unit:
+        support = _real(support) * (mask > 0)[:, None, :, :, None]
+    else:
+        support = _real(support) * mask[:, None, :, :, None].to(query.dtype)
+        query = query / (query.norm(dim=-1, keepdim=True) + eps)
+        support = support / (support.norm(dim=-1, keepdim=True) + eps)
     return torch.einsum("bluvc,blhwc->bluvhw", support, query).clamp_(min=0)
 
 
@@ -79,19 +88,23 @@ class QueryLevel:
     """(L, 1, H W): what a product with the codes must be multiplied by; None for unit vectors."""
     grid: tuple[int, int]
     """(H, W)."""
+    unit: bool
+    """Normalised already, and so are its supports."""
 
 
-def prepare_query(query: Tensor, eps: float = EPS) -> QueryLevel:
+def prepare_query(query: Tensor, eps: float = EPS, unit: bool = False) -> QueryLevel:
     """Normalise (L, H, W, C) features of one query once for all its supports.
 
     int8 codes stay codes where the processor multiplies them exactly and several times faster than floats.
     """
     values, grid = query.flatten(1, 2), (query.shape[1], query.shape[2])
+    if unit:
+        return QueryLevel(_real(values), None, grid, True)
     real = _real(values)
     factor = 1 / (torch.linalg.vector_norm(real, dim=-1, keepdim=True) + eps)
     if _multiplies_codes(query):
-        return QueryLevel(values, factor.transpose(1, 2), grid)
-    return QueryLevel(real * factor, None, grid)
+        return QueryLevel(values, factor.transpose(1, 2), grid, False)
+    return QueryLevel(real * factor, None, grid, False)
 
 
 def correlate_rows(query: QueryLevel, support: Tensor, mask: Tensor, eps: float = EPS) -> tuple[Tensor, Tensor]:
@@ -112,12 +125,13 @@ def correlate_rows(query: QueryLevel, support: Tensor, mask: Tensor, eps: float 
     positions = mask.flatten().nonzero()[:, 0]
     chosen = support.flatten(1, 2).index_select(1, positions)  # (L, n, C)
     real = _real(chosen)
-    soft = mask.flatten()[positions].to(real.dtype)[None, :, None]
-    factor = soft / (soft * torch.linalg.vector_norm(real, dim=-1, keepdim=True) + eps)
+    if not query.unit:
+        soft = mask.flatten()[positions].to(real.dtype)[None, :, None]
+        factor = soft / (soft * torch.linalg.vector_norm(real, dim=-1, keepdim=True) + eps)
     layers, places = query.values.shape[:2]
     out = real.new_empty(len(positions), layers, places)
     if query.factor is None:
-        chosen = real * factor
+        chosen = real if query.unit else real * factor
     for layer in range(layers if len(positions) else 0):
         scene = query.values[layer].t()
         if query.factor is None:
@@ -129,13 +143,14 @@ def correlate_rows(query: QueryLevel, support: Tensor, mask: Tensor, eps: float 
     return out.clamp_(min=0).unflatten(2, query.grid), positions
 
 
-def correlate_objects(query: Tensor, support: Tensor, mask: Tensor, eps: float = EPS) -> Tensor:
+def correlate_objects(query: Tensor, support: Tensor, mask: Tensor, eps: float = EPS, unit: bool = False) -> Tensor:
     """`build_hypercorrelation`, multiplying only the support positions where the mask is above zero."""
     _check(query, support, mask)
     (batch, layers, height, width, _), grid = query.shape, support.shape[2:4]
     result = _real(query.new_zeros(0)).new_zeros(batch, layers, grid[0] * grid[1], height, width)
     for episode in range(batch):
-        values, inside = correlate_rows(prepare_query(query[episode], eps), support[episode], mask[episode], eps)
+        prepared = prepare_query(query[episode], eps, unit)
+        values, inside = correlate_rows(prepared, support[episode], mask[episode], eps)
         result[episode].index_copy_(1, inside, values.transpose(0, 1))
     return result.unflatten(2, grid)
 
@@ -150,7 +165,9 @@ def _multiplies_codes(features: Tensor) -> bool:
     return features.dtype == torch.int8 and features.device.type == "cpu" and torch.cpu._is_vnni_supported()
 
 
-def correlate_all(query: Tensor, support: Tensor, mask: Tensor, dtype: torch.dtype, eps: float = EPS) -> Tensor:
+def correlate_all(
+    query: Tensor, support: Tensor, mask: Tensor, dtype: torch.dtype, eps: float = EPS, unit: bool = False
+) -> Tensor:
     """`build_hypercorrelation` as one product of the whole batch, in a given precision.
 
     It multiplies every support position, and never asks how many lie inside the mask: on a GPU the answer would cost
@@ -161,17 +178,20 @@ def correlate_all(query: Tensor, support: Tensor, mask: Tensor, dtype: torch.dty
     """
     _check(query, support, mask)
     soft = mask[:, None, :, :, None].float()
-    real = _real(support)
-    factor = soft / (soft * torch.linalg.vector_norm(real, dim=-1, keepdim=True) + eps)
-    objects = (real * factor).to(dtype).flatten(0, 1).flatten(1, 2)
-    real = _real(query)
-    factor = 1 / (torch.linalg.vector_norm(real, dim=-1, keepdim=True) + eps)
-    scene = (real * factor).to(dtype).flatten(0, 1).flatten(1, 2)
-    products = torch.bmm(objects, scene.transpose(1, 2)).clamp_(min=0)
+    if unit:
+        objects, scene = support * (soft > 0), query
+    else:
+        objects, scene = _real(support), _real(query)
+        objects = objects * (soft / (soft * torch.linalg.vector_norm(objects, dim=-1, keepdim=True) + eps))
+        scene = scene / (torch.linalg.vector_norm(scene, dim=-1, keepdim=True) + eps)
+    rows, columns = (side.to(dtype).flatten(0, 1).flatten(1, 2) for side in (objects, scene))
+    products = torch.bmm(rows, columns.transpose(1, 2)).clamp_(min=0)
     return products.view(*query.shape[:2], *support.shape[2:4], *query.shape[2:4])
 
 
-def build_pyramid(query: Sequence[Tensor], support: Sequence[Tensor], mask: Tensor, eps: float = EPS) -> list[Tensor]:
+def build_pyramid(
+    query: Sequence[Tensor], support: Sequence[Tensor], mask: Tensor, eps: float = EPS, unit: bool = False
+) -> list[Tensor]:
     """The hypercorrelation pyramid of a batch of one-shot episodes.
 
     Args:
@@ -189,7 +209,7 @@ def build_pyramid(query: Sequence[Tensor], support: Sequence[Tensor], mask: Tens
     if mask.ndim != 3:
         raise ShapeError(f"Support masks must be (B, S, S), got {tuple(mask.shape)}.")
     return [
-        correlate_objects(q, s, interpolate_mask(mask, (s.shape[2], s.shape[3])), eps)
+        correlate_objects(q, s, interpolate_mask(mask, (s.shape[2], s.shape[3])), eps, unit)
         for q, s in zip(reversed(query), reversed(support), strict=True)
     ]
 

@@ -31,7 +31,7 @@ class FusedHSNet(nn.Module):
 
     `forward` takes levels of the queries, finest first, each (B, L, H, W, C), levels of their supports, each
     (B K, L, U, V, C) with all shots of the first query first, and the support masks (B K, S, S'); it returns float32
-    logits (B K, 2, 2 H, 2 W), those of `model(build_pyramid(query, support, mask))` up to rounding.
+    logits (B K, 2, 2 H, 2 W), those of `model(build_pyramid(query, support, mask, unit=unit))` up to rounding.
 
     Computed pair by pair, a result does not depend on what else is in the batch.
     """
@@ -44,7 +44,7 @@ class FusedHSNet(nn.Module):
         self.precision = precision
         self.pairwise = pairwise
 
-    def forward(self, query: Sequence[Tensor], support: Sequence[Tensor], mask: Tensor) -> Tensor:
+    def forward(self, query: Sequence[Tensor], support: Sequence[Tensor], mask: Tensor, unit: bool = False) -> Tensor:
         queries, pairs = len(query[0]), len(mask)
         if pairs % queries or len(support[0]) != pairs:
             raise ShapeError(
@@ -52,21 +52,21 @@ class FusedHSNet(nn.Module):
             )
         shots = pairs // queries
         if not (mask.device.type == "cpu" if self.pairwise is None else self.pairwise):
-            return self._batch([level.repeat_interleave(shots, 0) for level in query], support, mask)
+            return self._batch([level.repeat_interleave(shots, 0) for level in query], support, mask, unit)
         masks = [interpolate_mask(mask, (level.shape[2], level.shape[3])) for level in support]
         logits = []
         for number in range(queries):
-            scene = [prepare_query(level[number]) for level in query]
+            scene = [prepare_query(level[number], unit=unit) for level in query]
             for pair in range(number * shots, (number + 1) * shots):
                 logits.append(self._pair(scene, [level[pair] for level in support], [level[pair] for level in masks]))
         return torch.stack(logits)
 
-    def _batch(self, query: Sequence[Tensor], support: Sequence[Tensor], mask: Tensor) -> Tensor:
+    def _batch(self, query: Sequence[Tensor], support: Sequence[Tensor], mask: Tensor, unit: bool) -> Tensor:
         dtype = PRECISIONS[self.precision]
         if dtype == torch.float32:
             dtype = next(self.model.parameters()).dtype
         pyramid = [
-            correlate_all(q, s, interpolate_mask(mask, (s.shape[2], s.shape[3])), dtype)
+            correlate_all(q, s, interpolate_mask(mask, (s.shape[2], s.shape[3])), dtype, unit=unit)
             for q, s in zip(reversed(query), reversed(support), strict=True)
         ]
         with self._autocast(mask.device):

@@ -6,7 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsnet.correlation import build_hypercorrelation, build_pyramid, correlate_objects, interpolate_mask
+from hsnet.correlation import (
+    build_hypercorrelation,
+    build_pyramid,
+    correlate_all,
+    correlate_objects,
+    interpolate_mask,
+)
 from hsnet.errors import ShapeError
 
 SIDES = {"res": (9, 5, 3), "vgg": (8, 4, 2), "tiny": (6, 3, 2)}
@@ -98,6 +104,19 @@ def test_scale_of_a_position_does_not_matter():
     mask = (mask > 0).double()  # a mask of 0.01 makes the norm so small that eps shows
     scaled = correlate_objects(query * 100, support * (1 + torch.rand(1, 2, 3, 3, 1)) * 50, mask)
     torch.testing.assert_close(scaled, build_hypercorrelation(query, support, mask), rtol=0, atol=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(episodes)
+def test_unit_features_are_not_normalised_again(episode):
+    query, support, mask = draw(**episode)
+    query, support = query / query.norm(dim=-1, keepdim=True), support / support.norm(dim=-1, keepdim=True)
+    shorter = query[..., :3], support[..., :3]  # what a projection leaves
+    expected = torch.einsum("blhwc,bluvc->bluvhw", *shorter).clamp(min=0) * (mask > 0)[:, None, :, :, None, None]
+    for correlate in (build_hypercorrelation, correlate_objects):
+        torch.testing.assert_close(correlate(*shorter, mask, unit=True), expected, rtol=0, atol=1e-12)
+    batch = correlate_all(*shorter, mask, torch.float64, unit=True)
+    torch.testing.assert_close(batch, expected, rtol=0, atol=1e-12)
 
 
 def test_an_empty_mask_correlates_nowhere():

@@ -127,6 +127,16 @@ def test_bfloat16_stays_near_and_gives_float32_logits_and_gradients(pairwise):
     assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0) > 0.95
 
 
+@pytest.mark.parametrize("pairwise", [True, False])
+def test_unit_features_go_through_as_they_are(pairwise):
+    net, mask = learner(), masks("disc", "corner")
+    query, support = ([level / 4 for level in levels(*seeded)] for seeded in ((1, 1), (2, 2)))
+    wanted = plain(net, query, support, mask, partial(build_hypercorrelation, unit=True))
+    fast = FusedHSNet(net, pairwise=pairwise)(query, support, mask, unit=True)
+    torch.testing.assert_close(fast, wanted, rtol=0, atol=1e-9)
+    assert not torch.allclose(FusedHSNet(net)(query, support, mask), wanted, atol=1e-3)
+
+
 def test_it_trains_the_learner_it_was_given():
     net = learner(torch.float32)
     query, support = levels(1, 1, torch.float32), levels(1, 2, torch.float32)

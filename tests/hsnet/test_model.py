@@ -10,8 +10,8 @@ from hsnet.backbone import BACKBONES, FrozenBackbone
 from hsnet.conv4d import CenterPivotConv4d
 from hsnet.correlation import build_pyramid
 from hsnet.errors import CheckpointError, ConfigError, ShapeError
-from hsnet.loss import episode_losses
 from hsnet.fused import FusedHSNet
+from hsnet.loss import episode_losses
 from hsnet.model import HSNet, predict_mask, resize_logits, squeezed_grids
 from hsnet.published import layers_of, split_published
 from hsnet.vote import vote
