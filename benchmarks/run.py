@@ -125,13 +125,7 @@ def main(arguments: list[str] | None = None) -> Path:
         unknown = [name for name in chosen[what] if name not in known]
         if unknown:
             sys.exit(f"Unknown {what}: {', '.join(unknown)}. Choose of: {', '.join(known)}. Nothing was run.")
-    names = [BASELINE]
-    for name in chosen["variants"]:
-        missing = VARIANTS[name].missing()
-        if missing:
-            print(f"Left out '{name}': this version does not take {', '.join(sorted(set(missing)))}.", file=sys.stderr)
-        else:
-            names.append(name)
+    names = [BASELINE, *chosen["variants"]]
     if options.threads:
         torch.set_num_threads(options.threads)
     out = options.out or timing.result_path()

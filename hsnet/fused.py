@@ -16,7 +16,7 @@ from hsnet.errors import ConfigError, ShapeError
 from hsnet.model import HSNet, require_same_grid, resize_logits
 from hsnet.rows import Rows, convolve, normalise
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ARITHMETIC = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class FusedHSNet(nn.Module):
@@ -24,7 +24,7 @@ class FusedHSNet(nn.Module):
 
     Args:
         model: the learner. Its parameters are shared, not copied: training this trains it.
-        precision: "float32", or "bfloat16" for activations and products of the learner. Norms, statistics of the
+        arithmetic: "float32", or "bfloat16" for activations and products of the learner. Norms, statistics of the
             normalisations, parameters and logits stay float32.
         pairwise: compute pair by pair, positions outside the object left out; or the whole batch at once. By default
             the first on a CPU and the second elsewhere.
@@ -36,12 +36,12 @@ class FusedHSNet(nn.Module):
     Computed pair by pair, a result does not depend on what else is in the batch.
     """
 
-    def __init__(self, model: HSNet, precision: str = "float32", pairwise: bool | None = None) -> None:
+    def __init__(self, model: HSNet, arithmetic: str = "float32", pairwise: bool | None = None) -> None:
         super().__init__()
-        if precision not in PRECISIONS:
-            raise ConfigError(f"Unknown precision '{precision}'. Choose one of: {', '.join(PRECISIONS)}.")
+        if arithmetic not in ARITHMETIC:
+            raise ConfigError(f"Unknown arithmetic '{arithmetic}'. Choose one of: {', '.join(ARITHMETIC)}.")
         self.model = model
-        self.precision = precision
+        self.arithmetic = arithmetic
         self.pairwise = pairwise
 
     def forward(self, query: Sequence[Tensor], support: Sequence[Tensor], mask: Tensor, unit: bool = False) -> Tensor:
@@ -62,7 +62,7 @@ class FusedHSNet(nn.Module):
         return torch.stack(logits)
 
     def _batch(self, query: Sequence[Tensor], support: Sequence[Tensor], mask: Tensor, unit: bool) -> Tensor:
-        dtype = PRECISIONS[self.precision]
+        dtype = ARITHMETIC[self.arithmetic]
         if dtype == torch.float32:
             dtype = next(self.model.parameters()).dtype
         pyramid = [
@@ -75,7 +75,7 @@ class FusedHSNet(nn.Module):
     def _pair(self, query: Sequence[QueryLevel], support: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
         """Logits (2, 2 H, 2 W) of one query and one support; levels finest first."""
         squeezed = [
-            _run(block, _correlate(scene, objects, mask, self.precision))
+            _run(block, _correlate(scene, objects, mask, self.arithmetic))
             for block, scene, objects, mask in zip(
                 self.model.squeeze, reversed(query), reversed(support), reversed(masks), strict=True
             )
@@ -90,16 +90,16 @@ class FusedHSNet(nn.Module):
             return _exact(self.model.decode(_exact(mixed.values).mean(0, keepdim=True))[0])
 
     def _autocast(self, device: torch.device) -> torch.autocast:
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.arithmetic == "bfloat16")
 
 
 def _exact(values: Tensor) -> Tensor:
     return values.float() if values.dtype == torch.bfloat16 else values
 
 
-def _correlate(query: QueryLevel, support: Tensor, mask: Tensor, precision: str) -> Rows:
+def _correlate(query: QueryLevel, support: Tensor, mask: Tensor, arithmetic: str) -> Rows:
     values, positions = correlate_rows(query, support, mask)
-    if precision == "bfloat16":
+    if arithmetic == "bfloat16":
         values = values.bfloat16()
     return Rows(values, positions, (mask.shape[0], mask.shape[1]))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from hsnet.backbone import backbone_spec
 from hsnet.errors import ConfigError
-from hsnet.fused import PRECISIONS
+from hsnet.fused import ARITHMETIC
 from pipeline.recipe import Recipe
 
 SELECT_ON = ("val", "test", "none")
@@ -45,7 +45,7 @@ class RunConfig:
     seed: int = 0
     """Of the initial weights and of the training episodes."""
     arithmetic: str = "float32"
-    """Precision of the learner's activations and products (`hsnet.fused.PRECISIONS`); weights are always float32."""
+    """Precision of the learner's activations and products (`hsnet.fused.ARITHMETIC`); weights are always float32."""
     boundary: str = "background"
     """What boundary pixels are in the loss: "background" as the published code, "ignore" as the paper says."""
     drop_novel_images: bool = False
@@ -69,8 +69,8 @@ class RunConfig:
             raise ConfigError(f"learning_rate must be between 0 and 1, got {self.learning_rate}.")
         if self.boundary not in ("background", "ignore"):
             raise ConfigError(f"boundary must be 'background' or 'ignore', got '{self.boundary}'.")
-        if self.arithmetic not in PRECISIONS:
-            raise ConfigError(f"arithmetic must be one of {', '.join(PRECISIONS)}, got '{self.arithmetic}'.")
+        if self.arithmetic not in ARITHMETIC:
+            raise ConfigError(f"arithmetic must be one of {', '.join(ARITHMETIC)}, got '{self.arithmetic}'.")
         if self.select_on not in SELECT_ON:
             raise ConfigError(f"select_on must be one of {', '.join(SELECT_ON)}, got '{self.select_on}'.")
 

@@ -153,15 +153,9 @@ def test_build_pyramid_and_the_plain_correlation_agree():
         torch.testing.assert_close(level, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (partial(FusedHSNet, precision="float8"), "Unknown precision 'float8'. Choose one of: float32, bfloat16"),
-    ],
-)
-def test_unknown_precision_is_named(make, message):
-    with pytest.raises(ConfigError, match=message):
-        make(learner())
+def test_unknown_arithmetic_is_named():
+    with pytest.raises(ConfigError, match="Unknown arithmetic 'float8'. Choose one of: float32, bfloat16"):
+        FusedHSNet(learner(), arithmetic="float8")
 
 
 def test_supports_that_cannot_be_shared_evenly_are_named():
