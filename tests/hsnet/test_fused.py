@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from hsnet.correlation import build_hypercorrelation, build_pyramid, interpolate_mask
+from hsnet.correlation import build_hypercorrelation, build_pyramid, interpolate_mask, prepare_query
 from hsnet.errors import ConfigError, ShapeError
 from hsnet.fused import FusedHSNet
 from hsnet.model import HSNet
@@ -90,7 +90,8 @@ def test_codes_are_multiplied_as_floats_where_the_processor_has_no_exact_product
     arguments = levels(1, 1, dtype), levels(1, 2, dtype), masks("disc")
     with torch.no_grad():
         with_codes = FusedHSNet(net)(*arguments)
-        monkeypatch.setattr("hsnet.correlation._multiplies_codes", lambda features: False)
+        monkeypatch.setattr("torch.cpu._is_vnni_supported", lambda: False)
+        assert prepare_query(arguments[0][0][0]).values.is_floating_point()
         torch.testing.assert_close(FusedHSNet(net)(*arguments), with_codes, rtol=0, atol=2e-4)
 
 
@@ -156,6 +157,14 @@ def test_build_pyramid_and_the_plain_correlation_agree():
 def test_unknown_arithmetic_is_named():
     with pytest.raises(ConfigError, match="Unknown arithmetic 'float8'. Choose one of: float32, bfloat16"):
         FusedHSNet(learner(), arithmetic="float8")
+
+
+def test_grids_that_do_not_meet_are_named():
+    """4x4, 4x4 and 3x3 after squeezing, where broadcasting could go on in silence elsewhere."""
+    net = HSNet((1, 1, 1), channels=(4, 4, 4))
+    query = [torch.randn(1, 1, side, side, 4) for side in (96, 49, 25)]
+    with pytest.raises(ShapeError, match=r"differ after squeezing: \(4, 4\) and \(3, 3\)"):
+        FusedHSNet(net)(query, query, masks("corner"))
 
 
 def test_supports_that_cannot_be_shared_evenly_are_named():
