@@ -107,13 +107,16 @@ def prepare_query(query: Tensor, eps: float = EPS, unit: bool = False) -> QueryL
     return QueryLevel(real * factor, None, grid, False)
 
 
-def correlate_rows(query: QueryLevel, support: Tensor, mask: Tensor, eps: float = EPS) -> tuple[Tensor, Tensor]:
+def correlate_rows(
+    query: QueryLevel, support: Tensor, mask: Tensor, eps: float = EPS, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Correlate one query with the support positions inside the mask, and with no others.
 
     Args:
         query: `prepare_query` of the query's level.
         support: (L, U, V, C) features, unmasked.
         mask: (U, V) support mask in [0, 1] at the level's grid.
+        out: (n, L, H, W) to write the values into.
 
     Returns:
         values (n, L, H, W), cosine similarities cut to [0, 1], and positions (n,) int64 on the grid, row by row,
@@ -129,18 +132,18 @@ def correlate_rows(query: QueryLevel, support: Tensor, mask: Tensor, eps: float 
         soft = mask.flatten()[positions].to(real.dtype)[None, :, None]
         factor = soft / (soft * torch.linalg.vector_norm(real, dim=-1, keepdim=True) + eps)
     layers, places = query.values.shape[:2]
-    out = real.new_empty(len(positions), layers, places)
+    values = real.new_empty(len(positions), layers, places) if out is None else out.flatten(2)
     if query.factor is None:
         chosen = real if query.unit else real * factor
     for layer in range(layers if len(positions) else 0):
         scene = query.values[layer].t()
         if query.factor is None:
-            torch.mm(chosen[layer], scene, out=out[:, layer])
+            torch.mm(chosen[layer], scene, out=values[:, layer])
         else:
             products = torch._int_mm(chosen[layer], scene)
-            torch.mul(products, factor[layer], out=out[:, layer])
-            out[:, layer] *= query.factor[layer]
-    return out.clamp_(min=0).unflatten(2, query.grid), positions
+            torch.mul(products, factor[layer], out=values[:, layer])
+            values[:, layer] *= query.factor[layer]
+    return values.clamp_(min=0).unflatten(2, query.grid), positions
 
 
 def correlate_objects(query: Tensor, support: Tensor, mask: Tensor, eps: float = EPS, unit: bool = False) -> Tensor:

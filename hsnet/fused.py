@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hsnet.conv4d import CenterPivotConv4d
-from hsnet.correlation import QueryLevel, correlate_all, correlate_rows, interpolate_mask, prepare_query
+from hsnet.correlation import correlate_all, correlate_rows, interpolate_mask, prepare_query
 from hsnet.errors import ConfigError, ShapeError
 from hsnet.model import HSNet, require_same_grid, resize_logits
 from hsnet.rows import Rows, convolve, normalise
@@ -26,23 +26,21 @@ class FusedHSNet(nn.Module):
         model: the learner. Its parameters are shared, not copied: training this trains it.
         arithmetic: "float32", or "bfloat16" for activations and products of the learner. Norms, statistics of the
             normalisations, parameters and logits stay float32.
-        pairwise: compute pair by pair, positions outside the object left out; or the whole batch at once. By default
-            the first on a CPU and the second elsewhere.
+        sparse: leave out the support positions outside the object (`hsnet.rows`), or compute all of them, without
+            ever asking which they are. By default the first on a CPU and the second elsewhere.
 
     `forward` takes levels of the queries, finest first, each (B, L, H, W, C), levels of their supports, each
     (B K, L, U, V, C) with all shots of the first query first, and the support masks (B K, S, S'); it returns float32
     logits (B K, 2, 2 H, 2 W), those of `model(build_pyramid(query, support, mask, unit=unit))` up to rounding.
-
-    Computed pair by pair, a result does not depend on what else is in the batch.
     """
 
-    def __init__(self, model: HSNet, arithmetic: str = "float32", pairwise: bool | None = None) -> None:
+    def __init__(self, model: HSNet, arithmetic: str = "float32", sparse: bool | None = None) -> None:
         super().__init__()
         if arithmetic not in ARITHMETIC:
             raise ConfigError(f"Unknown arithmetic '{arithmetic}'. Choose one of: {', '.join(ARITHMETIC)}.")
         self.model = model
         self.arithmetic = arithmetic
-        self.pairwise = pairwise
+        self.sparse = sparse
 
     def forward(self, query: Sequence[Tensor], support: Sequence[Tensor], mask: Tensor, unit: bool = False) -> Tensor:
         queries, pairs = len(query[0]), len(mask)
@@ -51,17 +49,22 @@ class FusedHSNet(nn.Module):
                 f"{len(support[0])} supports with {pairs} masks cannot be shared evenly by {queries} queries."
             )
         shots = pairs // queries
-        if not (mask.device.type == "cpu" if self.pairwise is None else self.pairwise):
-            return self._batch([level.repeat_interleave(shots, 0) for level in query], support, mask, unit)
-        masks = [interpolate_mask(mask, (level.shape[2], level.shape[3])) for level in support]
-        logits = []
-        for number in range(queries):
-            scene = [prepare_query(level[number], unit=unit) for level in query]
-            for pair in range(number * shots, (number + 1) * shots):
-                logits.append(self._pair(scene, [level[pair] for level in support], [level[pair] for level in masks]))
-        return torch.stack(logits)
+        if not (mask.device.type == "cpu" if self.sparse is None else self.sparse):
+            return self._dense([level.repeat_interleave(shots, 0) for level in query], support, mask, unit)
+        squeezed = [
+            _run(block, _correlate(scenes, objects, mask, unit, ARITHMETIC[self.arithmetic]))
+            for block, scenes, objects in zip(self.model.squeeze, reversed(query), reversed(support), strict=True)
+        ]
+        mixed = squeezed[0]
+        for mix, finer in zip(self.model.mix, squeezed[1:], strict=True):
+            require_same_grid(mixed.grid, finer.grid)
+            height, width = finer.values.shape[2:]
+            coarse = resize_logits(mixed.values, (height, width))
+            mixed = _run(mix, Rows.complete(coarse + finer.values, pairs, finer.grid))
+        with self._autocast(mask.device):
+            return _exact(self.model.decode(_exact(mixed.values).unflatten(0, (pairs, -1)).mean(1)))
 
-    def _batch(self, query: Sequence[Tensor], support: Sequence[Tensor], mask: Tensor, unit: bool) -> Tensor:
+    def _dense(self, query: Sequence[Tensor], support: Sequence[Tensor], mask: Tensor, unit: bool) -> Tensor:
         dtype = ARITHMETIC[self.arithmetic]
         if dtype == torch.float32:
             dtype = next(self.model.parameters()).dtype
@@ -72,23 +75,6 @@ class FusedHSNet(nn.Module):
         with self._autocast(mask.device):
             return _exact(self.model(pyramid))
 
-    def _pair(self, query: Sequence[QueryLevel], support: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
-        """Logits (2, 2 H, 2 W) of one query and one support; levels finest first."""
-        squeezed = [
-            _run(block, _correlate(scene, objects, mask, self.arithmetic))
-            for block, scene, objects, mask in zip(
-                self.model.squeeze, reversed(query), reversed(support), reversed(masks), strict=True
-            )
-        ]
-        mixed = squeezed[0]
-        for mix, finer in zip(self.model.mix, squeezed[1:], strict=True):
-            require_same_grid(mixed.grid, finer.grid)
-            height, width = finer.values.shape[2:]
-            coarse = resize_logits(mixed.values, (height, width))
-            mixed = _run(mix, Rows(coarse + finer.values, finer.positions, finer.grid))
-        with self._autocast(mixed.values.device):
-            return _exact(self.model.decode(_exact(mixed.values).mean(0, keepdim=True))[0])
-
     def _autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, torch.bfloat16, enabled=self.arithmetic == "bfloat16")
 
@@ -97,11 +83,21 @@ def _exact(values: Tensor) -> Tensor:
     return values.float() if values.dtype == torch.bfloat16 else values
 
 
-def _correlate(query: QueryLevel, support: Tensor, mask: Tensor, arithmetic: str) -> Rows:
-    values, positions = correlate_rows(query, support, mask)
-    if arithmetic == "bfloat16":
-        values = values.bfloat16()
-    return Rows(values, positions, (mask.shape[0], mask.shape[1]))
+def _correlate(query: Tensor, support: Tensor, mask: Tensor, unit: bool, dtype: torch.dtype) -> Rows:
+    """The level's correlations at object positions; query (B, L, H, W, C), support (B K, L, U, V, C)."""
+    grid = (support.shape[2], support.shape[3])
+    masks = interpolate_mask(mask, grid)
+    pairs, positions = masks.flatten(1).nonzero().unbind(1)
+    starts = [0, *torch.bincount(pairs, minlength=len(masks)).cumsum(0).tolist()]
+    exact = query.dtype if query.dtype == torch.float64 else torch.float32
+    values = torch.empty(len(pairs), query.shape[1], *query.shape[2:4], dtype=exact, device=query.device)
+    shots = len(support) // len(query)
+    for number, scene in enumerate(query):
+        prepared = prepare_query(scene, unit=unit)
+        for pair in range(number * shots, (number + 1) * shots):
+            correlate_rows(prepared, support[pair], masks[pair], out=values[starts[pair] : starts[pair + 1]])
+    values = values.bfloat16() if dtype == torch.bfloat16 else values
+    return Rows(values, pairs, positions, len(masks), grid)
 
 
 def _run(block: nn.Module, rows: Rows) -> Rows:
@@ -111,4 +107,4 @@ def _run(block: nn.Module, rows: Rows) -> Rows:
             rows = convolve(layer, rows)
         elif isinstance(layer, nn.GroupNorm):
             rows = normalise(layer, rows)  # and ReLU
-    return rows.written()
+    return rows.completed()

@@ -1,4 +1,4 @@
-"""Activations of one pair of images, support position by support position, and the learner's layers on them.
+"""Activations support position by support position, and the learner's layers on them.
 
 The support mask empties most of a hypercorrelation: five in six support positions of a typical object correlate 0
 with everything. After the first centre-pivot convolution those positions hold its bias, after the normalisation one
@@ -9,8 +9,8 @@ over the rows that a window meets. Nothing is permuted, and nothing is multiplie
 
 The functions equal the layers of `hsnet.model` up to rounding, in gradients too.
 
-Dimension key: n rows (support positions written down), C channels, U V support grid, H W query grid,
-P positions of a convolution's output on its support grid, k kernel side.
+Dimension key: B pairs of a query and a support, n rows (support positions written down, of all pairs together),
+C channels, U V support grid, H W query grid, P = U V, k kernel side.
 """
 
 from __future__ import annotations
@@ -29,59 +29,73 @@ from hsnet.conv4d import CenterPivotConv4d, support_matrix
 
 @dataclass(frozen=True)
 class Rows:
-    """A (C, U, V, H, W) tensor, each channel of which holds one and the same number in many support positions."""
+    """A (B, C, U, V, H, W) tensor that in most support positions of a pair holds one number per channel."""
 
     values: Tensor
-    """(n, C, H, W): the positions written down."""
+    """(n, C, H, W): the positions written down, pair by pair."""
+    pairs: Tensor
+    """(n,) int64, ascending: which pair each row is of."""
     positions: Tensor
-    """(n,) int64, ascending: where they lie on the support grid, counted row by row."""
+    """(n,) int64, ascending within a pair: where on the support grid, counted row by row."""
+    count: int
+    """B."""
     grid: tuple[int, int]
     """(U, V)."""
     fill: Tensor | None = None
-    """(C,): the value at all other positions; None is 0."""
+    """(B, C): the value at all other positions; None is 0."""
+
+    @classmethod
+    def complete(cls, values: Tensor, count: int, grid: tuple[int, int]) -> Rows:
+        """Rows with every position of B pairs written down."""
+        numbers = torch.arange(len(values), device=values.device)
+        return cls(values, numbers // (grid[0] * grid[1]), numbers % (grid[0] * grid[1]), count, grid)
 
     @property
-    def unwritten(self) -> int:
-        return self.grid[0] * self.grid[1] - len(self.positions)
+    def is_complete(self) -> bool:
+        return len(self.values) == self.count * self.grid[0] * self.grid[1]
 
-    def written(self) -> Rows:
+    def numbers(self) -> Tensor:
+        """(B, P) int64: the row of each position, or n where it is not written down."""
+        table = torch.full((self.count, self.grid[0] * self.grid[1]), len(self.values), device=self.pairs.device)
+        table[self.pairs, self.positions] = torch.arange(len(self.values), device=self.pairs.device)
+        return table
+
+    def completed(self) -> Rows:
         """The same with every position written down."""
-        if self.unwritten == 0:
+        if self.is_complete:
             return self
-        count = self.grid[0] * self.grid[1]
-        fill = self.values.new_zeros(self.values.shape[1]) if self.fill is None else self.fill
-        everything = fill[:, None, None].expand(count, -1, *self.values.shape[2:])
-        everywhere = torch.arange(count, device=self.positions.device)
-        return Rows(everything.index_copy(0, self.positions, self.values), everywhere, self.grid)
+        fill = self.values.new_zeros(self.count, self.values.shape[1]) if self.fill is None else self.fill
+        size, shape = self.grid[0] * self.grid[1], self.values.shape[1:]
+        everything = fill[:, None, :, None, None].expand(-1, size, *shape).flatten(0, 1)
+        values = everything.index_copy(0, self.pairs * size + self.positions, self.values)
+        return Rows.complete(values, self.count, self.grid)
 
 
 @dataclass(frozen=True)
 class Windows:
-    """What a zero-padded k x k kernel meets at each of its P steps over the support grid of some `Rows`."""
+    """What a zero-padded k x k kernel meets at each of its P' steps over the support grids of some `Rows`."""
 
     grid: tuple[int, int]
-    """(U', V') of the output, P = U' V'."""
+    """(U', V') of the output, P' = U' V'."""
     rows: Sequence[Tensor]
-    """P index lists: the rows under the kernel."""
+    """B P' index lists: the rows under the kernel."""
     offsets: Sequence[Tensor]
-    """P index lists: where in the kernel, counted row by row, each of them lies."""
+    """B P' index lists: where in the kernel, counted row by row, each of them lies."""
     unwritten: Tensor
-    """(P, k k) bool: the kernel meets a position of the grid that has no row."""
+    """(B P', k k) bool: the kernel meets a position of the grid that has no row."""
     pivots: Tensor
-    """(P,) int64: the row under the kernel's centre, or n where there is none."""
+    """(B P',) int64: the row under the kernel's centre, or n where there is none."""
 
     @classmethod
     def over(cls, rows: Rows, kernel_size: int, stride: int) -> Windows:
-        count, pad = len(rows.positions), kernel_size // 2
-        numbers = torch.full((rows.grid[0] * rows.grid[1],), count, device=rows.positions.device)
-        numbers[rows.positions] = torch.arange(count, device=numbers.device)
-        with_border = F.pad(numbers.view(rows.grid), (pad, pad, pad, pad), value=count + 1)
-        steps = with_border.unfold(0, kernel_size, stride).unfold(1, kernel_size, stride)
-        met = steps.flatten(2).flatten(0, 1)
+        count, pad = len(rows.values), kernel_size // 2
+        with_border = F.pad(rows.numbers().unflatten(1, rows.grid), (pad, pad, pad, pad), value=count + 1)
+        steps = with_border.unfold(1, kernel_size, stride).unfold(2, kernel_size, stride)
+        met = steps.flatten(3).flatten(0, 2)
         written = met < count
         sizes = written.sum(1).tolist()
         return cls(
-            (steps.shape[0], steps.shape[1]),
+            (steps.shape[1], steps.shape[2]),
             met[written].split(sizes),
             written.nonzero()[:, 1].split(sizes),
             met == count,
@@ -95,44 +109,50 @@ def convolve(conv: CenterPivotConv4d, rows: Rows) -> Rows:
     Rows that are 0 elsewhere give rows that are the bias elsewhere. Rows with another fill give all positions: near
     the query's border the fill meets padding, and is no longer one number.
     """
-    if rows.unwritten == 0 and rows.grid[0] * rows.grid[1] <= conv.kernel_size**2:
+    if rows.is_complete and rows.grid[0] * rows.grid[1] <= conv.kernel_size**2:
         return _convolve_small_grid(conv, rows)
     weights = _Weights.of(conv, rows.values.dtype)
     windows = Windows.over(rows, conv.kernel_size, conv.support_stride)
-    everywhere = torch.arange(len(windows.rows), device=rows.positions.device)
+    steps = torch.arange(len(windows.rows), device=rows.pairs.device)
     if rows.fill is None:
-        positions = everywhere[torch.tensor([len(met) > 0 for met in windows.rows], device=everywhere.device)]
-        constant = weights.bias.expand(len(positions), -1)
+        steps = steps[torch.tensor([len(met) > 0 for met in windows.rows], device=steps.device)]
+        constant = weights.bias.expand(len(steps), -1)
+        fill = rows.values.new_zeros(rows.count, rows.values.shape[1])
     else:
-        positions = everywhere
+        fill = rows.fill
         # Where the support kernel meets the fill, its part is one number per output position and channel.
-        met = windows.unwritten.to(rows.fill.dtype)
-        constant = weights.bias + torch.einsum("pj,ocj,c->po", met, weights.support.flatten(2), rows.fill)
-    pivots = windows.pivots[positions]
-    written = pivots < len(rows.positions)
-    pictures = weights.over_query(rows.values[pivots[written]])
-    # The last picture is that of all pivots which are not written down.
-    fill = rows.values.new_zeros(rows.values.shape[1]) if rows.fill is None else rows.fill
-    filled = fill[None, :, None, None].expand(1, -1, *rows.values.shape[2:])
-    pictures = torch.cat([pictures, weights.over_query(filled)])
-    values = pictures[torch.where(written, written.cumsum(0) - 1, len(pictures) - 1)]
+        met = windows.unwritten.to(fill.dtype).unflatten(0, (rows.count, -1))
+        constant = weights.bias + torch.einsum("bpj,ocj,bc->bpo", met, weights.support.flatten(2), fill).flatten(0, 1)
+    pairs, positions = _divide(steps, len(windows.rows) // rows.count)
+    pivots = windows.pivots[steps]
+    written = pivots < len(rows.values)
+    # Pictures of the pivots written down, then for each pair the one of all its pivots that are not.
+    filled = fill[:, :, None, None].expand(-1, -1, *rows.values.shape[2:])
+    pictures = torch.cat([weights.over_query(rows.values[pivots[written]]), weights.over_query(filled)])
+    values = pictures[torch.where(written, written.cumsum(0) - 1, len(pictures) - rows.count + pairs)]
     values += constant[:, :, None, None]
-    kept = positions.tolist()
+    kept = steps.tolist()
     values = _AddSupportSide.apply(
         values,
         rows.values,
         weights.support,
-        [windows.rows[place] for place in kept],
-        [windows.offsets[place] for place in kept],
+        [windows.rows[step] for step in kept],
+        [windows.offsets[step] for step in kept],
     )
-    return Rows(values, positions, windows.grid, weights.bias if rows.fill is None else None)
+    new_fill = weights.bias.expand(rows.count, -1) if rows.fill is None else None
+    return Rows(values, pairs, positions, rows.count, windows.grid, new_fill)
 
 
 def normalise(norm: nn.GroupNorm, rows: Rows) -> Rows:
-    """GroupNorm over the whole grid, what is not written down included, then ReLU."""
-    fill = rows.values.new_zeros(rows.values.shape[1]) if rows.fill is None else rows.fill
-    values, fill = _NormaliseRelu.apply(rows.values, fill, norm.weight, norm.bias, rows.unwritten, norm)
-    return Rows(values, rows.positions, rows.grid, fill if rows.unwritten else None)
+    """GroupNorm of each pair over its whole grid, what is not written down included, then ReLU."""
+    fill = rows.values.new_zeros(rows.count, rows.values.shape[1]) if rows.fill is None else rows.fill
+    size = rows.grid[0] * rows.grid[1]
+    values, fill = _NormaliseRelu.apply(rows.values, fill, norm.weight, norm.bias, rows.pairs, size, norm)
+    return Rows(values, rows.pairs, rows.positions, rows.count, rows.grid, None if rows.is_complete else fill)
+
+
+def _divide(numbers: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    return numbers // size, numbers % size
 
 
 @dataclass(frozen=True)
@@ -164,14 +184,17 @@ class _Weights:
 def _convolve_small_grid(conv: CenterPivotConv4d, rows: Rows) -> Rows:
     """All positions written down and a kernel larger than the grid: the support side is one matrix."""
     weights, stride = _Weights.of(conv, rows.values.dtype), conv.support_stride
-    numbers = rows.positions.view(rows.grid)[::stride, ::stride]
+    numbers = rows.numbers().unflatten(1, rows.grid)[:, ::stride, ::stride]
     pivots = rows.values if stride == 1 else rows.values[numbers.flatten()]
     values = weights.over_query(pivots, weights.bias)
-    # (C_out, P, C, n) to (P C_out, n C)
+    # (C_out, P', C, P) to (P' C_out, P C)
     matrix = support_matrix(weights.support, rows.grid, stride).permute(1, 0, 3, 2).flatten(2).flatten(0, 1)
-    flat = torch.addmm(values.flatten(2).flatten(0, 1), matrix, rows.values.flatten(2).flatten(0, 1))
-    grid = (numbers.shape[0], numbers.shape[1])
-    return Rows(flat.view_as(values), torch.arange(len(values), device=numbers.device), grid)
+    flat = torch.baddbmm(
+        values.view(rows.count, -1, values[0, 0].numel()),
+        matrix.expand(rows.count, -1, -1),
+        rows.values.reshape(rows.count, -1, values[0, 0].numel()),
+    )
+    return Rows.complete(flat.view_as(values), rows.count, (numbers.shape[1], numbers.shape[2]))
 
 
 class _AddSupportSide(torch.autograd.Function):
@@ -224,66 +247,84 @@ class _NormaliseRelu(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, fill: Tensor, weight: Tensor, bias: Tensor, unwritten: int, norm: nn.GroupNorm
+        ctx: Any,
+        values: Tensor,
+        fill: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        pairs: Tensor,
+        size: int,
+        norm: nn.GroupNorm,
     ) -> tuple[Tensor, Tensor]:
-        count, channels, height, width = values.shape
-        places, width_of_group = height * width, channels // norm.num_groups
-        mean, variance = _moments(values, fill.to(weight.dtype), unwritten, norm.num_groups)
-        mean, scale = (part.repeat_interleave(width_of_group) for part in (mean, torch.rsqrt(variance + norm.eps)))
+        channels, height, width = values.shape[1:]
+        width_of_group = channels // norm.num_groups
+        unwritten = size - torch.bincount(pairs, minlength=len(fill)).to(weight.dtype)[:, None]
+        mean, variance = _moments(values, fill.to(weight.dtype), pairs, unwritten / size, size, norm.num_groups)
+        mean, scale = (
+            part.repeat_interleave(width_of_group, 1) for part in (mean, torch.rsqrt(variance + norm.eps))
+        )  # (B, C)
         factor = scale * weight
         offset = bias - mean * factor
-        out = torch.addcmul(_each(offset, values), values, _each(factor, values)).relu_()
+        out = torch.addcmul(_each(offset, pairs, values), values, _each(factor, pairs, values)).relu_()
         filled = (offset + fill * factor).relu_().to(values.dtype)
-        ctx.save_for_backward(values, fill, weight, mean, scale, out, filled)
-        ctx.repeats = unwritten * places
-        ctx.groups, ctx.elements = norm.num_groups, (count + unwritten) * places * width_of_group
+        ctx.save_for_backward(values, fill, weight, mean, scale, out, filled, pairs, unwritten)
+        ctx.groups, ctx.places, ctx.elements = norm.num_groups, height * width, size * height * width * width_of_group
         return out, filled
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        values, fill, weight, mean, scale, out, filled = ctx.saved_tensors
+        values, fill, weight, mean, scale, out, filled, pairs, unwritten = ctx.saved_tensors
         for_out = torch.ops.aten.threshold_backward(gradients[0], out, 0)
         for_fill = gradients[1] * (filled > 0)
         centred_fill = (fill - mean) * scale
         flat, flat_gradient = values.flatten(2), for_out.flatten(2)
-        first = flat_gradient.sum((0, 2), dtype=weight.dtype)
         products = torch.bmm(flat.flatten(0, 1)[:, None], flat_gradient.flatten(0, 1)[:, :, None])
-        second = (products.view(values.shape[:2]).sum(0, dtype=weight.dtype) - mean * first) * scale
-        first, second = first + for_fill, second + for_fill * centred_fill
+        sums, sums_of_products = (
+            torch.zeros_like(mean).index_add_(0, pairs, of_rows.to(mean.dtype))
+            for of_rows in (flat_gradient.sum(2, dtype=mean.dtype), products.view(values.shape[:2]))
+        )
+        # (B, C): what the gradient sums to, alone and times x = (values - mean) scale, the normalised value
+        first = sums + for_fill
+        second = (sums_of_products - mean * sums) * scale + for_fill * centred_fill
 
         def of_group(sums: Tensor) -> Tensor:
-            spread = (weight * sums).view(ctx.groups, -1)
-            return (spread.sum(1) / ctx.elements).repeat_interleave(spread.shape[1])
+            spread = (weight * sums).view(len(sums), ctx.groups, -1)
+            return (spread.sum(2) / ctx.elements).repeat_interleave(spread.shape[2], 1)
 
-        # d values = scale (weight d out - level - slope x), with x = (values - mean) scale the normalised value
+        # d values = scale (weight d out - level - slope x)
         level, slope = of_group(first), of_group(second)
         constant, linear = scale * (slope * scale * mean - level), -scale * scale * slope
-        for_values = torch.addcmul(_each(constant, values), values, _each(linear, values))
-        for_values.addcmul_(for_out, _each(scale * weight, values))
-        fill_gradient = scale * (weight * for_fill - ctx.repeats * (level + slope * centred_fill))
-        return for_values, fill_gradient.to(fill.dtype), second, first, None, None
+        for_values = torch.addcmul(_each(constant, pairs, values), values, _each(linear, pairs, values))
+        for_values.addcmul_(for_out, _each(scale * weight, pairs, values))
+        fill_gradient = scale * (weight * for_fill - ctx.places * unwritten * (level + slope * centred_fill))
+        return for_values, fill_gradient.to(fill.dtype), second.sum(0), first.sum(0), None, None, None
 
 
-def _each(channels: Tensor, values: Tensor) -> Tensor:
-    """(C,) to be broadcast over (n, C, H, W) of another dtype."""
-    return channels.to(values.dtype)[:, None, None]
+def _each(channels: Tensor, pairs: Tensor, values: Tensor) -> Tensor:
+    """(B, C) to be broadcast over rows (n, C, H, W) of another dtype."""
+    return channels.to(values.dtype)[pairs][:, :, None, None]
 
 
-def _moments(values: Tensor, fill: Tensor, unwritten: int, groups: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each group, (groups,) each in the dtype of `fill`."""
+def _moments(
+    values: Tensor, fill: Tensor, pairs: Tensor, share: Tensor, size: int, groups: int
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each pair's groups, (B, groups) each in the dtype of `fill`.
+
+    `share` (B, 1) is that of the positions not written down: together they are one part, every row is another. Parts
+    are combined by the law of total variance, so that a large mean costs no digits.
+    """
+    parts = fill.view(len(fill), groups, -1)
+    fill_means, fill_variances = parts.mean(2), parts.var(2, correction=0)
+    if not len(values):
+        return fill_means, fill_variances
     count, channels, height, width = values.shape
-    # One part for all positions not written down, then one for each row, combined by the law of total variance.
-    parts = fill.view(1, groups, -1)
-    means, variances = parts.mean(2), parts.var(2, correction=0)
-    shares = means.new_full((1, 1), unwritten / (count + unwritten))
-    if count:
-        _, of_rows, scales = torch.native_group_norm(values, None, None, count, channels, height * width, groups, _TINY)
-        means = torch.cat([means, of_rows.to(fill.dtype)])
-        variances = torch.cat([variances, scales.to(fill.dtype) ** -2 - _TINY])
-        shares = torch.cat([shares, shares.new_full((count, 1), 1 / (count + unwritten))])
-    mean = (shares * means).sum(0)
-    return mean, (shares * (variances + (means - mean).square())).sum(0).clamp_(min=0)
+    _, means, scales = torch.native_group_norm(values, None, None, count, channels, height * width, groups, _TINY)
+    means, variances = means.to(fill.dtype), scales.to(fill.dtype) ** -2 - _TINY
+    mean = (share * fill_means).index_add(0, pairs, means / size)
+    variance = share * (fill_variances + (fill_means - mean).square())
+    variance = variance.index_add(0, pairs, (variances + (means - mean[pairs]).square()) / size)
+    return mean, variance.clamp_(min=0)
 
 
 _TINY = 1e-20

@@ -21,8 +21,12 @@ from hsnet.model import HSNet, predict_mask, resize_logits
 from pipeline.episodes import Episode, EpisodeStream
 from pipeline.features import EpisodeBatch, FeatureSource, load_batch
 
-FORWARD_ELEMENTS = 1_000_000_000
-"""Correlation elements per forward pass of a whole batch, when no gradient is kept: 4 GB in float32, on a GPU."""
+PASS_ELEMENTS = {"cpu": 6_000_000, "cuda": 1_000_000_000}
+"""Correlation elements (all positions counted) per forward pass, when no gradient is kept.
+
+On a CPU larger passes are slower once a pair fills its caches: one pair of ResNet-50 at 400 px (27 million), five of
+SqueezeNet at 112 px. A GPU wants many at once: 2 GB in bfloat16.
+"""
 
 
 class Segmenter(Protocol):
@@ -43,14 +47,20 @@ class LearnedSegmenter:
     def masks(self, batch: EpisodeBatch) -> Tensor:
         fused, size = FusedHSNet(self.model, self.arithmetic), (batch.target.shape[1], batch.target.shape[2])
         out = torch.empty(batch.shots, batch.size, *size, dtype=torch.bool, device=batch.target.device)
-        # A fixed number of episodes at a time, so that memory does not grow with the batch.
-        step = episodes_per_pass(batch)
-        for first in range(0, batch.size, step):
-            chosen = slice(first, first + step)
-            pairs = slice(first * batch.shots, (first + step) * batch.shots)
-            query, support = [level[chosen] for level in batch.query], [level[pairs] for level in batch.support]
-            hard = predict_mask(resize_logits(fused(query, support, batch.support_mask[pairs]), size))
-            out[:, chosen] = hard.unflatten(0, (-1, batch.shots)).transpose(0, 1)
+        # A fixed number of pairs at a time: memory does not grow with the batch, and results do not depend on how
+        # episodes were handed out.
+        pairs = pairs_per_pass(batch)
+        episodes, shots = max(1, pairs // batch.shots), min(batch.shots, pairs)
+        for first in range(0, batch.size, episodes):
+            for shot in range(0, batch.shots, shots):
+                chosen, drawn = slice(first, first + episodes), slice(shot, shot + shots)
+                query = [level[chosen] for level in batch.query]
+                support, mask = (
+                    [level.unflatten(0, (-1, batch.shots))[chosen, drawn].flatten(0, 1) for level in levels]
+                    for levels in (batch.support, [batch.support_mask])
+                )
+                hard = predict_mask(resize_logits(fused(query, support, mask[0]), size))
+                out[drawn, chosen] = hard.unflatten(0, (len(query[0]), -1)).transpose(0, 1)
         return out
 
 
@@ -79,15 +89,13 @@ class LocationSegmenter:
         return self.mask.to(batch.target.device).expand(batch.shots, batch.size, -1, -1)
 
 
-def episodes_per_pass(batch: EpisodeBatch) -> int:
-    """One on a CPU, where pairs are computed singly; elsewhere as many as fit FORWARD_ELEMENTS."""
-    if batch.target.device.type == "cpu":
-        return 1
+def pairs_per_pass(batch: EpisodeBatch) -> int:
+    """Support-query pairs per forward pass: as many as fit PASS_ELEMENTS of the batch's device, at least one."""
     per_pair = sum(
         q.shape[1] * math.prod(q.shape[2:4]) * math.prod(s.shape[2:4])
         for q, s in zip(batch.query, batch.support, strict=True)
     )
-    return max(1, FORWARD_ELEMENTS // (per_pair * batch.shots))
+    return max(1, PASS_ELEMENTS["cpu" if batch.target.device.type == "cpu" else "cuda"] // per_pair)
 
 
 def cosine_scores(batch: EpisodeBatch) -> Tensor:

@@ -124,7 +124,7 @@ def test_parameter_counts_are_those_of_tables_a5_to_a7(backbone, total, squeeze)
     assert size(model) == total
 
 
-@pytest.mark.parametrize("path", ["plain", "pair by pair", "whole batch"])
+@pytest.mark.parametrize("path", ["plain", "rows", "dense"])
 @pytest.mark.parametrize("backbone", ["resnet50", "vgg16"])
 def test_whole_episodes_equal_the_published_model(golden, make, backbone, path):
     """Backbone, mask, correlation, learner, vote and the path to the original size, from one set of inputs."""
@@ -150,7 +150,7 @@ def test_whole_episodes_equal_the_published_model(golden, make, backbone, path):
 
     levels = network(query)
     with torch.no_grad():
-        run = FusedHSNet(model, pairwise=path == "pair by pair")
+        run = FusedHSNet(model, sparse=path == "rows")
         if path == "plain":
             run = lambda q, s, m: model(build_pyramid(q, s, m))  # noqa: E731
         logits = [run(levels, network(s[None]), m[None]) for s, m in zip(supports, masks, strict=True)]

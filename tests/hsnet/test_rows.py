@@ -13,7 +13,7 @@ cases = st.fixed_dictionaries(
     {
         "grid": st.tuples(st.integers(1, 7), st.integers(1, 7)),
         "query": st.tuples(st.integers(1, 4), st.integers(1, 4)),
-        "share": st.sampled_from([0.0, 0.2, 0.6, 1.0]),
+        "shares": st.lists(st.sampled_from([0.0, 0.2, 0.6, 1.0]), min_size=1, max_size=3),
         "kernel": st.sampled_from([1, 3, 5]),
         "stride": st.integers(1, 4),
         "filled": st.booleans(),
@@ -22,16 +22,18 @@ cases = st.fixed_dictionaries(
 )
 
 
-def rows_of(grid, query, share, filled, channels=3):
-    positions = (torch.rand(grid[0] * grid[1]) < share).nonzero()[:, 0]
+def rows_of(grid, query, shares, filled, channels=3):
+    """One pair per share: the part of its support positions that is written down."""
+    written = torch.rand(len(shares), grid[0] * grid[1]) < torch.tensor(shares)[:, None]
+    pairs, positions = written.nonzero().unbind(1)
     values = torch.randn(len(positions), channels, *query, dtype=torch.float64, requires_grad=True)
-    fill = torch.randn(channels, dtype=torch.float64, requires_grad=True) if filled else None
-    return Rows(values, positions, grid, fill)
+    fill = torch.randn(len(shares), channels, dtype=torch.float64, requires_grad=True) if filled else None
+    return Rows(values, pairs, positions, len(shares), grid, fill)
 
 
 def whole(rows):
-    """(1, C, U, V, H, W)"""
-    return rows.written().values.transpose(0, 1).unflatten(1, rows.grid)[None]
+    """(B, C, U, V, H, W)"""
+    return rows.completed().values.unflatten(0, (rows.count, *rows.grid)).permute(0, 3, 1, 2, 4, 5)
 
 
 def gradients(out, inputs):
@@ -47,11 +49,11 @@ def assert_equal_with_gradients(fast, plain, inputs):
 
 @settings(max_examples=60, deadline=None)
 @given(cases)
-@example({"grid": (2, 2), "query": (3, 4), "share": 1.0, "kernel": 3, "stride": 1, "filled": False, "seed": 0})
-@example({"grid": (5, 4), "query": (3, 4), "share": 0.3, "kernel": 3, "stride": 2, "filled": True, "seed": 0})
+@example({"grid": (2, 2), "query": (3, 4), "shares": [1.0, 1.0], "kernel": 3, "stride": 1, "filled": False, "seed": 0})
+@example({"grid": (5, 4), "query": (3, 4), "shares": [0.3, 0.6], "kernel": 3, "stride": 2, "filled": True, "seed": 0})
 def test_convolution_equals_the_plain_one(case):
     torch.manual_seed(case["seed"])
-    rows = rows_of(case["grid"], case["query"], case["share"], case["filled"])
+    rows = rows_of(case["grid"], case["query"], case["shares"], case["filled"])
     conv = CenterPivotConv4d(3, 4, case["kernel"], case["stride"]).double()
     inputs = [rows.values, *conv.parameters()] + ([rows.fill] if rows.fill is not None else [])
     assert_equal_with_gradients(whole(convolve(conv, rows)), conv(whole(rows)), inputs)
@@ -59,10 +61,10 @@ def test_convolution_equals_the_plain_one(case):
 
 @settings(max_examples=60, deadline=None)
 @given(cases)
-@example({"grid": (4, 4), "query": (3, 3), "share": 0.0, "kernel": 1, "stride": 1, "filled": True, "seed": 1})
+@example({"grid": (4, 4), "query": (3, 3), "shares": [0.0], "kernel": 1, "stride": 1, "filled": True, "seed": 1})
 def test_normalisation_equals_group_norm_and_relu(case):
     torch.manual_seed(case["seed"])
-    rows = rows_of(case["grid"], case["query"], case["share"], case["filled"], channels=8)
+    rows = rows_of(case["grid"], case["query"], case["shares"], case["filled"], channels=8)
     norm = nn.GroupNorm(4, 8).double()
     with torch.no_grad():
         norm.weight.normal_()
@@ -77,7 +79,7 @@ def test_normalisation_in_float32_stands_a_large_mean(offset):
     """Statistics from sums of squares would lose all digits here."""
     torch.manual_seed(0)
     values = torch.randn(5, 8, 6, 6) + offset
-    rows = Rows(values, torch.arange(5), (1, 9), torch.full((8,), offset))
+    rows = Rows(values, torch.zeros(5, dtype=int), torch.arange(5), 1, (1, 9), torch.full((1, 8), offset))
     norm = nn.GroupNorm(4, 8)
     exact = torch.relu(norm.double()(whole(rows).double())).float()
     torch.testing.assert_close(whole(normalise(norm.float(), rows)), exact, rtol=0, atol=1e-3 if offset else 1e-5)
@@ -85,14 +87,14 @@ def test_normalisation_in_float32_stands_a_large_mean(offset):
 
 def test_rows_outside_the_object_are_neither_kept_nor_computed():
     """A single object position under a 3 x 3 kernel of stride 2 reaches at most four outputs of sixteen."""
-    rows = Rows(torch.randn(1, 2, 3, 3), torch.tensor([3 * 7 + 3]), (7, 7))
+    rows = Rows(torch.randn(1, 2, 3, 3), torch.tensor([1]), torch.tensor([3 * 7 + 3]), 2, (7, 7))
     out = convolve(CenterPivotConv4d(2, 4, 3, 2), rows)
-    assert (out.grid, out.positions.tolist()) == ((4, 4), [5, 6, 9, 10])
-    assert out.unwritten == 12
+    assert (out.grid, out.pairs.tolist(), out.positions.tolist()) == ((4, 4), [1] * 4, [5, 6, 9, 10])
+    assert len(out.values) == 4
 
 
 def test_windows_know_rows_gaps_and_borders_apart():
-    rows = Rows(torch.zeros(2, 1, 1, 1), torch.tensor([0, 3]), (2, 2))
+    rows = Rows(torch.zeros(2, 1, 1, 1), torch.zeros(2, dtype=int), torch.tensor([0, 3]), 1, (2, 2))
     windows = Windows.over(rows, 3, 1)
     assert windows.grid == (2, 2)
     assert [met.tolist() for met in windows.rows] == [[0, 1]] * 4
@@ -104,9 +106,9 @@ def test_windows_know_rows_gaps_and_borders_apart():
 def test_bfloat16_rows_stay_bfloat16_and_near():
     torch.manual_seed(3)
     conv, norm = CenterPivotConv4d(3, 8, 3, 2), nn.GroupNorm(4, 8)
-    rows = Rows(torch.rand(9, 3, 5, 5), torch.arange(0, 18, 2), (5, 5))
+    rows = Rows(torch.rand(9, 3, 5, 5), torch.zeros(9, dtype=int), torch.arange(0, 18, 2), 1, (5, 5))
     exact = normalise(norm, convolve(conv, rows))
-    small = Rows(rows.values.bfloat16().requires_grad_(), rows.positions, rows.grid)
+    small = Rows(rows.values.bfloat16().requires_grad_(), rows.pairs, rows.positions, 1, rows.grid)
     near = normalise(norm, convolve(conv, small))
     assert near.values.dtype == torch.bfloat16
     torch.testing.assert_close(near.values.float(), exact.values, rtol=0, atol=0.1)
