@@ -4,6 +4,7 @@
       zarr.json           attributes: format, recipe, data set (name, digest, number of images), images per shard
       index/              the data set's index as JSON bytes
       level0/ level1/ ... features (image, layer, row, column, channel), finest grid first
+      codec/              the fit of coded features, as arrays; only where there is one
       label/              class-index masks at network size (image, row, column)
       _done/000000.json   one marker per complete shard, written last
 
@@ -22,6 +23,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,9 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.core.buffer.cpu import NDBuffer
 
 from hsnet.errors import ConfigError, DataError, ShapeError, StoreError, StoreIncomplete, StoreMismatch
+from pipeline.chunks import ChunkReader, OpenShards, reads
 from pipeline.datasets.index import DatasetIndex
+from pipeline.fit_arrays import read_fit, write_fit
 from pipeline.ownership import sole_writer
 from pipeline.recipe import FORMAT, Recipe, difference_lines
 from pipeline.shards import (
@@ -48,6 +52,7 @@ from pipeline.shards import (
     sync_folder,
     write_marker,
 )
+from pipeline.transform import TransformCodec
 
 SHARD_IMAGES = 16
 _LARGEST_METADATA = 1 << 20
@@ -93,8 +98,8 @@ class _Layout:
             config={"write_empty_chunks": True, "order": "C"},
         )
 
-    def check(self, root: Path) -> None:
-        """Compare the array's metadata on disk, before zarr or anyone else acts on it."""
+    def check(self, root: Path) -> dict[str, Any]:
+        """Compare the array's metadata on disk, before zarr or anyone else acts on it, and return it."""
         stored = _read_json(root / self.name / "zarr.json")
         try:
             (sharding,) = stored["codecs"]
@@ -121,6 +126,7 @@ class _Layout:
                 f"{root}: array '{self.name}' does not fit the store's recipe:\n{difference_lines(pairs)}\n"
                 f"The store was changed by something else. Extract into a new store."
             )
+        return stored
 
 
 class FeatureStore:
@@ -143,20 +149,32 @@ class FeatureStore:
             self._layouts = _layouts(recipe, index, shard_images)
         except (ConfigError, ShapeError) as error:
             raise StoreError(f"{root} holds features this version cannot interpret: {error}") from None
-        for layout in self._layouts:
-            layout.check(root)
+        metadata = [layout.check(root) for layout in self._layouts]
         self._arrays = [_open_array(root, layout.name, writable) for layout in self._layouts]
+        shards = OpenShards()
+        self._readers = [
+            ChunkReader(partial(shard_file, root.resolve(), layout.name), shard_images, layout.compressed, shards)
+            if reads(stored, layout.compressed)
+            else None
+            for layout, stored in zip(self._layouts, metadata, strict=True)
+        ]
         self._facts: dict[int, ShardFacts] = {}
         self.refresh()
 
     @classmethod
     def create(
-        cls, path: str | Path, recipe: Recipe, index: DatasetIndex, shard_images: int = SHARD_IMAGES
+        cls,
+        path: str | Path,
+        recipe: Recipe,
+        index: DatasetIndex,
+        shard_images: int = SHARD_IMAGES,
+        codec: TransformCodec | None = None,
     ) -> FeatureStore:
         """Make a store, or open the one that is there to go on writing it.
 
         Args:
             shard_images: images per shard of a new store. An existing one keeps its own: it changes no feature.
+            codec: the fit of a new store of coded features.
 
         Raises:
             StoreMismatch: a store of another recipe or data set is there.
@@ -169,7 +187,7 @@ class FeatureStore:
             raise DataError(f"Data set {index.name} has no images: nothing to store.")
         if not root.exists() or (root.is_dir() and not any(root.iterdir())):
             try:
-                _build(root, recipe, index, shard_images)
+                _build(root, recipe, index, shard_images, codec)
             except OSError as error:
                 raise StoreError(f"Cannot make the store {root}: {error}.") from error
         return cls._open(root, recipe, index.digest, writable=True)
@@ -276,6 +294,11 @@ class FeatureStore:
             if self.index.images[i] in facts.skipped
         }
 
+    @cached_property
+    def codec(self) -> TransformCodec | None:
+        """What codes the features, None if they are stored as they are. Raises StoreError if its fit is damaged."""
+        return read_fit(self.root, self.recipe)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the complete shards on disk."""
@@ -316,7 +339,8 @@ class FeatureStore:
 
         Returns:
             One (n, layers, rows, columns, channels) array per level in the storage type. int8 vectors have lost
-            their length: only their direction means anything.
+            their length: only their direction means anything. Coded ones, (n, 1, rows, columns, bytes), are read
+            by `codec.decode`.
 
         Raises:
             StoreError: an image was skipped or its chunk is damaged; names the store, the array and the image.
@@ -327,8 +351,8 @@ class FeatureStore:
             if out is not None
             else [np.empty((len(images), *layout.image_shape), layout.dtype) for layout in self._layouts[:-1]]
         )
-        for array, layout, buffer in zip(self._arrays, self._layouts, buffers, strict=False):
-            self._read(array, layout, images, buffer)
+        for level, buffer in enumerate(buffers):
+            self._read(level, images, buffer)
         return buffers
 
     def labels(self, images: Sequence[int]) -> NDArray[Any]:
@@ -338,7 +362,7 @@ class FeatureStore:
         """
         layout = self._layouts[-1]
         buffer = np.empty((len(images), *layout.image_shape), layout.dtype)
-        self._read(self._arrays[-1], layout, images, buffer)
+        self._read(len(self._layouts) - 1, images, buffer)
         return buffer
 
     def size(self, image: int) -> tuple[int, int]:
@@ -351,7 +375,8 @@ class FeatureStore:
         facts, row = self._locate(image)
         return facts.classes[row]
 
-    def _read(self, array: Any, layout: _Layout, images: Sequence[int], buffer: NDArray[Any]) -> None:
+    def _read(self, number: int, images: Sequence[int], buffer: NDArray[Any]) -> None:
+        layout = self._layouts[number]
         if buffer.shape != (len(images), *layout.image_shape) or buffer.dtype != layout.dtype:
             raise ValueError(f"out for '{layout.name}' has another shape or type: {buffer.dtype}{buffer.shape}.")
         first: dict[int, int] = {}
@@ -366,14 +391,24 @@ class FeatureStore:
                     f"Image '{self.index.images[image]}' has no features in {self.root}: it was skipped at extraction "
                     f"({facts.skipped[self.index.images[image]]}). Leave it out of the episodes."
                 )
-            # One image at a time: selecting several of a sharded array at once costs 60 times as much in zarr 3.1.
             try:
-                array.get_basic_selection((image,), out=NDBuffer.from_numpy_array(buffer[row]))
-            except Exception as error:
-                raise self._damage(layout, image, repr(error)) from error
-            start = buffer[row].flat[0]
-            if (start != start) if layout.dtype.kind == "f" else (layout.name != "label" and start == layout.fill):
-                raise self._damage(layout, image, "the chunk is not there")
+                self._read_chunk(number, image, buffer[row])
+            except FileNotFoundError as error:
+                raise self._damage(layout, image, "the chunk is not there, nor is its file") from error
+            except Exception as error:  # zarr's errors on damaged data have no common base
+                raise self._damage(layout, image, str(error) or repr(error)) from error
+
+    def _read_chunk(self, number: int, image: int, out: NDArray[Any]) -> None:
+        reader, layout = self._readers[number], self._layouts[number]
+        if reader is not None and out.flags.c_contiguous:
+            reader.read(image, out)
+            return
+        # One image at a time: selecting several of a sharded array at once costs 60 times as much in zarr 3.1.
+        self._arrays[number].get_basic_selection((image,), out=NDBuffer.from_numpy_array(out))
+        if layout.dtype.kind == "f" and not np.isfinite(out).all():
+            raise ValueError("the chunk is not there, or holds NaN or infinity")
+        if layout.dtype.kind != "f" and layout.name != "label" and out.flat[0] == layout.fill:
+            raise ValueError("the chunk is not there")
 
     def _locate(self, image: int) -> tuple[ShardFacts, int]:
         if not 0 <= image < len(self.index.images):
@@ -499,7 +534,7 @@ def _layouts(recipe: Recipe, index: DatasetIndex, shard_images: int) -> list[_La
     size = recipe.image_size
     levels = [
         _Layout(f"level{k}", (n, *shape), shard_images, recipe.dtype, compressed=False)
-        for k, shape in enumerate(recipe.level_shapes())
+        for k, shape in enumerate(recipe.stored_shapes())
     ]
     return [*levels, _Layout("label", (n, size, size), shard_images, np.dtype(index.label_dtype), compressed=True)]
 
@@ -515,7 +550,7 @@ def _identity(recipe: Recipe, index: DatasetIndex) -> str:
     return "sha256:" + hashlib.sha256(f"{recipe.to_json()}\n{index.digest}".encode()).hexdigest()
 
 
-def _build(root: Path, recipe: Recipe, index: DatasetIndex, shard_images: int) -> None:
+def _build(root: Path, recipe: Recipe, index: DatasetIndex, shard_images: int, codec: TransformCodec | None) -> None:
     """Make the whole skeleton beside its place and rename it: a store is never there with half its metadata."""
     _calm_zarr()
     layouts = _layouts(recipe, index, shard_images)
@@ -540,6 +575,8 @@ def _build(root: Path, recipe: Recipe, index: DatasetIndex, shard_images: int) -
         )
         for layout in layouts:
             layout.create(group)
+        if codec is not None:
+            write_fit(group, codec)
         (new / MARKERS).mkdir()
         try:
             os.rename(new, root)
