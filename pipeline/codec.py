@@ -7,7 +7,7 @@ float32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -42,9 +42,16 @@ def encode(
     """
     if precision not in _ENCODERS:
         raise ConfigError(f"Unknown precision '{precision}'. Choose one of: {', '.join(_ENCODERS)}.")
-    encoded = []
-    for number, level in enumerate(levels):
-        values = torch.as_tensor(level)
+    tensors = [torch.as_tensor(level) for level in levels]
+    return [
+        _ENCODERS[precision](values, largest).cpu().numpy()
+        for values, largest in zip(tensors, check_levels(tensors, images), strict=True)
+    ]
+
+
+def check_levels(levels: Sequence[Tensor], images: Sequence[str] | None = None) -> Iterator[Tensor]:
+    """Refuse features that are not finite float32, as `encode`; yields the largest absolute value of every vector."""
+    for number, values in enumerate(levels):
         if values.dtype != torch.float32 or values.ndim != 5:
             raise StoreError(
                 f"Features of level {number} must be 5-dimensional float32, got {values.dtype} of shape "
@@ -53,8 +60,7 @@ def encode(
         # NaN and infinity of a vector show up here. (aminmax takes 15 times as long as these two on a CPU.)
         largest = torch.maximum(values.amax(-1, keepdim=True), -values.amin(-1, keepdim=True))
         _check_finite(largest, number, images)
-        encoded.append(_ENCODERS[precision](values, largest).cpu().numpy())
-    return encoded
+        yield largest
 
 
 def _keep(values: Tensor, largest: Tensor) -> Tensor:
@@ -71,9 +77,13 @@ def _to_float16(values: Tensor, largest: Tensor) -> Tensor:
 
 
 def _to_int8(values: Tensor, largest: Tensor) -> Tensor:
-    # Divide before multiplying: 127 / largest overflows for subnormal values. Rounding in place saves a copy.
     divisor = torch.where(largest > 0, largest, torch.ones_like(largest))
-    return torch.div(values, divisor).mul_(_INT8_MAX).round_().to(torch.int8)
+    encoded = torch.empty(values.shape, dtype=torch.int8, device=values.device)
+    # One map at a time: fresh memory for a whole level took most of the time on a CPU (ResNet-50, 400 px: 11 to 7 ms).
+    for source, by, target in zip(values.flatten(0, 1), divisor.flatten(0, 1), encoded.flatten(0, 1), strict=True):
+        # Divide before multiplying: 127 / largest overflows for subnormal values.
+        target.copy_(torch.div(source, by).mul_(_INT8_MAX).round_())
+    return encoded
 
 
 _ENCODERS = {"float32": _keep, "float16": _to_float16, "int8": _to_int8}

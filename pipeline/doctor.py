@@ -294,7 +294,8 @@ def _weights() -> Iterator[Finding]:
             except WeightsError as error:
                 yield Finding(f"weights {name}", "fail", str(error), f"install {DISTRIBUTION} again")
             continue
-        from torchvision.models import get_model_weights
+        from hsnet import torchvision_ops  # noqa: F401  (must run before torchvision is imported)
+        from torchvision.models import get_model_weights  # isort: skip
 
         file = cache / Path(get_model_weights(name)[weights.PUBLISHED].url).name
         if file.is_file():

@@ -108,6 +108,7 @@ class ShardWorker:
         self.store = FeatureStore.open(
             path, recipe, require_complete=False, index_digest=dataset.index.digest, writable=True
         )
+        self._packed: list[Tensor] | None = None  # the encoding thread's, used again for the next features
 
     def __call__(self, shards: Sequence[int]) -> list[ShardDone]:
         """Make shards; a repeated call finds them done and only reports them.
@@ -155,7 +156,7 @@ class ShardWorker:
 
     def _compute(self, number: int, photos: Generator[_Photo, None, None], encoder: ThreadPoolExecutor) -> _Shard:
         images, recipe = self.store.shard_range(number), self.store.recipe
-        shard = _Shard(number, [np.zeros((len(images), *shape), recipe.dtype) for shape in recipe.level_shapes()])
+        shard = _Shard(number, [np.zeros((len(images), *shape), recipe.dtype) for shape in recipe.stored_shapes()])
         for first in range(0, len(images), self.batch):
             group = images[first : first + self.batch]
             batch = list(islice(photos, len(group)))
@@ -177,7 +178,11 @@ class ShardWorker:
     def _encode(self, shard: _Shard, images: range, first: int, taps: Sequence[Tensor]) -> None:
         """Put the features of images into the shard, from row `first` on."""
         recipe, names = self.store.recipe, [self.store.index.images[image] for image in images]
-        encoded = encode(pack_levels(taps, self.backbone.spec), recipe.precision, names)
+        if self._packed and len(self._packed[0]) != len(images):
+            self._packed = None  # the last batch of a shard may be smaller
+        self._packed = pack_levels(taps, self.backbone.spec, self._packed)
+        codec = self.store.codec
+        encoded = codec.encode(self._packed, names) if codec else encode(self._packed, recipe.precision, names)
         for level, values in zip(shard.levels, encoded, strict=True):
             for row, image in enumerate(images):
                 if image not in shard.skipped:

@@ -20,7 +20,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hsnet import torchvision_ops  # noqa: F401  (must run before torchvision is imported)
 from hsnet.backbone import FrozenBackbone, backbone_spec, random_state_dict
 from hsnet.errors import ConfigError, WeightsError
 
@@ -150,7 +149,8 @@ def _read_file(path: Path) -> Mapping[str, object]:
 
 
 def _download(backbone: str) -> tuple[Mapping[str, object], str]:
-    from torchvision.models import get_model_weights
+    from hsnet import torchvision_ops  # noqa: F401  (must run before torchvision is imported)
+    from torchvision.models import get_model_weights  # isort: skip
 
     entry = get_model_weights(backbone)[PUBLISHED]
     try:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from hsnet import torchvision_ops  # noqa: F401  (must run before torchvision is imported)
 from hsnet.backbone import BACKBONES, FrozenBackbone, pack_levels, random_state_dict
 from hsnet.correlation import build_pyramid
 from hsnet.errors import ConfigError, ShapeError, WeightsError
@@ -107,6 +108,30 @@ def test_level_shapes_match_what_comes_out():
         assert tuple(out.shape[1:]) == backbone.spec.level_shape(level, (72, 104))
         assert out.is_contiguous()
     assert levels[2][:, :2, :, :, 384:].count_nonzero() == 0, "narrow layers are padded with zeros"
+
+
+@pytest.mark.parametrize("name", ["vgg16", "resnet50", "squeezenet1_1"])
+def test_level_shapes_are_those_of_the_network_at_every_size(name):
+    backbone = FrozenBackbone(name, random_state_dict(name)).to("meta")
+    with torch.device("meta"):
+        for side in (*range(1, 45), 112, 127, 128, 129, 145, 399, 400, 401, 402, 473):
+            try:
+                expected = [tuple(out.shape[1:]) for out in backbone(torch.empty(1, 3, side, side + 9))]
+            except RuntimeError:
+                with pytest.raises(ShapeError, match=f"cannot read images of {side} x {side + 9} pixels"):
+                    backbone.spec.level_shape(backbone.spec.levels - 1, (side, side + 9))
+            else:
+                levels = range(backbone.spec.levels)
+                assert [backbone.spec.level_shape(level, (side, side + 9)) for level in levels] == expected, side
+
+
+def test_packing_into_given_memory_gives_the_same():
+    backbone = FrozenBackbone("squeezenet1_1", random_state_dict("squeezenet1_1"))
+    first, second = (backbone.taps(torch.randn(2, 3, 65, 65)) for _ in range(2))
+    packed = pack_levels(first, backbone.spec)
+    again = pack_levels(second, backbone.spec, packed)
+    assert all(one is other for one, other in zip(again, packed, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(again, pack_levels(second, backbone.spec), strict=True))
 
 
 def test_training_steps_leave_the_backbone_alone():
