@@ -166,6 +166,13 @@ def test_passes_are_split_without_changing_a_mask(tiny_source, monkeypatch, pair
     assert int((LearnedSegmenter(learner()).masks(batch) != whole).sum()) <= 4
 
 
+def test_the_arithmetic_is_the_segmenters(tiny_source):
+    stream = EpisodeStream(tiny_source.index, 0, "test", 1, 0)
+    batch = load_batch(tiny_source, [stream[number] for number in range(8)])
+    exact, near = (LearnedSegmenter(learner(), name).masks(batch) for name in ("float32", "bfloat16"))
+    assert 0 < int((exact != near).sum()) < 0.2 * exact.numel()
+
+
 def test_passes_are_as_large_as_the_device_likes(tiny_source, monkeypatch):
     batch = load_batch(tiny_source, [tiny_episode(tiny_source)] * 3)
     many = pairs_per_pass(batch)

@@ -130,6 +130,15 @@ def test_micro_batches_keep_the_global_batch(whole_run, tiny_config, tiny_source
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(whole_run[0]), rtol=0, atol=1e-4)
 
 
+def test_bfloat16_is_another_run_that_starts_alike(whole_run, tiny_config, tiny_source, tmp_path):
+    fit(tiny_config(steps=1, arithmetic="bfloat16", select_on="none"), tiny_source, tmp_path / "run")
+    near, exact = losses(tmp_path / "run")[0], losses(whole_run[0])[0]
+    assert near != exact
+    assert near == pytest.approx(exact, rel=0.02)
+    with pytest.raises(ConfigError, match="arithmetic"):
+        fit(tiny_config(steps=7, arithmetic="bfloat16"), tiny_source, whole_run[0])
+
+
 def test_prefetch_changes_nothing(whole_run, tiny_config, tiny_source, tmp_path):
     fit(tiny_config(steps=6), tiny_source, tmp_path / "run", prefetch_depth=0)
     assert_same_run(whole_run[0], tmp_path / "run", atol=0)
