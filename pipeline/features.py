@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from hsnet.backbone import FrozenBackbone
+from hsnet.errors import ConfigError
 from pipeline.datasets.images import network_image, resize_label
 from pipeline.datasets.index import DatasetIndex
 from pipeline.episodes import Episode
 from pipeline.recipe import Recipe
 from pipeline.shard_worker import BATCH
 from pipeline.store import FeatureStore
+from pipeline.transform import TransformCodec
 
 if TYPE_CHECKING:
     from pipeline.datasets import Dataset
@@ -44,8 +46,13 @@ class FeatureSource(Protocol):
         """Class ids in the image's full-size mask."""
         ...
 
+    @property
+    def codec(self) -> TransformCodec | None:
+        """What reads coded features; None if they are kept as they are."""
+        ...
+
     def features(self, images: Sequence[int]) -> list[Tensor]:
-        """Levels, finest first, each (n, L, H, W, C) in the precision they are kept in."""
+        """Levels, finest first, each (n, L, H, W, C) in the precision they are kept in, or codes for `codec`."""
         ...
 
     def labels(self, images: Sequence[int]) -> Tensor:
@@ -71,6 +78,10 @@ class StoreSource:
     def skipped(self) -> Collection[int]:
         return self.store.skipped
 
+    @property
+    def codec(self) -> TransformCodec | None:
+        return self.store.codec
+
     def classes_present(self, image: int) -> Sequence[int]:
         return self.store.classes_present(image)
 
@@ -89,8 +100,11 @@ class OnlineSource:
     """
 
     skipped: Collection[int] = frozenset()
+    codec: TransformCodec | None = None
 
     def __init__(self, dataset: Dataset, backbone: FrozenBackbone, recipe: Recipe, device: str = "cpu") -> None:
+        if recipe.coding is not None:
+            raise ConfigError("Features made on the fly are exact: a recipe of coded features needs their store.")
         self.dataset = dataset
         self.backbone = backbone.to(device)
         # With its number: "cuda" alone means another GPU on another thread, and batches are read ahead on one.
@@ -127,7 +141,7 @@ class EpisodeBatch:
     """B episodes of K shots as tensors. S is the network's image size."""
 
     query: list[Tensor]
-    """Levels of the queries, finest first, each (B, L, H, W, C)."""
+    """Levels of the queries, finest first, each (B, L, H, W, C); codes, (B, 1, H, W, bytes), if there is a `codec`."""
     support: list[Tensor]
     """Levels of the supports, each (B K, L, U, V, C): all shots of the first episode, then of the second, ..."""
     support_mask: Tensor
@@ -137,25 +151,35 @@ class EpisodeBatch:
     ignore: Tensor | None
     """(B, S, S) bool, True on boundary pixels; None for data sets without an ignore label."""
     shots: int
+    unit: bool = False
+    """The features are coordinates of unit vectors: their correlation is the inner product, without normalising."""
+    codec: TransformCodec | None = None
+    """What the levels are still coded with; `to` decodes them."""
 
     @property
     def size(self) -> int:
         return len(self.target)
 
     def to(self, device: str | torch.device) -> EpisodeBatch:
+        """The batch on a device. Codes travel as they are, which is the least to send, and are decoded there."""
         move = lambda tensor: tensor.to(device, non_blocking=True)  # noqa: E731
+        query, support = [move(level) for level in self.query], [move(level) for level in self.support]
+        if self.codec is not None:
+            codec = self.codec.on(query[0].device)
+            query, support = codec.decode(query), codec.decode(support)
         return EpisodeBatch(
-            [move(level) for level in self.query],
-            [move(level) for level in self.support],
+            query,
+            support,
             move(self.support_mask),
             move(self.target),
             None if self.ignore is None else move(self.ignore),
             self.shots,
+            self.unit,
         )
 
 
 def load_batch(source: FeatureSource, episodes: Sequence[Episode]) -> EpisodeBatch:
-    """Read what a batch of episodes needs. All must have the same number of shots."""
+    """Read what a batch of episodes needs. All must have the same number of shots. Coded features stay coded."""
     queries = [episode.query for episode in episodes]
     supports = [support for episode in episodes for support in episode.supports]
     shots = len(episodes[0].supports)
@@ -164,7 +188,17 @@ def load_batch(source: FeatureSource, episodes: Sequence[Episode]) -> EpisodeBat
     target = query_labels == value[:, None, None]
     support_mask = support_labels == value.repeat_interleave(shots)[:, None, None]
     ignore = query_labels == source.index.ignore_label if source.index.has_ignore else None
-    return EpisodeBatch(source.features(queries), source.features(supports), support_mask, target, ignore, shots)
+    codec = source.codec
+    return EpisodeBatch(
+        source.features(queries),
+        source.features(supports),
+        support_mask,
+        target,
+        ignore,
+        shots,
+        codec is not None,
+        codec,
+    )
 
 
 def prefetch(

@@ -146,7 +146,7 @@ def predict(
     """
     started = time.monotonic()
     recipe = checkpoint.recipe
-    offered = Recipe.of(weights.backbone, weights.sha256, recipe.image_size, recipe.precision)
+    offered = Recipe.of(weights.backbone, weights.sha256, recipe.image_size)
     checkpoint.require(offered, f"the backbone {weights.backbone} ({weights.origin})")
     if not supports:
         raise ConfigError("At least one support (a photo with its mask) is needed")

@@ -13,6 +13,9 @@ from hsnet.backbone import backbone_spec
 from hsnet.errors import ConfigError
 from hsnet.model import squeezed_grids
 
+CODED = "coded"
+"""Precision of features in a byte budget: see `pipeline.transform`."""
+
 DTYPES = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
 """Precision -> type of a stored value. int8 keeps directions only: see `pipeline.codec`."""
 
@@ -21,6 +24,43 @@ RESIZE = "Pillow bilinear to a square; labels nearest, source = floor(target * i
 LARGEST_IMAGE = 4096
 FORMAT = 1
 """Version of the store's layout. A reader refuses a higher one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coding:
+    """What the budgeted codec was asked for, what it was fitted on and what came out.
+
+    Raises:
+        ConfigError: a field cannot be meant.
+    """
+
+    bytes_per_image: int
+    """The budget of an image's features."""
+    images: int
+    """Training-split images of the sample it was fitted on."""
+    positions: int
+    """Feature vectors of a layer in the sample, at most."""
+    seed: int
+    """Of the sample."""
+    fit: str
+    """"sha256:..." over the arrays of the fit."""
+    level_bytes: tuple[int, ...]
+    """Bytes of a position, all layers of the level together; finest level first."""
+
+    def __post_init__(self) -> None:
+        whole = (self.bytes_per_image, self.images, self.positions, self.seed, *self.level_bytes)
+        if not all(type(value) is int and 0 <= value < 1 << 40 for value in whole) or 0 in self.level_bytes:
+            raise ConfigError(f"The recipe's coding holds numbers that cannot be meant: {self}.")
+        if not (isinstance(self.fit, str) and re.fullmatch(r"sha256:[0-9a-f]{64}", self.fit)):
+            raise ConfigError(f"The recipe's coding must name its fit by 'sha256:' and 64 digits, got {self.fit!r}.")
+
+    @classmethod
+    def from_dict(cls, values: object) -> Coding:
+        """Read what `dataclasses.asdict` gave, by way of JSON. Raises ConfigError for anything else."""
+        names = {f.name for f in fields(cls)}
+        if not isinstance(values, Mapping) or set(values) != names or not isinstance(values["level_bytes"], list):
+            raise ConfigError(f"The recipe's coding has the fields {', '.join(sorted(names))}; found: {values!r}.")
+        return cls(**{**values, "level_bytes": tuple(values["level_bytes"])})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +86,19 @@ class Recipe:
     image_size: int = 400
     """Side of the square network input, pixels."""
     precision: str = "int8"
-    """float32 (exact), float16 or int8."""
+    """float32 (exact), float16, int8, or coded (in a byte budget)."""
     taps: tuple[str, ...]
     """Layers read, shallow to deep."""
     normalisation: str = NORMALISATION
     resize: str = RESIZE
     format: int = FORMAT
+    coding: Coding | None = None
+    """Of coded features only."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
+            if field.name == "coding":
+                continue
             wanted = {"image_size": int, "format": int, "taps": tuple}.get(field.name, str)
             if type(getattr(self, field.name)) is not wanted:
                 raise ConfigError(
@@ -62,8 +106,10 @@ class Recipe:
                 )
         if not re.fullmatch(r"sha256:[0-9a-f]{64}", self.weights):
             raise ConfigError(f"Recipe field 'weights' must be 'sha256:' and 64 hex digits, got {self.weights!r}.")
-        if self.precision not in DTYPES:
+        if self.precision not in (*DTYPES, CODED):
             raise ConfigError(f"Unknown precision '{self.precision}'. Choose one of: {', '.join(DTYPES)}.")
+        if (self.precision == CODED) != isinstance(self.coding, Coding):
+            raise ConfigError(f"Recipe field 'coding' does not fit precision '{self.precision}': {self.coding!r}.")
         if not 1 <= self.image_size <= LARGEST_IMAGE:
             raise ConfigError(f"Image size must be 1 to {LARGEST_IMAGE} pixels, got {self.image_size}.")
         if not all(isinstance(tap, str) for tap in self.taps):
@@ -78,7 +124,23 @@ class Recipe:
     @property
     def dtype(self) -> np.dtype:
         """Type of a stored feature value."""
-        return np.dtype(DTYPES[self.precision])
+        return np.dtype(np.uint8 if self.coding else DTYPES[self.precision])
+
+    def stored_shapes(self) -> tuple[tuple[int, int, int, int], ...]:
+        """Shape of every level of one image as it is stored: `level_shapes`, or (1, rows, columns, bytes) if coded.
+
+        Raises:
+            ConfigError, ShapeError: as `level_shapes`.
+        """
+        shapes = self.level_shapes()
+        if self.coding is None:
+            return shapes
+        if len(self.coding.level_bytes) != len(shapes):
+            raise ConfigError(f"The recipe's coding has {len(self.coding.level_bytes)} levels, not {len(shapes)}.")
+        for (layers, _, _, channels), nbytes in zip(shapes, self.coding.level_bytes, strict=True):
+            if not layers <= nbytes <= layers * channels:
+                raise ConfigError(f"The recipe's coding has {nbytes} bytes for {layers} layers of {channels} channels.")
+        return tuple((1, *shape[1:3], nbytes) for shape, nbytes in zip(shapes, self.coding.level_bytes, strict=True))
 
     def level_shapes(self) -> tuple[tuple[int, int, int, int], ...]:
         """(layers, rows, columns, channels) of every level of one image, finest grid first.
@@ -114,11 +176,16 @@ class Recipe:
     def differences(self, other: Recipe) -> dict[str, tuple[object, object]]:
         """Field -> (value here, value in `other`), for the fields that differ."""
         pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        if self.coding and other.coding:
+            one, two = asdict(self.coding), asdict(pairs.pop("coding")[1])
+            pairs |= {f"coding {name}": (one[name], two[name]) for name in one}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
     def to_dict(self) -> dict[str, object]:
         """Plain JSON values; `from_dict` reads them back."""
-        return {**asdict(self), "taps": list(self.taps)}
+        values = {**asdict(self), "taps": list(self.taps)}
+        coding = values.pop("coding")  # recipes without one are written as they always were
+        return {**values, "coding": {**coding, "level_bytes": list(coding["level_bytes"])}} if coding else values
 
     def to_json(self) -> str:
         """The recipe as one line of JSON."""
@@ -127,12 +194,13 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: object) -> Recipe:
         """Read what `to_dict` gave. Raises ConfigError for anything else."""
-        names = [f.name for f in fields(cls)]
-        if not isinstance(values, Mapping) or sorted(map(str, values)) != sorted(names):
+        names = [f.name for f in fields(cls) if f.name != "coding"]
+        if not isinstance(values, Mapping) or sorted(map(str, values.keys() - {"coding"})) != sorted(names):
             found = ", ".join(map(str, values)) if isinstance(values, Mapping) else type(values).__name__
             raise ConfigError(f"A recipe has the fields {', '.join(names)}; found: {found}.")
         taps = values["taps"]
-        return cls(**{**values, "taps": tuple(taps) if isinstance(taps, list) else taps})
+        coding = Coding.from_dict(values["coding"]) if "coding" in values else None
+        return cls(**{**values, "taps": tuple(taps) if isinstance(taps, list) else taps, "coding": coding})
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:

@@ -59,7 +59,7 @@ class LearnedSegmenter:
                     [level.unflatten(0, (-1, batch.shots))[chosen, drawn].flatten(0, 1) for level in levels]
                     for levels in (batch.support, [batch.support_mask])
                 )
-                hard = predict_mask(resize_logits(fused(query, support, mask[0]), size))
+                hard = predict_mask(resize_logits(fused(query, support, mask[0], batch.unit), size))
                 out[drawn, chosen] = hard.unflatten(0, (len(query[0]), -1)).transpose(0, 1)
         return out
 
@@ -102,7 +102,7 @@ def cosine_scores(batch: EpisodeBatch) -> Tensor:
     """(K, B, S, S) float32 in [0, 1]: the cosine map of every support at mask size."""
     query, support = batch.query[-1].repeat_interleave(batch.shots, 0), batch.support[-1]
     mask = interpolate_mask(batch.support_mask, (support.shape[2], support.shape[3]))
-    scores = cosine_map(build_hypercorrelation(query, support, mask), mask)
+    scores = cosine_map(build_hypercorrelation(query, support, mask, unit=batch.unit), mask)
     size = (batch.target.shape[1], batch.target.shape[2])
     return resize_logits(scores[:, None], size)[:, 0].view(batch.size, batch.shots, *size).transpose(0, 1)
 
@@ -120,7 +120,7 @@ def fit_cosine_threshold(
     thresholds = [step / steps for step in range(steps)]
     counts: list[list[Tensor]] = [[] for _ in thresholds]
     for start in range(0, episodes, 20):
-        batch = load_batch(source, drawn[start : start + 20])
+        batch = load_batch(source, drawn[start : start + 20]).to("cpu")
         scores = cosine_scores(batch)[0]
         for tried, threshold in zip(counts, thresholds, strict=True):
             tried.append(count(scores >= threshold, batch.target, batch.ignore))

@@ -302,7 +302,7 @@ class _Trainer:
 
     def _losses(self, batch: EpisodeBatch, sync: bool, weight: float) -> Tensor:
         def run() -> Tensor:
-            logits = self.wrapped(batch.query, batch.support, batch.support_mask)
+            logits = self.wrapped(batch.query, batch.support, batch.support_mask, batch.unit)
             losses = episode_losses(logits, batch.target, batch.ignore, self.config.boundary)
             (losses.sum() * weight).backward()
             return losses.detach()
