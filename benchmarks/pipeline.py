@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from PIL import Image
 
 from benchmarks import timing
 from benchmarks.inputs import disc, picture
+from hsnet import torchvision_ops  # noqa: F401  (must run before torchvision is imported)
 from hsnet.backbone import FrozenBackbone, random_state_dict
 from pipeline.datasets import Dataset, open_dataset
 from pipeline.runner import one_torch_thread
@@ -70,7 +71,9 @@ def measure_extract(
     from pipeline.weights import load_weights
 
     dataset, weights = data(images), load_weights(backbone, "random")
-    many, bare, ours, cpu = len(dataset.index.images), [], [], []
+    many = len(dataset.index.images)
+    bare: list[tuple[float, float]] = []
+    ours, cpu = [], []
     with _ray(workers) as runner, _bare(backbone, size, max(1, workers)) as run_bare:
         for number in range(-1 if workers else 0, repeats):
             # Ray's processes import everything in a first round that does not count.
@@ -87,19 +90,25 @@ def measure_extract(
         "images": many,
         "workers": workers,
         "images_per_s": timing.summary(ours),
-        "bare_images_per_s": timing.summary(bare),
-        "share_of_bare": statistics.median(ours) / statistics.median(bare),
+        "bare_images_per_s": timing.summary([rate for rate, _ in bare]),
+        "share_of_bare": statistics.median(ours) / statistics.median(rate for rate, _ in bare),
+        "bare_cpu_s_per_image": timing.summary([seconds for _, seconds in bare]),
+        # Ray's processes are not this one's children: their CPU seconds are not known here.
         **({} if workers else {"cpu_s_per_image": timing.summary(cpu)}),
     }
 
 
 @contextmanager
-def _bare(backbone: str, size: int, processes: int) -> Iterator[Callable[[int], float]]:
-    """A function: images per second of nothing but the backbone, in as many processes of one thread at once."""
+def _bare(backbone: str, size: int, processes: int) -> Iterator[Callable[[int], tuple[float, float]]]:
+    """A function: what nothing but the backbone does, in as many processes of one thread at once.
+
+    It gives images per second of all processes, and CPU seconds per image.
+    """
     with multiprocessing.get_context("spawn").Pool(processes, _build_bare, (backbone, size)) as pool:
 
-        def run(images: int) -> float:
-            return sum(pool.map(_run_bare, [images] * processes, chunksize=1))
+        def run(images: int) -> tuple[float, float]:
+            each = pool.map(_run_bare, [images] * processes, chunksize=1)
+            return sum(rate for rate, _ in each), statistics.mean(seconds for _, seconds in each)
 
         run(2)
         yield run
@@ -112,11 +121,11 @@ def _build_bare(backbone: str, size: int) -> None:
     _pixels = torch.randn(1, 3, size, size)
 
 
-def _run_bare(images: int) -> float:
-    start = time.perf_counter()
+def _run_bare(images: int) -> tuple[float, float]:
+    wall, cpu = time.perf_counter(), time.process_time()
     for _ in range(images):
         _network.taps(_pixels)
-    return images / (time.perf_counter() - start)
+    return images / (time.perf_counter() - wall), (time.process_time() - cpu) / images
 
 
 @contextmanager
@@ -140,12 +149,16 @@ def measure_help(repeats: int) -> dict[str, Any]:
     return {"wall_s": timing.summary([_command("--help")[0] for _ in range(repeats)])}
 
 
-def measure_evaluate(store: Path, run_dir: Path | None, shots: int, episodes: int, repeats: int) -> dict[str, Any]:
-    """Rates of evaluation: the command, the stage in this process, and the segmenter on batches that are there."""
+def measure_evaluate(
+    store: Path, run_dir: Path | None, shots: int, episodes: Sequence[int], workers: Sequence[int], repeats: int
+) -> dict[str, Any]:
+    """Rates of evaluation: the command, the stage in this process, and the segmenter on batches that are there.
+
+    The stage is timed with and without reading ahead; the command for each number of episodes and of workers.
+    """
+    from pipeline import evaluate as stage
     from pipeline import methods
     from pipeline.episodes import EpisodeStream
-    from pipeline.evaluate import BLOCK, count_masks
-    from pipeline.evaluate import evaluate as stage
     from pipeline.features import StoreSource, load_batch
     from pipeline.store import FeatureStore
 
@@ -154,32 +167,42 @@ def measure_evaluate(store: Path, run_dir: Path | None, shots: int, episodes: in
     source = StoreSource(FeatureStore.open(store))
     method = methods.trained(run_dir, source) if run_dir else methods.untrained(source)
     stream = EpisodeStream(source.index, 0, "test", shots, 0)
-    drawn = [stream[number] for number in range(min(episodes, max(1, BLOCK // shots)))]
+    drawn = [stream[number] for number in range(min(min(episodes), max(1, stage.BLOCK // shots)))]
     with one_torch_thread():
         segmenter, batch = method.make(), load_batch(source, drawn)
 
         def inner() -> None:
-            count_masks(segmenter.masks(batch), batch, shots)
+            stage.count_masks(segmenter.masks(batch), batch, shots)
 
         def load() -> None:
             load_batch(source, drawn)
 
-        def whole() -> None:
-            stage(method.make, lambda: source, source.index, fold=0, shots=(shots,), episodes=episodes)
+        def whole(ahead: int) -> Callable[[], None]:
+            def run() -> None:
+                before, stage.READ_AHEAD = stage.READ_AHEAD, ahead
+                try:
+                    stage.evaluate(
+                        method.make, lambda: source, source.index, fold=0, shots=(shots,), episodes=episodes[0]
+                    )
+                finally:
+                    stage.READ_AHEAD = before
 
-        times = timing.alternate({"inner": inner, "load": load, "stage": whole}, repeats)
-    start = statistics.median(_command(*options, "--episodes", "1")[0] for _ in range(repeats))
-    command = statistics.median(_command(*options, "--episodes", str(episodes))[0] for _ in range(repeats))
-    return {
+            return run
+
+        parts = {"inner": inner, "load": load, "ahead": whole(stage.READ_AHEAD), "in_line": whole(0)}
+        times = timing.alternate(parts, repeats)
+    result: dict[str, Any] = {
         "shots": shots,
-        "episodes": episodes,
         "inner_episodes_per_s": len(drawn) / statistics.median(times["inner"].wall),
         "load_s_per_episode": statistics.median(times["load"].wall) / len(drawn),
-        "stage_episodes_per_s": episodes / statistics.median(times["stage"].wall),
-        "command_episodes_per_s": episodes / command,
-        "command_s": command,
-        "command_of_one_episode_s": start,
+        "stage_episodes_per_s": episodes[0] / statistics.median(times["ahead"].wall),
+        "stage_reading_in_line_episodes_per_s": episodes[0] / statistics.median(times["in_line"].wall),
     }
+    for number in workers:
+        for count in (1, *episodes):
+            taken = [_command(*options, "--episodes", str(count), "--workers", str(number))[0] for _ in range(repeats)]
+            result[f"command_{count}_episodes_{number}_workers_s"] = statistics.median(taken)
+    return result
 
 
 def measure_train(store: Path, batch: int, steps: int, threads: int | None, scratch: Path) -> dict[str, Any]:
@@ -256,7 +279,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of: {', '.join(PARTS)}")
     parser.add_argument("--backbones", default=",".join(BACKBONES), help="of the extraction, commas between them")
-    parser.add_argument("--workers", default="0,2", help="of the extraction: 0 is this process, others are on Ray")
+    parser.add_argument(
+        "--workers", default="0,2", help="of extraction and evaluation: 0 is this process, others are on Ray"
+    )
     parser.add_argument("--images", type=int, help="photos of an extraction; by backbone if left out")
     parser.add_argument("--size", type=int, default=400, help="side of the network input, pixels")
     parser.add_argument("--repeats", type=int, default=3)
@@ -264,7 +289,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--store", type=Path, help="store to train and evaluate from; made if left out")
     parser.add_argument("--run-dir", type=Path, help="run to evaluate; an untrained head if left out")
     parser.add_argument("--shots", type=int, default=1)
-    parser.add_argument("--episodes", type=int, default=50, help="of an evaluation")
+    parser.add_argument("--episodes", default="50", help="of evaluations, the fewest first, commas between them")
     parser.add_argument("--batch", type=int, default=4, help="episodes of a training step")
     parser.add_argument("--steps", type=int, default=5, help="training steps that count, twice for each setting")
     parser.add_argument("--threads", type=int, help="torch threads of training; torch's own choice if left out")
@@ -312,7 +337,9 @@ def main(arguments: list[str] | None = None) -> Path:
             store = options.store or _make_store(data, options.size, scratch)
             backbone, size = _made_for(store)
             if "evaluate" in parts:
-                measured = measure_evaluate(store, options.run_dir, options.shots, options.episodes, options.repeats)
+                episodes = sorted(map(int, options.episodes.split(",")))
+                processes = list(map(int, options.workers.split(",")))
+                measured = measure_evaluate(store, options.run_dir, options.shots, episodes, processes, options.repeats)
                 keep(f"evaluate, {options.shots} shots", backbone, size, measured)
             if "train" in parts:
                 measured = measure_train(store, options.batch, options.steps, options.threads, scratch)

@@ -14,10 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -30,11 +28,17 @@ from pipeline.features import EpisodeBatch, FeatureSource, prefetch
 from pipeline.runner import Runner, SerialRunner, in_groups
 from pipeline.segmenters import Segmenter
 
+if TYPE_CHECKING:  # imported where tables are made: training counts masks and makes none
+    import pyarrow as pa
+
 BLOCK = 25
 """Episodes that are planned together; a worker gets several blocks if they are quick."""
 
 TASK_SECONDS = 5.0
 """About how long a worker is busy with the blocks it is given at a time: it reads one while it computes another."""
+
+READ_AHEAD = 1
+"""Groups of episodes read while one is predicted; 0 reads in line."""
 
 COUNTS = ("intersection_background", "intersection", "union_background", "union")
 """Columns of an episode's counts, pixels at network size; each again with `_all` where ignored pixels are counted."""
@@ -144,6 +148,8 @@ def evaluate(
         "ignore": "boundary pixels count for nothing" if index.has_ignore else "no ignore label",
         **(protocol or {}),
     }
+    import pyarrow as pa
+
     table = pa.Table.from_pylist([_named(row, index) for row in ordered], schema=_schema())
     table = table.replace_schema_metadata({"hsnet": json.dumps(resolved, sort_keys=True)})
     class_ids = index.split(fold, role).class_ids
@@ -179,6 +185,8 @@ def require_writable(path: Path) -> None:
 
 def write_rows(path: Path, rows: pa.Table) -> None:
     """Write the rows as Parquet, whole or not at all. Raises DataError if the place cannot be written."""
+    import pyarrow.parquet as pq
+
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -236,7 +244,7 @@ def _rows(
     parts = [(block, start) for block in blocks for start in range(0, len(block.episodes), _step(block))]
     reads = (block.episodes[start : start + _step(block)] for block, start in parts)
     rows = []
-    with closing(prefetch(source, reads, 1)) as loaded:
+    with closing(prefetch(source, reads, READ_AHEAD)) as loaded:
         for (block, start), (episodes, batch) in zip(parts, loaded, strict=True):
             batch = batch.to(device)
             masks = segmenter.masks(batch)
@@ -273,6 +281,8 @@ def _named(row: Mapping[str, Any], index: DatasetIndex) -> dict[str, Any]:
 
 
 def _schema() -> pa.Schema:
+    import pyarrow as pa
+
     whole = [(name, pa.int64()) for name in (*COUNTS, *(f"{name}_all" for name in COUNTS))]
     return pa.schema(
         [
