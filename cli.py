@@ -12,6 +12,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -173,6 +174,24 @@ class Whole(click.ParamType):
             self.fail(f"'{value}' is not a whole number", param, ctx)
         if number < self.least:
             self.fail(f"{number} is less than {self.least}", param, ctx)
+        return number
+
+
+class Bytes(click.ParamType):
+    """A number of bytes with its unit, such as 2MB or 60 GB; powers of 1000."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?B?)", str(value).strip())
+        if not found:
+            self.fail(f"'{value}' is not a size such as 500KB, 2MB or 60GB", param, ctx)
+        scale = " KMGT".index((found[2].upper().rstrip("B") or " "))
+        number = int(float(found[1]) * 1000**scale)
+        if number < 1:
+            self.fail(f"'{value}' is less than a byte", param, ctx)
         return number
 
 
@@ -553,6 +572,13 @@ def _prepared_text(summary: Any) -> str:
     show_default=True,
     help="Of stored values; float32 is exact and takes four times the space of int8.",
 )
+@click.option(
+    "--bytes-per-image",
+    type=Bytes(),
+    metavar="SIZE",
+    help="Instead of --precision: a budget for the features of an image, such as 2MB.",
+)
+@click.option("--budget", type=Bytes(), metavar="SIZE", help="The same for all images together, such as 60GB.")
 @options(workers_option, address_option, device_option)
 @click.option(
     "--on-error",
@@ -580,6 +606,8 @@ def extract(
     image_size: int,
     store: Path,
     precision: str,
+    bytes_per_image: int | None,
+    budget: int | None,
     workers: int,
     address: str | None,
     device: str,
@@ -599,13 +627,20 @@ def extract(
     """
     set_up_logging(quiet)
     on_interrupt("Finished shards are kept: run the same command again to go on.")
+    given = click.get_current_context().get_parameter_source("precision")
+    chosen = [given == click.core.ParameterSource.COMMANDLINE, bytes_per_image is not None, budget is not None]
+    if sum(chosen) > 1:
+        raise click.UsageError("Give one of --precision, --bytes-per-image and --budget.")
     from pipeline.extract import extract as stage
+    from pipeline.fitting import Fitting
     from pipeline.plan import Planned
     from pipeline.weights import load_weights
 
     data = open_data(dataset, data_root, splits, data_options, quiet)
+    if budget is not None:
+        bytes_per_image = budget // max(1, len(data.index.images))
     if dry_run:
-        plan = _plan_extraction(data, backbone, weights, image_size, precision, store, shard_images)
+        plan = _plan_extraction(data, backbone, weights, image_size, precision, bytes_per_image, store, shard_images)
         return emit(plan, f"{_plan_text(plan)} Nothing was written.", as_json)
     loaded = load_weights(backbone, weights)
     device = pick_device(device, address)
@@ -614,6 +649,9 @@ def extract(
 
         def show(event: Any) -> None:
             nonlocal done, total
+            if isinstance(event, Fitting):
+                progress.say(f"Fitting the codec to {event.images} training photos.")
+                return
             if isinstance(event, Planned):
                 done, total = event.images_done, event.images
                 progress.say(_plan_text(event))
@@ -622,7 +660,18 @@ def extract(
             progress.update(done, total)
 
         summary = stage(
-            data, loaded, backbone, image_size, precision, store, runner, on_error, shard_images, show, device
+            data,
+            loaded,
+            backbone,
+            image_size,
+            precision,
+            store,
+            runner,
+            on_error,
+            shard_images,
+            show,
+            device,
+            bytes_per_image,
         )
     lines = [
         f"{printable(summary.path)}: {summary.images} images, {size_text(summary.bytes)} "
@@ -636,19 +685,28 @@ def extract(
 
 
 def _plan_extraction(
-    data: Dataset, backbone: str, weights: str | None, image_size: int, precision: str, path: Path, shard_images: int
+    data: Dataset,
+    backbone: str,
+    weights: str | None,
+    image_size: int,
+    precision: str,
+    bytes_per_image: int | None,
+    path: Path,
+    shard_images: int,
 ) -> Any:
     """The plan of a store; weights, which may have to be downloaded, are looked at only to compare a store with."""
+    from pipeline.extract import wanted_recipe
     from pipeline.plan import plan_new, plan_store
     from pipeline.recipe import Recipe
     from pipeline.store import FeatureStore
     from pipeline.weights import load_weights
 
     if path.exists():
-        recipe = Recipe.of(backbone, load_weights(backbone, weights).sha256, image_size, precision)
+        exact = Recipe.of(backbone, load_weights(backbone, weights).sha256, image_size, precision)
+        recipe = wanted_recipe(exact, bytes_per_image, path)
         return plan_store(FeatureStore.open(path, recipe, require_complete=False, index_digest=data.index.digest))
-    unknown = "sha256:" + "0" * 64
-    return plan_new(data.index, Recipe.of(backbone, unknown, image_size, precision), path, shard_images)
+    unknown = Recipe.of(backbone, "sha256:" + "0" * 64, image_size, precision)
+    return plan_new(data.index, wanted_recipe(unknown, bytes_per_image, path), path, shard_images)
 
 
 def _plan_text(plan: Any) -> str:
@@ -689,13 +747,19 @@ def store_info(path: Path, as_json: bool) -> None:
         "folds": ", ".join(map(str, info["folds"])),
         "backbone": f"{recipe['backbone']}, weights {recipe['weights'][:15]}",
         "image size": f"{recipe['image_size']} px",
-        "precision": recipe["precision"],
+        "precision": recipe["precision"] + _coding_text(recipe.get("coding")),
         "levels": "  ".join("x".join(map(str, level)) for level in info["levels"]),
         "shards": f"{info['shards']} of {info['shard_images']} images, {done}",
         "bytes": size_text(info["bytes"]) + (f", {size_text(each)} per image" if each else ""),
         "skipped": f"{len(info['skipped'])} unreadable images",
     }
     emit(info, fact_lines(facts), as_json)
+
+
+def _coding_text(coding: Mapping[str, Any] | None) -> str:
+    if coding is None:
+        return ""
+    return f", {size_text(coding['bytes_per_image'])} per image asked for, fitted on {coding['images']} training photos"
 
 
 @main.command(short_help="Train a head on a store's features, or go on with it.")

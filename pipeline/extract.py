@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from hsnet.errors import ConfigError, DataError, StoreError
 from pipeline.datasets import Dataset
+from pipeline.fitting import Fitting, fit_codec, nominal_recipe, sample_size
 from pipeline.plan import Planned, plan_new, plan_store
-from pipeline.recipe import Recipe
+from pipeline.recipe import CODED, Recipe
 from pipeline.runner import Runner, SerialRunner, in_groups
 from pipeline.shard_worker import ShardDone, ShardWorker
 from pipeline.store import SHARD_IMAGES, FeatureStore
@@ -29,7 +30,7 @@ ON_ERROR = ("fail", "skip")
 TASK_SECONDS = 30.0
 """About how long a worker is busy with the shards it is given at a time: it writes one while it computes the next."""
 
-Event = Planned | ShardDone
+Event = Fitting | Planned | ShardDone
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def extract(
     shard_images: int = SHARD_IMAGES,
     on_event: Callable[[Event], None] | None = None,
     device: str = "cpu",
+    bytes_per_image: int | None = None,
 ) -> ExtractSummary:
     """Make the feature store of a data set, or finish the one at `path`.
 
@@ -70,13 +72,16 @@ def extract(
         dataset: images and label maps; pickled to the workers of another process.
         weights: of `backbone`.
         image_size: side of the square network input, pixels.
-        precision: float32, float16 or int8; see `pipeline.codec.encode`.
+        precision: float32, float16 or int8; see `pipeline.codec.encode`. Means nothing with a budget.
         runner: where the work is done; None is this process.
         on_error: what to do with an image that cannot be read: "fail" stops with its name, "skip" records it in the
             store, where it is never drawn for an episode.
         shard_images: images per shard of a new store.
-        on_event: called here with `Planned`, then with `ShardDone` for each shard.
+        on_event: called here with `Planned`, then with `ShardDone` for each shard; before both with `Fitting` when a
+            codec is to be fitted.
         device: where the backbone runs. Features of different kinds of devices differ in their last bits.
+        bytes_per_image: budget of an image's features, kept by the budgeted codec (`pipeline.transform`), which is
+            fitted first; an existing store keeps its fit.
 
     Raises:
         DataError: an image cannot be read and on_error is "fail". Complete shards stay.
@@ -90,11 +95,15 @@ def extract(
         raise ConfigError(f"These are weights of {weights.backbone}, but the backbone is {backbone}.")
     start = time.monotonic()
     emit = on_event or (lambda event: None)
-    recipe = Recipe.of(backbone, weights.sha256, image_size, precision)
+    recipe = wanted_recipe(Recipe.of(backbone, weights.sha256, image_size, precision), bytes_per_image, path)
     recipe.require_trainable()
     if not Path(path).exists():  # before anything is made
         _require_space(path, plan_new(dataset.index, recipe, Path(path), shard_images))
-    store = FeatureStore.create(path, recipe, dataset.index, shard_images)
+    codec = None
+    if bytes_per_image is not None and not _is_store(path):
+        emit(Fitting(sample_size(recipe, dataset.index)))
+        codec, recipe = fit_codec(dataset, weights, recipe, bytes_per_image, device, on_error == "skip")
+    store = FeatureStore.create(path, recipe, dataset.index, shard_images, codec)
     reports: list[ShardDone] = []
     with store.writing() as token:
         store.drop(_mended_shards(store, dataset))
@@ -128,6 +137,27 @@ def extract(
         seconds=seconds,
         images_per_s=images / seconds if images else 0.0,
     )
+
+
+def wanted_recipe(exact: Recipe, bytes_per_image: int | None, path: str | Path) -> Recipe:
+    """The recipe of a store to be made or finished: with a budget it takes the fit that is in the store at `path`.
+
+    Where there is no store yet, its fit is unknown and its size about right.
+
+    Raises:
+        ConfigError: the budget cannot work.
+        StoreError: what is at `path` cannot be read.
+    """
+    if bytes_per_image is None:
+        return exact
+    stored = FeatureStore.open(path, require_complete=False).recipe.coding if _is_store(path) else None
+    if stored is None:
+        return nominal_recipe(exact, bytes_per_image)
+    return replace(exact, precision=CODED, coding=replace(stored, bytes_per_image=bytes_per_image))
+
+
+def _is_store(path: str | Path) -> bool:
+    return (Path(path) / "zarr.json").is_file()
 
 
 def _require_space(path: str | Path, plan: Planned) -> None:

@@ -547,10 +547,10 @@ def test_two_processes_that_create_the_same_store_get_one(tmp_path):
     """Both see no store, both build one; the loser of the rename opens the winner's."""
     path, real = tmp_path / "s.zarr", store_module._build
 
-    def slow(root, recipe, index, shard_images):
+    def slow(*arguments):
         store_module._build = real
         fill(path)
-        real(root, recipe, index, shard_images)
+        real(*arguments)
 
     store_module._build = slow
     try:
