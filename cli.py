@@ -188,7 +188,7 @@ class Bytes(click.ParamType):
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?B?)", str(value).strip())
         if not found:
             self.fail(f"'{value}' is not a size such as 500KB, 2MB or 60GB", param, ctx)
-        scale = " KMGT".index((found[2].upper().rstrip("B") or " "))
+        scale = " KMGT".index(found[2].upper().rstrip("B") or " ")
         number = int(float(found[1]) * 1000**scale)
         if number < 1:
             self.fail(f"'{value}' is less than a byte", param, ctx)
