@@ -415,6 +415,7 @@ def fit_somewhere(
     address: str | None,
     device: str,
     micro_batch: int | None,
+    resident: str,
     stop: Callable[[], bool],
     on_event: Callable[[Any], None],
 ) -> FitSummary:
@@ -422,7 +423,16 @@ def fit_somewhere(
     if workers == 0 and address is None:
         from pipeline.train import fit
 
-        return fit(config, source, run_dir, device=device, micro_batch=micro_batch, stop=stop, on_event=on_event)
+        return fit(
+            config,
+            source,
+            run_dir,
+            device=device,
+            micro_batch=micro_batch,
+            resident=resident,
+            stop=stop,
+            on_event=on_event,
+        )
     _require_ray(workers, address, device)
     from cluster.train import fit_on_ray
 
@@ -434,6 +444,7 @@ def fit_somewhere(
         address=address,
         device=device,
         micro_batch=micro_batch,
+        resident=resident,
         stop=stop,
         on_event=on_event,
     )
@@ -789,6 +800,14 @@ def _coding_text(coding: Mapping[str, Any] | None) -> str:
     show_default=True,
     help="What boundary pixels are in the loss: background as in the published code, ignore as in the paper.",
 )
+@click.option(
+    "--resident",
+    type=click.Choice(("off", "auto", "host", "device")),
+    default="auto",
+    show_default=True,
+    help="Keep the fold's images in memory: of the device that trains, or read once into the host's cache, which all "
+    "workers share. auto: on a GPU with room for them.",
+)
 @options(arithmetic_option, workers_option, address_option, device_option)
 @click.option(
     "--features",
@@ -817,6 +836,7 @@ def train(
     select_on: str,
     drop_novel_images: bool,
     boundary: str,
+    resident: str,
     arithmetic: str,
     workers: int,
     address: str | None,
@@ -891,7 +911,9 @@ def train(
                 smooth = event.loss if smooth is None else 0.95 * smooth + 0.05 * event.loss
                 progress.update(event.step, event.steps, f"loss {smooth:.3f}")
 
-        summary = fit_somewhere(config, source, make_source, run_dir, workers, address, device, micro_batch, stop, show)
+        summary = fit_somewhere(
+            config, source, make_source, run_dir, workers, address, device, micro_batch, resident, stop, show
+        )
     loss = f", loss {summary.loss:.3f}" if summary.loss == summary.loss else ""
     done = f"{summary.steps} of {max(summary.steps, config.steps)} steps"
     lines = [f"{printable(run_dir)}: {done}, {time_text(summary.seconds)}{loss}"]

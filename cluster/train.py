@@ -68,6 +68,7 @@ def fit_on_ray(
     address: str | None = None,
     device: str = "cpu",
     micro_batch: int | None = None,
+    resident: str = "off",
     stop: Callable[[], bool] = lambda: False,
     on_event: Callable[[Event], None] | None = None,
 ) -> FitSummary:
@@ -80,6 +81,7 @@ def fit_on_ray(
             the cluster, or a single one without GPUs.
         address: a Ray cluster; None starts one on this machine for the length of the call.
         device: "cpu" (gloo) or "cuda" (nccl).
+        resident: as in `fit`; with "device" every process keeps a copy, with "host" a machine one for all.
         stop: asked about twice a second; True makes the group save and end.
 
     Returns, raises: as `fit`; and ClusterError if Ray cannot be reached or loses the group too often. The run then
@@ -90,7 +92,7 @@ def fit_on_ray(
     run_dir = run_dir.absolute()
     RunDir(run_dir, config)
     with session(address or "local", num_cpus=max(workers, os.cpu_count() or 1)):
-        return _fit_in_session(config, make_source, run_dir, workers, device, micro_batch, stop, on_event)
+        return _fit_in_session(config, make_source, run_dir, workers, device, micro_batch, resident, stop, on_event)
 
 
 def _fit_in_session(
@@ -100,6 +102,7 @@ def _fit_in_session(
     workers: int,
     device: str,
     micro_batch: int | None,
+    resident: str,
     stop: Callable[[], bool],
     on_event: Callable[[Event], None] | None,
 ) -> FitSummary:
@@ -122,6 +125,7 @@ def _fit_in_session(
             "make_source": make_source,
             "run_dir": run_dir,
             "micro_batch": micro_batch,
+            "resident": resident,
             "threads": cpus,
             "mailbox": mailbox,
         },
@@ -252,6 +256,7 @@ def _worker_loop(given: dict[str, Any]) -> None:
             ranks=ranks,
             device=str(device),
             micro_batch=given["micro_batch"],
+            resident=given["resident"],
             stop=stop,
             on_event=mailbox.post.remote,
         )

@@ -184,7 +184,8 @@ def load_batch(source: FeatureSource, episodes: Sequence[Episode]) -> EpisodeBat
     supports = [support for episode in episodes for support in episode.supports]
     shots = len(episodes[0].supports)
     query_labels, support_labels = source.labels(queries), source.labels(supports)
-    value = torch.tensor([episode.class_id + 1 for episode in episodes], dtype=query_labels.dtype)
+    ids = [episode.class_id + 1 for episode in episodes]
+    value = torch.tensor(ids, dtype=query_labels.dtype, device=query_labels.device)
     target = query_labels == value[:, None, None]
     support_mask = support_labels == value.repeat_interleave(shots)[:, None, None]
     ignore = query_labels == source.index.ignore_label if source.index.has_ignore else None

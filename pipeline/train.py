@@ -28,6 +28,7 @@ from pipeline.features import EpisodeBatch, FeatureSource, prefetch
 from pipeline.ownership import sole_writer
 from pipeline.ranks import Alone, Ranks
 from pipeline.recipe import difference_lines
+from pipeline.resident import keep
 from pipeline.run_dir import Progress, RunDir
 from pipeline.segmenters import LearnedSegmenter
 
@@ -83,6 +84,7 @@ def fit(
     device: str = "cpu",
     micro_batch: int | None = None,
     prefetch_depth: int = 2,
+    resident: str = "off",
     stop: Callable[[], bool] = lambda: False,
     on_event: Callable[[Event], None] | None = None,
 ) -> FitSummary:
@@ -94,6 +96,7 @@ def fit(
         ranks: this process's place in a group; alone by default. The batch is split over the ranks.
         micro_batch: episodes per forward pass; less needs less memory and gives the same steps up to rounding.
         prefetch_depth: micro-batches read ahead on a background thread; 0 reads in line.
+        resident: keep the images of the run in memory, see `pipeline.resident.keep`. Changes no step.
         stop: asked before every step; True on any rank saves and returns.
         on_event: called on rank 0 with `StepDone` and `Validated`.
 
@@ -110,6 +113,7 @@ def fit(
     with ExitStack() as held:
         if ranks.rank == 0:  # two trainings in one folder would undo each other's saves
             held.enter_context(sole_writer(run_dir))
+        source = keep(source, _images(config, source), resident, device, ranks.rank, ranks.world_size)
         progress = run.load(model, optimiser)
         if int(ranks.sum(torch.tensor(progress.step))) != progress.step * ranks.world_size:
             raise CheckpointError(
@@ -189,6 +193,12 @@ def selection_stream(config: RunConfig, source: FeatureSource) -> EpisodeStream 
         return None
     # Seed 0 for every run, so that runs of one fold compare; "test" then is the very stream `evaluate` uses.
     return EpisodeStream(source.index, config.fold, config.select_on, 1, 0, exclude=frozenset(source.skipped))
+
+
+def _images(config: RunConfig, source: FeatureSource) -> set[int]:
+    """Images that training and validation may draw."""
+    roles = {"trn", config.select_on} - {"none"}
+    return {image for role in roles for image, _ in source.index.split(config.fold, role).entries}
 
 
 class _Trainer:
