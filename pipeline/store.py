@@ -35,6 +35,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.core.buffer.cpu import NDBuffer
 
 from hsnet.errors import ConfigError, DataError, ShapeError, StoreError, StoreIncomplete, StoreMismatch
+from pipeline.buffers import Buffers
 from pipeline.chunks import ChunkReader, OpenShards, reads
 from pipeline.datasets.index import DatasetIndex
 from pipeline.fit_arrays import read_fit, write_fit
@@ -158,6 +159,7 @@ class FeatureStore:
             else None
             for layout, stored in zip(self._layouts, metadata, strict=True)
         ]
+        self._memory = Buffers()
         self._facts: dict[int, ShardFacts] = {}
         self.refresh()
 
@@ -334,8 +336,8 @@ class FeatureStore:
 
         Args:
             images: n image numbers, repeats allowed (read once).
-            out: arrays to fill, as returned by an earlier call with as many images. Reuse them: writing to fresh
-                memory is what most of the time of a warm read goes to.
+            out: arrays to fill, as returned by an earlier call with as many images, or over pinned memory. Without
+                it memory is taken that an earlier result no longer needs (`pipeline.buffers`).
 
         Returns:
             One (n, layers, rows, columns, channels) array per level in the storage type. int8 vectors have lost
@@ -349,7 +351,7 @@ class FeatureStore:
         buffers = (
             list(out)
             if out is not None
-            else [np.empty((len(images), *layout.image_shape), layout.dtype) for layout in self._layouts[:-1]]
+            else [self._memory.empty((len(images), *layout.image_shape), layout.dtype) for layout in self._layouts[:-1]]
         )
         for level, buffer in enumerate(buffers):
             self._read(level, images, buffer)
