@@ -149,6 +149,17 @@ def test_photos_are_read_ahead_but_not_without_bound(tmp_path, weights, monkeypa
     assert max(ahead) <= worker_module.READ_AHEAD + 1
 
 
+def test_features_stay_with_their_image_whatever_a_forward_pass_holds(tmp_path, weights, monkeypatch):
+    """Memory of one pass is used again for the next, also where the last pass of a shard is smaller."""
+    run(Photos(broken=(4,)), weights, tmp_path / "one.zarr", precision="float32", on_error="skip", shard_images=8)
+    monkeypatch.setitem(worker_module.BATCH, "cpu", 3)
+    run(Photos(broken=(4,)), weights, tmp_path / "three.zarr", precision="float32", on_error="skip", shard_images=8)
+    one, three = (FeatureStore.open(tmp_path / name) for name in ("one.zarr", "three.zarr"))
+    images = [image for image in range(21) if image != 4]
+    for left, right in zip(one.features(images), three.features(images), strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-3, atol=1e-2)
+
+
 def test_events_tell_the_plan_and_every_shard(tmp_path, weights):
     events = []
     run(Photos(), weights, tmp_path / "s.zarr", on_event=events.append)
