@@ -10,7 +10,7 @@ BENCH_ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help venv demo test lint format bench bench-check bench-pipeline bench-table clean distclean
+.PHONY: help venv demo test lint format bench bench-check bench-pipeline bench-store bench-table clean distclean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make format     rewrite the code as 'make lint' wants it"
 	@echo "make bench      time training and evaluation against the published way (BENCH_ARGS='--backbones vgg16' for a part)"
 	@echo "make bench-pipeline  time extraction, evaluation and training as commands, and their waiting for data"
+	@echo "make bench-store  rates of reading a feature store, against a mapped file and zarr"
 	@echo "make bench-check  a short run; says what became slower, relative to the published way, than the stored results"
 	@echo "make bench-table  README's table of speed, from benchmarks/results/"
 	@echo "make venv       .venv with the pinned versions and the command .venv/bin/hsnet"
@@ -64,6 +65,9 @@ bench: $(STAMP)
 
 bench-pipeline: $(STAMP)
 	$(BIN)/python -m benchmarks.pipeline $(BENCH_ARGS)
+
+bench-store: $(STAMP)
+	$(BIN)/python -m benchmarks.store $(BENCH_ARGS)
 
 bench-check: $(STAMP)
 	$(BIN)/python -m benchmarks.check $(BENCH_ARGS)

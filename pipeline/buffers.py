@@ -42,9 +42,9 @@ class Buffers:
         if nbytes < _SMALLEST:
             return np.empty(shape, dtype)
         memory = self._take(nbytes)
-        # Over a memoryview, not over `memory` itself: views refer to the last array of a chain of views, which is
+        # Over its memoryview, not over `memory` itself: views refer to the last array of a chain of views, which is
         # then this one, so that it lives as long as any of them.
-        array = np.frombuffer(memoryview(memory), np.uint8)
+        array = np.frombuffer(memory.data, np.uint8)
         # Runs wherever the last reference goes, even inside of our own lock: it must not wait.
         weakref.finalize(array, self._returned.append, memory).atexit = False
         return array[:nbytes].view(dtype).reshape(shape)
