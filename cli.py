@@ -51,7 +51,7 @@ PRECISIONS = ("int8", "float16", "float32")
 
 SECTIONS = (
     ("Data", ("prepare",)),
-    ("Store", ("extract", "store")),
+    ("Store", ("plan", "extract", "store")),
     ("Model", ("train", "checkpoint")),
     ("Use", ("evaluate", "predict")),
     ("Machine", ("doctor", "demo")),
