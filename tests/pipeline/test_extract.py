@@ -317,7 +317,11 @@ def test_too_small_a_disk_is_told_before_any_work(tmp_path, weights, monkeypatch
     assert run(photos, weights, tmp_path / "s.zarr").written_shards == 3
 
 
-def test_a_disk_that_fills_up_on_the_way_is_told_and_the_run_can_be_finished(tmp_path, weights, monkeypatch):
+@pytest.mark.parametrize("task_seconds", [0, 1e6], ids=["shard by shard", "two in one go, the first fails"])
+def test_a_disk_that_fills_up_on_the_way_is_told_and_the_run_can_be_finished(
+    tmp_path, weights, monkeypatch, task_seconds
+):
+    monkeypatch.setattr(extract_module, "TASK_SECONDS", task_seconds)
     real = store_module._assign
 
     def full(array, images, values):
