@@ -1,8 +1,8 @@
-"""Read chunks of a local store without zarr: from the mapped shard file into the caller's array, verified.
+"""Read and write chunks of a local store without zarr: a verified copy from the mapped shard file, and back.
 
-zarr takes milliseconds and two or three copies for a chunk. This reader takes one copy, and knows two layouts of a
-chunk: plain little-endian values, and values compressed by zstd, each followed by its crc32c. Everything else is left
-to zarr, which reads the same files.
+zarr takes milliseconds and two or three copies for a chunk. One copy is made here, and two layouts of a chunk are
+known: plain little-endian values, and values compressed by zstd, each followed by its crc32c. Everything else is left
+to zarr, which reads the same files and would write the same bytes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import os
 import stat
 import sys
 import threading
+import uuid
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -129,6 +131,51 @@ class ChunkReader:
             raise ValueError("it holds NaN or infinity")
         if unknown:
             self._finite[image] = stored
+
+
+def write_shard_file(path: Path, values: NDArray[Any], shard_images: int, level: int | None) -> tuple[int, str]:
+    """Write a whole shard as zarr would, to the byte: beside its place, forced to disk, then renamed.
+
+    Args:
+        values: (n, ...) the shard's images, n at most `shard_images`.
+        level: of zstd; None does not compress.
+
+    Returns:
+        (bytes, CRC-32 as 8 hex digits) of the file.
+
+    Raises:
+        OSError: the disk refused. Nothing is at `path` then that was not there before.
+    """
+    values = np.ascontiguousarray(values)
+    entries = np.full((shard_images, 2), _ABSENT, "<u8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    size = checksum = 0
+    try:
+        with partial.open("wb") as file:
+
+            def write(data: Any) -> None:
+                nonlocal size, checksum
+                file.write(data)
+                checksum = zlib.crc32(data, checksum)
+                size += len(data)
+
+            for row, image in enumerate(values):
+                flat = image.reshape(-1).view(np.uint8)
+                chunk = flat if level is None else np.frombuffer(zstd.compress(flat, level, False), np.uint8)
+                entries[row] = size, len(chunk) + _CRC
+                write(chunk)
+                write(google_crc32c.value(chunk).to_bytes(_CRC, "little"))
+            index = entries.tobytes()
+            write(index)
+            write(google_crc32c.value(index).to_bytes(_CRC, "little"))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    return size, f"{checksum:08x}"
 
 
 def reads(metadata: Mapping[str, Any], compressed: bool) -> bool:

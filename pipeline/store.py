@@ -36,7 +36,7 @@ from zarr.core.buffer.cpu import NDBuffer
 
 from hsnet.errors import ConfigError, DataError, ShapeError, StoreError, StoreIncomplete, StoreMismatch
 from pipeline.buffers import Buffers
-from pipeline.chunks import ChunkReader, OpenShards, reads
+from pipeline.chunks import ChunkReader, OpenShards, reads, write_shard_file
 from pipeline.datasets.index import DatasetIndex
 from pipeline.fit_arrays import read_fit, write_fit
 from pipeline.ownership import sole_writer
@@ -58,6 +58,7 @@ from pipeline.transform import TransformCodec
 SHARD_IMAGES = 16
 _LARGEST_METADATA = 1 << 20
 _LARGEST_INDEX = 256 << 20
+_ZSTD_LEVEL = 3
 _AXES = ("image", "layer", "row", "column", "channel")
 
 
@@ -93,7 +94,7 @@ class _Layout:
             shards=(self.shard_images, *self.image_shape),
             dtype=self.dtype,
             filters=None,
-            compressors=[ZstdCodec(level=3), checksum] if self.compressed else [checksum],
+            compressors=[ZstdCodec(level=_ZSTD_LEVEL), checksum] if self.compressed else [checksum],
             fill_value=self.fill,
             dimension_names=_AXES if not self.compressed else ("image", "row", "column"),
             config={"write_empty_chunks": True, "order": "C"},
@@ -489,9 +490,10 @@ class FeatureStore:
         try:
             # An existing shard must go first: zarr 3.1 reads it before overwriting, and fails if it is damaged.
             remove_shard(self.root, number, self._names)
-            for array, values in zip(self._arrays, data, strict=True):
-                _assign(array, images, values)
-            files = {name: sync_and_sum(shard_file(self.root, name, number)) for name in self._names}
+            files = {
+                layout.name: _write_array(self.root, layout, number, values, array if reader is None else None)
+                for layout, values, array, reader in zip(self._layouts, data, self._arrays, self._readers, strict=True)
+            }
             for name in self._names:
                 sync_folder(shard_file(self.root, name, number).parent)
             facts = ShardFacts(
@@ -527,8 +529,16 @@ class FeatureStore:
         return FeatureStore.open, (str(self.root), self.recipe, False, self.index.digest)
 
 
-def _assign(array: Any, images: range, values: NDArray[Any]) -> None:
-    array[images.start : images.stop] = values
+def _write_array(
+    root: Path, layout: _Layout, number: int, values: NDArray[Any], through: Any = None
+) -> tuple[int, str]:
+    """One array's file of a shard, `through` zarr if need be; (bytes, CRC-32). It is on disk afterwards."""
+    path = shard_file(root, layout.name, number)
+    if through is None:
+        return write_shard_file(path, values, layout.shard_images, _ZSTD_LEVEL if layout.compressed else None)
+    first = number * layout.shard_images
+    through[first : first + len(values)] = values
+    return sync_and_sum(path)
 
 
 def _layouts(recipe: Recipe, index: DatasetIndex, shard_images: int) -> list[_Layout]:

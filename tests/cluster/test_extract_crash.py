@@ -134,17 +134,16 @@ import pipeline.store as store_module
 
 moment, path = sys.argv[2], sys.argv[3]
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
-assign, marker, calls = store_module._assign, store_module.write_marker, []
+write, marker, calls = store_module._write_array, store_module.write_marker, []
 
-def dying_assign(array, images, values):
-    calls.append(array.name)
+def dying_write(root, layout, *arguments):
+    calls.append(layout.name)
     if moment == "between arrays" and len(calls) == 6:
         die()
     if moment == "in an array" and len(calls) == 6:
         real = os.replace
         os.replace = lambda *a: die()       # the shard is written beside its place, but not yet renamed
-        type(store_module.Path()).replace = lambda self, target: die()
-    assign(array, images, values)
+    return write(root, layout, *arguments)
 
 def dying_marker(root, facts):
     if moment == "before the marker" and facts.number == 1:
@@ -155,7 +154,7 @@ def dying_marker(root, facts):
     if moment == "after the marker" and facts.number == 1:
         die()
 
-store_module._assign, store_module.write_marker = dying_assign, dying_marker
+store_module._write_array, store_module.write_marker = dying_write, dying_marker
 crash.run(crash.Photos(), path)
 """
 

@@ -118,6 +118,19 @@ def test_plain_zarr_reads_it(tmp_path):
     assert group["level0"].metadata.dimension_names == ("image", "layer", "row", "column", "channel")
 
 
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_the_bytes_are_those_that_zarr_would_write(tmp_path, precision, monkeypatch):
+    fill(tmp_path / "ours.zarr", precision)
+    monkeypatch.setattr(store_module, "reads", lambda metadata, compressed: False)
+    store = fill(tmp_path / "zarr.zarr", precision)
+    assert fingerprints(tmp_path / "ours.zarr") == fingerprints(tmp_path / "zarr.zarr")
+    by_zarr = [*store.features([20, 3]), store.labels([20, 3])]
+    monkeypatch.undo()
+    store = FeatureStore.open(tmp_path / "ours.zarr")
+    for ours, theirs in zip([*store.features([20, 3]), store.labels([20, 3])], by_zarr, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_survives_pickling(tmp_path):
     store = fill(tmp_path / "s.zarr")
     copy = pickle.loads(pickle.dumps(store))
@@ -424,15 +437,15 @@ def test_a_full_disk_leaves_the_shard_missing_and_the_rest_whole(tmp_path, monke
     path = tmp_path / "s.zarr"
     store = fill(path, shards=range(1))
     before = fingerprints(path)
-    real, calls = store_module._assign, []
+    real, calls = os.fsync, []
 
-    def full(array, images, values):
-        calls.append(array)
+    def full(descriptor):
+        calls.append(descriptor)
         if len(calls) == 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(array, images, values)
+        real(descriptor)
 
-    monkeypatch.setattr(store_module, "_assign", full)
+    monkeypatch.setattr(os, "fsync", full)
     needed = sum(level.nbytes for level in contents(store, 1)["levels"]) + 8 * SIZE * SIZE
     with pytest.raises(StoreError, match=rf"No space left.* takes {needed:,} bytes, [\d,]+ are free.* again") as caught:
         fill(path, shards=range(1, 2))
