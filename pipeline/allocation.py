@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,29 +58,34 @@ def allocate(costs: Sequence[NDArray[np.float64]], positions: Sequence[int], nby
         )
     prices = [float(count) ** POSITION_WEIGHT for count in positions]
 
-    def divide(price: float) -> list[list[Run]]:
-        return [_runs(cost, price * each) for cost, each in zip(costs, prices, strict=True)]
+    def divide(price: float) -> list[list[int]]:
+        return [_starts(cost, price * each) for cost, each in zip(costs, prices, strict=True)]
 
     low, high = 1e-14, max(float(cost[0]) for cost in costs)
     for _ in range(_STEPS):
         middle = math.sqrt(low * high)
-        taken = sum(p * len(runs) for p, runs in zip(positions, divide(middle), strict=True))
+        taken = sum(p * (len(starts) - 1) for p, starts in zip(positions, divide(middle), strict=True))
         low, high = (middle, high) if taken > nbytes else (low, middle)
-    return divide(high)
+    return [
+        [share(cost[first:last]) for first, last in pairwise(starts)]
+        for cost, starts in zip(costs, divide(high), strict=True)
+    ]
 
 
-def _runs(cost: NDArray[np.float64], price: float) -> list[Run]:
-    """Runs of a layer at a price per bit: directions join a byte until the bits that they are worth fill it."""
-    # A pointless high price still leaves the first direction in: a layer always has one byte.
+def _starts(cost: NDArray[np.float64], price: float) -> list[int]:
+    """Where the runs of a layer start at a price per bit, and where the last one ends.
+
+    Directions join a byte until the bits that they are worth fill it.
+    """
     worth = _BITS[np.argmin(cost[:, None] * _LEFT + price * _BITS, axis=1)]
-    count = max(1, int(np.count_nonzero(worth)))
-    runs, first, filled = [], 0, float(worth[0])
-    for direction in range(1, count):
-        if filled + worth[direction] > _BITS[-1] + 1e-9:
-            runs.append(share(cost[first:direction]))
-            first, filled = direction, 0.0
-        filled += float(worth[direction])
-    return [*runs, share(cost[first:count])]
+    count = max(1, int(np.count_nonzero(worth)))  # a layer always has one byte
+    starts, filled = [0], 0.0
+    for direction, bits in enumerate(worth[:count].tolist()):
+        if filled + bits > _BITS[-1] + 1e-9:
+            starts.append(direction)
+            filled = 0.0
+        filled += bits
+    return [*starts, count]
 
 
 def share(cost: NDArray[np.float64], limit: int = LEVELS) -> Run:

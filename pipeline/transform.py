@@ -27,6 +27,7 @@ from pipeline.allocation import LEVELS, Run, allocate
 from pipeline.codec import check_levels
 
 _ITERATIONS = 20
+_FEW = 16
 
 
 @dataclass(frozen=True)
@@ -318,10 +319,21 @@ def place_levels(values: Tensor, counts: Tensor) -> Tensor:
     Returns:
         (R, 256) float32, ascending, infinite beyond the count.
     """
-    ordered = values.double().sort(dim=1).values
+    levels = torch.full((len(values), LEVELS), torch.inf)
+    few = counts <= _FEW  # most directions: the rest would have them carry 256 levels each
+    for chosen in (few.nonzero()[:, 0], (~few).nonzero()[:, 0]):
+        if len(chosen):
+            most = int(counts[chosen].max())
+            levels[chosen, :most] = _place_levels(values[chosen], counts[chosen], most)
+    return levels
+
+
+def _place_levels(values: Tensor, counts: Tensor, most: int) -> Tensor:
+    """`place_levels`, as (R, most)."""
+    ordered = values.sort(dim=1).values.double()
     n = ordered.shape[1]
     sums = F.pad(ordered.cumsum(1), (1, 0))
-    number = torch.arange(LEVELS)[None]
+    number = torch.arange(most)[None]
     inside = number < counts[:, None]
     middle = ((number + 0.5) / counts[:, None] * n).long().clamp(max=n - 1)
     # Between even spacing and equal shares: the tails of a peaked variable need levels as well.
