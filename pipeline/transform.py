@@ -127,15 +127,15 @@ class LayerCode:
     def encode(self, vectors: Tensor) -> Tensor:
         """(P, C) float32 unit vectors -> (P, bytes) uint8."""
         turned = (self.basis.to(vectors.device).t() @ vectors.t()).contiguous()  # (R, P)
-        # The fewer thresholds are looked through, the faster.
-        most = int(self.counts.max()) - 1
-        thresholds = self.thresholds[:, : max(1, most)].contiguous().to(vectors.device)
-        digits = torch.searchsorted(thresholds, turned, out_int32=True)
-        digits *= self.strides.to(vectors.device)[:, None]
+        thresholds, strides = self.thresholds.to(vectors.device), self.strides.to(vectors.device)[:, None]
         parts, first = [], 0
         for count, width in self.groups:
-            part = digits[first : first + count * width].view(count, width, -1)
-            parts.append(part.sum(1, dtype=torch.int32))
+            rows = slice(first, first + count * width)
+            # The fewer thresholds are looked through, the faster.
+            most = max(1, int(self.counts[rows].max()) - 1)
+            digits = torch.searchsorted(thresholds[rows, :most].contiguous(), turned[rows], out_int32=True)
+            digits *= strides[rows]
+            parts.append(digits.view(count, width, -1).sum(1, dtype=torch.int32))
             first += count * width
         return torch.cat(parts).t().to(torch.uint8)
 

@@ -1,10 +1,13 @@
 import dataclasses
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import cli
 from hsnet.errors import ConfigError, DataError, StoreError, StoreMismatch
 from pipeline.datasets.shapes import Shapes
 from pipeline.episodes import EpisodeStream
@@ -153,3 +156,15 @@ def test_threads_are_as_before(tiny_shapes, squeezenet, tiny_recipe):
 def test_features_on_the_fly_are_never_coded(coded, tiny_shapes, tiny_source):
     with pytest.raises(ConfigError, match="needs their store"):
         OnlineSource(tiny_shapes, tiny_source.backbone, FeatureStore.open(coded[0]).recipe)
+
+
+def test_the_documented_reading_without_this_program(coded):
+    path, _ = coded
+    text = (Path(cli.__file__).parent / "docs" / "compression.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {}
+    exec(example.replace("voc-2mb.zarr", str(path)), names)
+    store = FeatureStore.open(path)
+    mine = store.codec.decode(StoreSource(store).features([0]))[0][0, 0]
+    theirs = names["coordinates"](0)
+    assert np.array_equal(theirs, mine[..., : theirs.shape[-1]].numpy())
