@@ -22,8 +22,8 @@ from pipeline.evaluate import _schema
 ROOT = Path(cli.__file__).parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-FOREIGN_OPTIONS = {"--extra-index-url", "--head"}
-"""Of pip and ray."""
+FOREIGN_OPTIONS = {"--extra-index-url", "--head", "--folder", "--bits", "--bytes"}
+"""Of pip, ray and benchmarks/compression.py."""
 
 
 def commands(group: click.Group = cli.main, before: str = "") -> Iterator[tuple[str, click.Command]]:
