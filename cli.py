@@ -768,6 +768,71 @@ def store_info(path: Path, as_json: bool) -> None:
     emit(info, fact_lines(facts), as_json)
 
 
+@store.command("verify", short_help="Read everything and name what is damaged.")
+@click.argument("path", type=ANY_PATH, metavar="S.zarr")
+@common_options
+@click.pass_context
+def store_verify(ctx: click.Context, path: Path, as_json: bool, quiet: bool) -> None:
+    """Read every chunk of a store, compare all checksums and name what is damaged. Exit code 1 if anything is.
+
+    \b
+    Example:
+      hsnet store verify voc.zarr
+    """
+    set_up_logging(quiet)
+    found = _verify(path, quiet)
+    lines = [
+        f"{printable(found.path)}: {found.images} images, {size_text(found.bytes)} read; "
+        + (f"{len(found.damaged_shards)} of {found.shards} shards are damaged" if found.damage else "no damage")
+        + (f"; {len(found.missing)} shards are missing" if found.missing else "")
+    ]
+    for one in found.damage[:20]:
+        what = f"array '{one.array}'" if one.array else "marker"
+        image = f", image '{printable(one.image)}'" if one.image else ""
+        lines.append(f"shard {one.shard}, {what}{image}: {printable(one.reason)} ({printable(one.file)})")
+    if len(found.damage) > 20:
+        lines.append(f"... and {len(found.damage) - 20} more; --json lists all.")
+    if found.damage:
+        lines.append("Mend it with `hsnet store repair` and the options of the `hsnet extract` that made it.")
+    emit(found, "\n".join(lines), as_json)
+    if found.damage:
+        ctx.exit(1)
+
+
+@store.command(
+    "repair",
+    short_help="Extract damaged and missing shards anew.",
+    params=[option for option in extract.params if option.name != "dry_run"],
+)
+def store_repair(**options: Any) -> Any:
+    """Verify a store, delete what is damaged and extract it anew. Takes the options of the `hsnet extract` that
+    made the store; whole shards stay as they are.
+
+    \b
+    Example:
+      hsnet store repair pascal --data-root VOC2012 --backbone resnet50 --store voc.zarr
+    """
+    from pipeline.store import FeatureStore
+
+    set_up_logging(options["quiet"])
+    found = _verify(options["store"], options["quiet"])
+    if found.damage:
+        damaged = FeatureStore.open(options["store"], require_complete=False, writable=True)
+        with damaged.writing():
+            damaged.drop(found.damaged_shards)
+    assert extract.callback is not None
+    return extract.callback(**options, dry_run=False)
+
+
+def _verify(path: Path, quiet: bool) -> Any:
+    from pipeline.store import FeatureStore
+    from pipeline.verify import verify
+
+    opened = FeatureStore.open(path, require_complete=False)
+    with Progress("verify", "shards", quiet) as progress:
+        return verify(opened, progress.update)
+
+
 @store.command("compare", short_help="What a store's codec costs: correlations and mIoU.")
 @click.option("--store", "path", type=ANY_PATH, metavar="A.zarr", required=True, help="Store whose codec is judged.")
 @click.option("--against", type=ANY_PATH, metavar="B.zarr", help="Store of the same photos in another precision.")

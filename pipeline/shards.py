@@ -17,6 +17,7 @@ from pathlib import Path
 MARKERS = "_done"
 _LARGEST_MARKER = 16 << 20
 _PIECE = 8 << 20
+_FIRST_FIELDS = {"shard", "store", "images", "sizes", "classes", "skipped", "files"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def marker_file(root: Path, number: int) -> Path:
 def write_marker(root: Path, facts: ShardFacts) -> None:
     """Commit a shard: write its marker so that it is there whole or not at all, even through a power cut."""
     path = marker_file(root, facts.number)
-    text = json.dumps(
+    text = _text(
         {
             "shard": facts.number,
             "store": facts.store,
@@ -70,7 +71,7 @@ def write_marker(root: Path, facts: ShardFacts) -> None:
     partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
-            file.write(text + "\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -78,6 +79,12 @@ def write_marker(root: Path, facts: ShardFacts) -> None:
         partial.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def _text(values: Mapping[str, object]) -> str:
+    """A marker's text, with its own checksum at the end whatever `values` says of it."""
+    text = json.dumps({name: value for name, value in values.items() if name != "crc32"})
+    return f'{text[:-1]}, "crc32": "{zlib.crc32(text.encode()):08x}"}}\n'
 
 
 def read_marker(
@@ -93,7 +100,11 @@ def read_marker(
     try:
         if path.stat().st_size > _LARGEST_MARKER:
             return None
-        values = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text)
+        # Markers of the first version of this program have no checksum, and exactly the other fields.
+        if text != _text(values) and set(values) != _FIRST_FIELDS:
+            return None
         facts = ShardFacts(
             number=int(values["shard"]),
             store=str(values["store"]),
@@ -137,9 +148,15 @@ def sweep_partials(root: Path, files: tuple[str, ...]) -> int:
 
 def sync_and_sum(path: Path) -> tuple[int, str]:
     """Force a file to disk; (bytes, CRC-32 as 8 hex digits) of its contents."""
-    checksum = 0
     with path.open("rb") as file:
         os.fsync(file.fileno())
+    return sum_file(path)
+
+
+def sum_file(path: Path) -> tuple[int, str]:
+    """(bytes, CRC-32 as 8 hex digits) of a file's contents."""
+    checksum = 0
+    with path.open("rb") as file:
         while piece := file.read(_PIECE):
             checksum = zlib.crc32(piece, checksum)
         size = file.tell()

@@ -401,6 +401,13 @@ class FeatureStore:
             except Exception as error:  # zarr's errors on damaged data have no common base
                 raise self._damage(layout, image, str(error) or repr(error)) from error
 
+    def read_chunk(self, name: str, image: int) -> NDArray[Any]:
+        """One image of one array, verified. Errors as `features`."""
+        number = self._names.index(name)
+        out = np.empty((1, *self._layouts[number].image_shape), self._layouts[number].dtype)
+        self._read(number, [image], out)
+        return out[0]
+
     def _read_chunk(self, number: int, image: int, out: NDArray[Any]) -> None:
         reader, layout = self._readers[number], self._layouts[number]
         if reader is not None and out.flags.c_contiguous:

@@ -1,0 +1,99 @@
+"""Read everything a store holds and say what is damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hsnet.errors import StoreError
+from pipeline.shards import marker_file, shard_file, sum_file
+from pipeline.store import FeatureStore
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One damaged file, or one damaged image in it."""
+
+    shard: int
+    array: str
+    """Name of the array; empty if the marker is what cannot be used."""
+    image: str
+    """Image id; empty if no image of the file is affected, or no single one."""
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found."""
+
+    path: str
+    shards: int
+    missing: tuple[int, ...]
+    """Shards that were never finished: no damage. `hsnet extract` makes them."""
+    images: int
+    """Images read."""
+    bytes: int
+    """Bytes read."""
+    damage: tuple[Damage, ...]
+
+    @property
+    def damaged_shards(self) -> tuple[int, ...]:
+        """Their numbers, ascending."""
+        return tuple(sorted({one.shard for one in self.damage}))
+
+
+def verify(store: FeatureStore, on_shard: Callable[[int, int], None] = lambda done, total: None) -> Verification:
+    """Compare every shard file with its marker's CRC-32, and every chunk with its crc32c.
+
+    Args:
+        on_shard: called with (shards done, shards) after each.
+
+    A shard with a marker that cannot be used is damaged; one without any is missing.
+    """
+    damage: list[Damage] = []
+    images = nbytes = 0
+    missing = []
+    for number in range(store.shards):
+        if not store.is_done(number):
+            marker = marker_file(store.root, number)
+            if marker.exists():
+                reason = "the marker is damaged, or an array file is absent or of another length"
+                damage.append(Damage(number, "", "", str(marker), reason))
+            else:
+                missing.append(number)
+        else:
+            images += len(store.shard_range(number))
+            nbytes += store.facts(number).nbytes
+            damage += _verify_shard(store, number)
+        on_shard(number + 1, store.shards)
+    return Verification(str(store.root), store.shards, tuple(missing), images, nbytes, tuple(damage))
+
+
+def _verify_shard(store: FeatureStore, number: int) -> list[Damage]:
+    facts = store.facts(number)
+    found: list[Damage] = []
+    for name, (size, checksum) in facts.files.items():
+        file = shard_file(store.root, name, number)
+        before = len(found)
+        for image in store.shard_range(number):
+            if store.index.images[image] in facts.skipped:
+                continue
+            try:
+                store.read_chunk(name, image)
+            except StoreError as error:
+                found.append(Damage(number, name, store.index.images[image], str(file), str(error.__cause__ or error)))
+        if len(found) == before and (reason := _difference(file, size, checksum)):
+            found.append(Damage(number, name, "", str(file), reason))
+    return found
+
+
+def _difference(file: Path, size: int, checksum: str) -> str:
+    try:
+        actual = sum_file(file)
+    except OSError as error:
+        return str(error)
+    if actual == (size, checksum):
+        return ""
+    return f"it has {actual[0]} bytes and CRC-32 {actual[1]}, its marker says {size} and {checksum}"

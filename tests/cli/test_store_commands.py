@@ -1,0 +1,47 @@
+"""`hsnet store verify` and `repair`: found, named, mended, the same bytes."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from click.testing import CliRunner
+
+import cli
+from pipeline.shards import shard_file
+
+EXTRACT = ["shapes", "--data-option", "trn_per_class=2", "--data-option", "val_per_class=2", "--data-option", "size=64"]
+EXTRACT += ["--backbone", "squeezenet1_1", "--image-size", "64", "--quiet"]
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.main, [str(one) for one in arguments])
+
+
+def fingerprints(path: Path) -> dict[str, str]:
+    return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in path.rglob("*") if file.is_file()}
+
+
+def test_damage_is_found_named_and_mended(tmp_path):
+    store = tmp_path / "s.zarr"
+    made = run("extract", *EXTRACT, "--store", store)
+    assert made.exit_code == 0, made.output
+    before = fingerprints(store)
+    whole = run("store", "verify", store, "--quiet")
+    assert (whole.exit_code, "no damage" in whole.output) == (0, True)
+    file = shard_file(store, "level1", 0)
+    damaged = bytearray(file.read_bytes())
+    damaged[1000] ^= 4
+    file.write_bytes(damaged)
+    found = run("store", "verify", store, "--quiet")
+    assert found.exit_code == 1
+    assert "shard 0, array 'level1', image '" in found.output
+    assert "checksum" in found.output
+    assert "hsnet store repair" in found.output
+    listed = run("store", "verify", store, "--json")
+    assert listed.exit_code == 1
+    (one,) = json.loads(listed.stdout)["damage"]
+    assert (one["shard"], one["array"], one["file"]) == (0, "level1", str(file))
+    mended = run("store", "repair", *EXTRACT, "--store", store, "--json")
+    assert mended.exit_code == 0, mended.output
+    assert json.loads(mended.stdout)["written_shards"] == 1
+    assert fingerprints(store) == before
