@@ -43,7 +43,7 @@ def miou_interval(
         class_ids: the classes of the test; one without an episode counts as 0.
     """
     values, samples = resampled_miou(counts[None], classes, class_ids, seed)
-    return _interval(values[0], samples[:, 0])
+    return interval(values[0], samples[:, 0])
 
 
 def paired_difference(
@@ -63,7 +63,7 @@ def paired_difference(
     if first.shape != second.shape:
         raise ConfigError(f"A paired difference needs the same episodes: {len(first)} and {len(second)} were given.")
     values, samples = resampled_miou(np.stack([first, second]), classes, class_ids, seed)
-    return _interval(values[0] - values[1], samples[:, 0] - samples[:, 1])
+    return interval(values[0] - values[1], samples[:, 0] - samples[:, 1])
 
 
 def resampled_miou(
@@ -104,6 +104,7 @@ def _iou(totals: NDArray[np.int64]) -> NDArray[np.float64]:
     return iou
 
 
-def _interval(value: float, samples: NDArray[np.float64]) -> Interval:
+def interval(value: float, samples: NDArray[np.float64]) -> Interval:
+    """A value with the middle 95 % of what resamples gave."""
     low, high = np.quantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(value), float(low), float(high))

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from hsnet.errors import ConfigError
-from pipeline.statistics import miou_interval, paired_difference, resampled_miou
+from pipeline.statistics import interval, miou_interval, paired_difference, resampled_miou
 
 CLASSES = 4
 
@@ -41,8 +41,8 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
         assert values.shape == (2,)
         one, both = samples[:, 0], samples[:, 0] - samples[:, 1]
         for kind, (drawn, true) in enumerate(((one, truth[0]), (both, truth[0] - truth[1]))):
-            low, high = np.quantile(drawn, [0.025, 0.975])
-            inside[kind] += low <= true <= high
+            found = interval(true, drawn)
+            inside[kind] += found.low <= true <= found.high
     assert ((inside / tests > 0.90) & (inside / tests < 0.985)).all(), inside / tests
 
 

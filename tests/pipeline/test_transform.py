@@ -110,6 +110,8 @@ def test_the_first_byte_is_never_the_fill_value(fitted):
     wild = torch.cat([100 * torch.eye(CHANNELS), -100 * torch.eye(CHANNELS)]).view(-1, 1, 1, 1, CHANNELS)
     levels = [wild.expand(-1, layers, *grid, -1).contiguous() for layers, grid in zip(LAYERS, GRIDS, strict=True)]
     assert all(codes[..., 0].max() < 255 for codes in fitted.encode(levels))
+    for share in (6, 12, 25, 50):
+        assert all(np.prod(level[0].runs[0]) < 256 for level in fit(share).levels)
 
 
 def test_the_same_sample_gives_the_same_fit():
