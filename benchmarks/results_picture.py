@@ -1,6 +1,6 @@
 """Draw support, query, truth and prediction of one class of an FSS-1000 tree as one sheet.
 
-    python benchmarks/results_picture.py RUN FSS-1000/shorts,FSS-1000/boots OUT.png
+    python -m benchmarks.results_picture RUN FSS-1000/shorts,FSS-1000/boots OUT.png
 
 The first photo of each class is the support, the next three are queries. Uses `pipeline.predict` as a user would.
 """

@@ -25,10 +25,12 @@ from hsnet.model import HSNet, predict_mask, resize_logits
 from pipeline.codec import encode
 from pipeline.datasets import Dataset
 from pipeline.datasets.images import network_image, resize_label
+from pipeline.fitting import nominal_recipe
 from pipeline.recipe import Recipe
 from pipeline.resident import SHARE, free_on
 from pipeline.runner import one_torch_thread
 from pipeline.store import image_nbytes
+from pipeline.transform import TransformCodec, fit_layers, unit_vectors
 from pipeline.weights import Weights
 
 BATCH = 20
@@ -84,38 +86,35 @@ def forecast(
     """Measure `sample` photos of the data set and say what all of them will take.
 
     Args:
-        precision: of the store; with `bytes_per_image` the budgeted codec, whose encoding is timed as int8's.
+        precision: of the store.
+        bytes_per_image: instead of it, the budgeted codec, fitted here to the photos measured: good enough to time it.
         folder: where the store would lie; for free space and the rate of writing. Nothing stays there.
         workers: of extraction and evaluation; 0 is this process.
 
     Raises:
-        ConfigError: no photo of the sample can be read, or the image size does not suit the backbone.
+        ConfigError: no photo of the sample can be read, the image size does not suit the backbone, or the budget
+            cannot work.
     """
     recipe = Recipe.of(weights.backbone, weights.sha256, image_size, precision)
     recipe.require_trainable()
     index = dataset.index
-    exact = image_nbytes(recipe, index)
-    if bytes_per_image is not None:
-        features = (
-            sum(layers * rows * columns * channels for layers, rows, columns, channels in recipe.level_shapes())
-            * recipe.dtype.itemsize
-        )
-        exact = exact - features + bytes_per_image
+    nbytes = image_nbytes(nominal_recipe(recipe, bytes_per_image) if bytes_per_image is not None else recipe, index)
     backbone = FrozenBackbone(weights.backbone, weights.state_dict).to(device)
     with one_torch_thread():
-        seconds, levels, masks = _extract(dataset, backbone, recipe, folder, device, sample)
-        evaluate = _seconds(_evaluation(recipe, levels, masks, image_size), device)
-    train = _seconds(_training(recipe, levels, masks, device), device) * BATCH / _TRAINED_AT_ONCE
+        photos = _Photos(recipe, bytes_per_image)
+        seconds = photos.extract(dataset, backbone, folder, device, sample)
+        evaluate = _seconds(photos.evaluation(), device)
+    train = _seconds(photos.training(), device) * BATCH / _TRAINED_AT_ONCE
     images = len(index.images)
     alone = sum(seconds.values())
     return Forecast(
         images=images,
-        bytes_per_image=exact,
-        bytes=images * exact,
+        bytes_per_image=nbytes,
+        bytes=images * nbytes,
         disk_free=shutil.disk_usage(folder).free,
         memory_free=int(SHARE * free_on("cpu")),
         device_free=int(SHARE * free_on(device)) if device.startswith("cuda") else None,
-        measured_images=len(masks),
+        measured_images=len(photos.masks),
         seconds_per_image=seconds,
         workers=workers,
         extract_seconds=images * alone / max(1, workers),
@@ -124,75 +123,99 @@ def forecast(
     )
 
 
-def _extract(
-    dataset: Dataset, backbone: FrozenBackbone, recipe: Recipe, folder: Path, device: str, sample: int
-) -> tuple[dict[str, float], list[Tensor], Tensor]:
-    """Seconds per image of each part, and the features and masks of the photos that could be read."""
-    count, size = len(dataset.index.images), recipe.image_size
-    chosen = sorted({count * place // sample for place in range(sample)})
-    clock = {"read": 0.0, "backbone": 0.0, "encode": 0.0, "write": 0.0}
-    encoded: list[list[Tensor]] = []
-    masks = []
-    with tempfile.TemporaryFile(dir=folder) as file:
-        for turn, image in enumerate([chosen[0], *chosen]):  # the first one twice: once to warm up
-            start = time.perf_counter()
-            try:
-                photo = torch.from_numpy(network_image(dataset.image(image), size))
-                label = resize_label(dataset.label(image), (size, size))
-            except (DataError, OSError):
-                continue
-            read = time.perf_counter()
-            features = backbone(photo[None].to(device))
-            _wait(device)
-            computed = time.perf_counter()
-            codes = encode(features, recipe.precision)
-            coded = time.perf_counter()
-            for level in codes:
-                file.write(level.data)
-            file.flush()
-            os.fsync(file.fileno())
-            written = time.perf_counter()
-            if turn == 0:
-                continue
-            for name, spent in zip(
-                clock, (read - start, computed - read, coded - computed, written - coded), strict=True
-            ):
-                clock[name] += spent
-            encoded.append([torch.from_numpy(level).to(device) for level in codes])
-            masks.append(torch.from_numpy((label != 0) & (label != dataset.index.ignore_label)).to(device))
-    if not masks:
-        raise ConfigError(f"None of {len(chosen)} sample photos of {dataset.index.name} can be read: nothing to time.")
-    levels = [torch.cat(level) for level in zip(*encoded, strict=True)]
-    return {name: spent / len(masks) for name, spent in clock.items()}, levels, torch.stack(masks)
+class _Photos:
+    """The photos that are measured, and what is done with them."""
+
+    def __init__(self, recipe: Recipe, bytes_per_image: int | None) -> None:
+        self.recipe, self.budget = recipe, bytes_per_image
+        self.codec: TransformCodec | None = None
+        self.levels: list[Tensor] = []
+        """As they are stored, of the photos that could be read."""
+        self.masks: Tensor
+
+    def extract(
+        self, dataset: Dataset, backbone: FrozenBackbone, folder: Path, device: str, sample: int
+    ) -> dict[str, float]:
+        """Seconds per photo of each part."""
+        count, size = len(dataset.index.images), self.recipe.image_size
+        chosen = sorted({count * place // sample for place in range(sample)})
+        clock = {"read": 0.0, "backbone": 0.0, "encode": 0.0, "write": 0.0}
+        encoded: list[list[Tensor]] = []
+        masks = []
+        with tempfile.TemporaryFile(dir=folder) as file:
+            for turn, image in enumerate([chosen[0], *chosen]):  # the first one twice: once to warm up
+                start = time.perf_counter()
+                try:
+                    photo = torch.from_numpy(network_image(dataset.image(image), size))
+                    label = resize_label(dataset.label(image), (size, size))
+                except (DataError, OSError):
+                    continue
+                read = time.perf_counter()
+                features = backbone(photo[None].to(device))
+                _wait(device)
+                computed = time.perf_counter()
+                if self.budget is not None and self.codec is None:
+                    self.codec = _fit(features, self.budget)
+                    computed = time.perf_counter()
+                codes = self.codec.encode(features) if self.codec else encode(features, self.recipe.precision)
+                coded = time.perf_counter()
+                for level in codes:
+                    file.write(level.data)
+                file.flush()
+                os.fsync(file.fileno())
+                written = time.perf_counter()
+                if turn == 0:
+                    continue
+                spent = (read - start, computed - read, coded - computed, written - coded)
+                clock = {name: value + more for (name, value), more in zip(clock.items(), spent, strict=True)}
+                encoded.append([torch.from_numpy(level).to(device) for level in codes])
+                masks.append(torch.from_numpy((label != 0) & (label != dataset.index.ignore_label)).to(device))
+        if not masks:
+            raise ConfigError(
+                f"None of {len(chosen)} sample photos of {dataset.index.name} can be read: nothing to time."
+            )
+        self.levels = [torch.cat(level) for level in zip(*encoded, strict=True)]
+        self.masks = torch.stack(masks)
+        return {name: value / len(masks) for name, value in clock.items()}
+
+    def evaluation(self) -> Callable[[], object]:
+        learner, size = self._learner(), self.recipe.image_size
+
+        @torch.no_grad()
+        def run() -> object:
+            query, support = self._features([0]), self._features([-1])
+            logits = learner(query, support, self.masks[-1:], self.codec is not None)
+            return predict_mask(resize_logits(logits, (size, size)))
+
+        return run
+
+    def training(self) -> Callable[[], object]:
+        learner = self._learner()
+        optimiser = torch.optim.Adam(learner.parameters())
+        queries = [number % len(self.masks) for number in range(_TRAINED_AT_ONCE)]
+        supports = queries[::-1]
+
+        def run() -> object:
+            optimiser.zero_grad(set_to_none=True)
+            query, support = self._features(queries), self._features(supports)
+            logits = learner(query, support, self.masks[supports], self.codec is not None)
+            episode_losses(logits, self.masks[queries]).mean().backward()
+            return optimiser.step()
+
+        return run
+
+    def _features(self, photos: list[int]) -> list[Tensor]:
+        levels = [level[photos] for level in self.levels]
+        return self.codec.on(levels[0].device).decode(levels) if self.codec else levels
+
+    def _learner(self) -> FusedHSNet:
+        layers = tuple(reversed(backbone_spec(self.recipe.backbone).layers))
+        return FusedHSNet(HSNet(layers).to(self.masks.device))
 
 
-def _evaluation(recipe: Recipe, levels: list[Tensor], masks: Tensor, size: int) -> Callable[[], object]:
-    learner = FusedHSNet(_learner(recipe, masks.device))
-    query, support = [level[:1] for level in levels], [level[-1:] for level in levels]
-
-    @torch.no_grad()
-    def run() -> object:
-        return predict_mask(resize_logits(learner(query, support, masks[-1:]), (size, size)))
-
-    return run
-
-
-def _training(recipe: Recipe, levels: list[Tensor], masks: Tensor, device: str) -> Callable[[], object]:
-    learner = FusedHSNet(_learner(recipe, device))
-    optimiser = torch.optim.Adam(learner.parameters())
-    rows = torch.arange(_TRAINED_AT_ONCE) % len(masks)
-    query, support = [level[rows] for level in levels], [level[rows.flip(0)] for level in levels]
-
-    def run() -> object:
-        optimiser.zero_grad(set_to_none=True)
-        episode_losses(learner(query, support, masks[rows.flip(0)]), masks[rows]).mean().backward()
-        return optimiser.step()
-
-    return run
-
-
-def _learner(recipe: Recipe, device: str | torch.device) -> HSNet:
-    return HSNet(tuple(reversed(backbone_spec(recipe.backbone).layers))).to(device)
+def _fit(features: list[Tensor], nbytes: int) -> TransformCodec:
+    samples = [[unit_vectors(layer.flatten(0, 1)).half().cpu() for layer in level[0]] for level in features]
+    return fit_layers(samples, [level.shape[2] * level.shape[3] for level in features], nbytes)
 
 
 def _seconds(run: Callable[[], object], device: str) -> float:

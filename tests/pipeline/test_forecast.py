@@ -66,7 +66,7 @@ def test_unreadable_photos_are_left_out_and_none_at_all_is_an_error(tiny_shapes,
         def label(self, number):
             return tiny_shapes.label(number)
 
-    with pytest.raises(ConfigError, match="None of 4 sample photos of shapes .* can be read"):
+    with pytest.raises(ConfigError, match=r"None of 4 sample photos of shapes .* can be read"):
         forecast(Broken(), squeezenet, 64, "int8", folder=tmp_path)
     Broken.readable = 1
     assert forecast(Broken(), squeezenet, 64, "int8", folder=tmp_path).measured_images == 1
