@@ -16,7 +16,7 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -608,7 +608,19 @@ def _prepared_text(summary: Any) -> str:
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be done and how large it gets; write nothing.")
 @common_options
-def extract(
+def extract(**options: Any) -> Any:
+    """Run the frozen backbone once over all photos of DATASET and keep its features.
+
+    Running it again finishes what is missing and skips the rest. One store serves every fold, shot and seed.
+
+    \b
+    Example:
+      hsnet extract pascal --data-root VOC2012 --backbone resnet50 --store voc.zarr --workers 4
+    """
+    return _extract(**options)
+
+
+def _extract(
     dataset: str,
     data_root: Path | None,
     splits: Path | None,
@@ -628,15 +640,8 @@ def extract(
     dry_run: bool,
     as_json: bool,
     quiet: bool,
+    damaged: Collection[int] = (),
 ) -> Any:
-    """Run the frozen backbone once over all photos of DATASET and keep its features.
-
-    Running it again finishes what is missing and skips the rest. One store serves every fold, shot and seed.
-
-    \b
-    Example:
-      hsnet extract pascal --data-root VOC2012 --backbone resnet50 --store voc.zarr --workers 4
-    """
     set_up_logging(quiet)
     on_interrupt("Finished shards are kept: run the same command again to go on.")
     given = click.get_current_context().get_parameter_source("precision")
@@ -684,6 +689,7 @@ def extract(
             show,
             device,
             bytes_per_image,
+            damaged,
         )
     lines = [
         f"{printable(summary.path)}: {summary.images} images, {size_text(summary.bytes)} "
@@ -812,16 +818,9 @@ def store_repair(**options: Any) -> Any:
     Example:
       hsnet store repair pascal --data-root VOC2012 --backbone resnet50 --store voc.zarr
     """
-    from pipeline.store import FeatureStore
-
     set_up_logging(options["quiet"])
     found = _verify(options["store"], options["quiet"])
-    if found.damage:
-        damaged = FeatureStore.open(options["store"], require_complete=False, writable=True)
-        with damaged.writing():
-            damaged.drop(found.damaged_shards)
-    assert extract.callback is not None
-    return extract.callback(**options, dry_run=False)
+    return _extract(**options, dry_run=False, damaged=found.damaged_shards)
 
 
 def _verify(path: Path, quiet: bool) -> Any:

@@ -9,7 +9,7 @@ always the same ones, and torch runs with one thread.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -65,6 +65,7 @@ def extract(
     on_event: Callable[[Event], None] | None = None,
     device: str = "cpu",
     bytes_per_image: int | None = None,
+    damaged: Collection[int] = (),
 ) -> ExtractSummary:
     """Make the feature store of a data set, or finish the one at `path`.
 
@@ -82,6 +83,7 @@ def extract(
         device: where the backbone runs. Features of different kinds of devices differ in their last bits.
         bytes_per_image: budget of an image's features, kept by the budgeted codec (`pipeline.transform`), which is
             fitted first; an existing store keeps its fit.
+        damaged: shards to delete and make anew, once it is known that this call can make them.
 
     Raises:
         DataError: an image cannot be read and on_error is "fail". Complete shards stay.
@@ -106,7 +108,7 @@ def extract(
     store = FeatureStore.create(path, recipe, dataset.index, shard_images, codec)
     reports: list[ShardDone] = []
     with store.writing() as token:
-        store.drop(_mended_shards(store, dataset))
+        store.drop(_mended_shards(store, dataset) | set(damaged))
         missing = store.missing_shards()
         plan = plan_store(store)
         emit(plan)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -98,7 +99,8 @@ def read_marker(
     """
     path = marker_file(root, number)
     try:
-        if path.stat().st_size > _LARGEST_MARKER:
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST_MARKER:
             return None
         text = path.read_text(encoding="utf-8")
         values = json.loads(text)

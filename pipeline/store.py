@@ -19,6 +19,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -673,7 +674,11 @@ def _open_array(root: Path, name: str, writable: bool) -> Any:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        size = path.stat().st_size
+        facts = path.lstat()
+        # A link may lead out of the store, a pipe or a device never ends.
+        if not stat.S_ISREG(facts.st_mode):
+            raise StoreError(f"{path} is a link, a pipe or a device, not a file of the store. Nothing of it was read.")
+        size = facts.st_size
         if size > _LARGEST_METADATA:
             raise StoreError(f"{path} has {size:,} bytes of metadata; {_LARGEST_METADATA:,} is the most that is read.")
         values = json.loads(path.read_text(encoding="utf-8"))

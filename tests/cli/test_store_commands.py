@@ -41,6 +41,10 @@ def test_damage_is_found_named_and_mended(tmp_path):
     assert listed.exit_code == 1
     (one,) = json.loads(listed.stdout)["damage"]
     assert (one["shard"], one["array"], one["file"]) == (0, "level1", str(file))
+    damaged = fingerprints(store)
+    refused = run("store", "repair", *EXTRACT, "--precision", "float32", "--store", store)
+    assert refused.exit_code == 1
+    assert fingerprints(store) == damaged, "with other options nothing may be deleted"
     mended = run("store", "repair", *EXTRACT, "--store", store, "--json")
     assert mended.exit_code == 0, mended.output
     assert json.loads(mended.stdout)["written_shards"] == 1
