@@ -378,7 +378,7 @@ def test_metadata_that_is_a_link_is_not_followed(tmp_path, file, target):
     fill(path, shards=range(0))
     (path / file).rename(tmp_path / "outside.json")
     (path / file).symlink_to(tmp_path / target)
-    with pytest.raises(StoreError, match="is a link, a pipe or a device|is not a feature store"):
+    with pytest.raises(StoreError, match=r"is a link, a pipe or a device|is not a feature store"):
         FeatureStore.open(path, require_complete=False)
 
 
