@@ -108,8 +108,12 @@ class Job:
     @property
     def weights(self) -> Weights:
         """Made anew each time, so that no copy of them counts in what a way needs."""
-        logging.getLogger("pipeline.weights").setLevel(logging.ERROR)  # it warns of random weights
-        return load_weights(self.backbone, "random:0")
+        logger = logging.getLogger("pipeline.weights")
+        logger.addFilter(_silent)  # it warns of random weights
+        try:
+            return load_weights(self.backbone, "random:0")
+        finally:
+            logger.removeFilter(_silent)
 
     def store(self, precision: str) -> Path:
         """Make the store of a precision, unless it is there."""
@@ -246,3 +250,7 @@ def mask_share(job: Job) -> float:
     """Share of object pixels over the job's supports, as it really is."""
     images = sorted({i for episode in job.episodes for i in episode.supports})
     return float(np.mean([job.pictures.label(i).mean() for i in images]))
+
+
+def _silent(record: logging.LogRecord) -> bool:
+    return False

@@ -23,6 +23,7 @@ from pipeline.datasets.images import network_image, resize_label
 from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.extract import Planned, ShardDone, extract
 from pipeline.ownership import OWNER
+from pipeline.shards import shard_file
 from pipeline.store import FeatureStore
 from pipeline.weights import Weights, load_weights
 
@@ -322,14 +323,14 @@ def test_a_disk_that_fills_up_on_the_way_is_told_and_the_run_can_be_finished(
     tmp_path, weights, monkeypatch, task_seconds
 ):
     monkeypatch.setattr(extract_module, "TASK_SECONDS", task_seconds)
-    real = store_module._assign
+    real = store_module.write_shard_file
 
-    def full(array, images, values):
-        if images.start == 8 and array.shape[-1] == 256:  # level 1
+    def full(path, *arguments):
+        if path == shard_file(tmp_path / "s.zarr", "level1", 1):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(array, images, values)
+        return real(path, *arguments)
 
-    monkeypatch.setattr(store_module, "_assign", full)
+    monkeypatch.setattr(store_module, "write_shard_file", full)
     with pytest.raises(StoreError, match=r"Shard 1 of .*No space left.* are free there\. Free some space"):
         run(Photos(), weights, tmp_path / "s.zarr")
     monkeypatch.undo()
