@@ -10,8 +10,9 @@ code has the query first; the values are the same.)
 Features may also be *unit* features: unit vectors, or what a projection left of them, which is shorter. Then a
 correlation is their inner product as it is. To normalise again what was projected would stretch weak vectors.
 
-`build_hypercorrelation` is the plain reading of the paper. `correlate_objects` is what the pipeline runs: equal,
-but it multiplies only the support positions inside the mask, about one in six for a typical object.
+`build_hypercorrelation` is the plain reading of the paper. The pipeline runs what equals it: `correlate_rows` on a
+CPU, which multiplies only the support positions inside the mask, about one in six for a typical object, and
+`correlate_all` on a GPU (both through `hsnet.fused`).
 """
 
 from __future__ import annotations
@@ -122,9 +123,17 @@ def correlate_rows(
         values (n, L, H, W), cosine similarities cut to [0, 1], and positions (n,) int64 on the grid, row by row,
         where the mask is above zero.
 
+    Raises:
+        ShapeError: layers or channels of query and support differ.
+
     The mask scales a whole feature vector, so normalising takes it out again up to eps: what remains is the factor
     m / (m n + eps) on the vector, n its norm.
     """
+    for name, one, other in (("layers", 0, 0), ("channels", 2, 3)):
+        if query.values.shape[one] != support.shape[other]:
+            raise ShapeError(
+                f"Query and support differ in {name}: {query.values.shape[one]} and {support.shape[other]}."
+            )
     positions = mask.flatten().nonzero()[:, 0]
     chosen = support.flatten(1, 2).index_select(1, positions)  # (L, n, C)
     real = _real(chosen)
@@ -144,28 +153,6 @@ def correlate_rows(
             torch.mul(products, factor[layer], out=values[:, layer])
             values[:, layer] *= query.factor[layer]
     return values.clamp_(min=0).unflatten(2, query.grid), positions
-
-
-def correlate_objects(query: Tensor, support: Tensor, mask: Tensor, eps: float = EPS, unit: bool = False) -> Tensor:
-    """`build_hypercorrelation`, multiplying only the support positions where the mask is above zero."""
-    _check(query, support, mask)
-    (batch, layers, height, width, _), grid = query.shape, support.shape[2:4]
-    result = _real(query.new_zeros(0)).new_zeros(batch, layers, grid[0] * grid[1], height, width)
-    for episode in range(batch):
-        prepared = prepare_query(query[episode], eps, unit)
-        values, inside = correlate_rows(prepared, support[episode], mask[episode], eps)
-        result[episode].index_copy_(1, inside, values.transpose(0, 1))
-    return result.unflatten(2, grid)
-
-
-def _real(features: Tensor) -> Tensor:
-    """Stored features as numbers to calculate with: float32, or float64 where they are that already."""
-    return features if features.dtype == torch.float64 else features.float()
-
-
-def _multiplies_codes(features: Tensor) -> bool:
-    """Whether int8 products are exact and fast here. Older x86 processors add pairs of them in 16 bits and saturate."""
-    return features.dtype == torch.int8 and features.device.type == "cpu" and torch.cpu._is_vnni_supported()
 
 
 def correlate_all(
@@ -212,9 +199,19 @@ def build_pyramid(
     if mask.ndim != 3:
         raise ShapeError(f"Support masks must be (B, S, S), got {tuple(mask.shape)}.")
     return [
-        correlate_objects(q, s, interpolate_mask(mask, (s.shape[2], s.shape[3])), eps, unit)
+        build_hypercorrelation(q, s, interpolate_mask(mask, (s.shape[2], s.shape[3])), eps, unit)
         for q, s in zip(reversed(query), reversed(support), strict=True)
     ]
+
+
+def _real(features: Tensor) -> Tensor:
+    """Stored features as numbers to calculate with: float32, or float64 where they are that already."""
+    return features if features.dtype == torch.float64 else features.float()
+
+
+def _multiplies_codes(features: Tensor) -> bool:
+    """Whether int8 products are exact and fast here. Older x86 processors add pairs of them in 16 bits and saturate."""
+    return features.dtype == torch.int8 and features.device.type == "cpu" and torch.cpu._is_vnni_supported()
 
 
 def _check(query: Tensor, support: Tensor, mask: Tensor) -> None:

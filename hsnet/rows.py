@@ -47,8 +47,8 @@ class Rows:
     @classmethod
     def complete(cls, values: Tensor, count: int, grid: tuple[int, int]) -> Rows:
         """Rows with every position of B pairs written down."""
-        numbers = torch.arange(len(values), device=values.device)
-        return cls(values, numbers // (grid[0] * grid[1]), numbers % (grid[0] * grid[1]), count, grid)
+        pairs, positions = _divide(torch.arange(len(values), device=values.device), grid[0] * grid[1])
+        return cls(values, pairs, positions, count, grid)
 
     @property
     def is_complete(self) -> bool:
@@ -152,6 +152,7 @@ def normalise(norm: nn.GroupNorm, rows: Rows) -> Rows:
 
 
 def _divide(numbers: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Numbers counted over all pairs -> (pair, position), `size` positions each."""
     return numbers // size, numbers % size
 
 

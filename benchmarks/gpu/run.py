@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,7 +104,7 @@ def tf32(allowed: bool) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
-class Way:
+class Way(ABC):
     """One way of doing a piece of work; `run` does it once."""
 
     def __init__(self, scene: Scene, work: Work) -> None:
@@ -118,14 +119,14 @@ class Way:
     def run(self) -> object:
         return self.step() if self.work.task == "train" else self.predict()
 
-    def logits(self) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def logits(self) -> Tensor: ...
 
-    def step(self) -> float:
-        raise NotImplementedError
+    @abstractmethod
+    def step(self) -> float: ...
 
-    def predict(self) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def predict(self) -> Tensor: ...
 
 
 class PublishedWay(Way):

@@ -7,15 +7,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsnet.correlation import (
+    EPS,
     build_hypercorrelation,
     build_pyramid,
     correlate_all,
-    correlate_objects,
+    correlate_rows,
     interpolate_mask,
+    prepare_query,
 )
 from hsnet.errors import ShapeError
 
 SIDES = {"res": (9, 5, 3), "vgg": (8, 4, 2), "tiny": (6, 3, 2)}
+
+
+def correlate_objects(query, support, mask, eps=EPS, unit=False):
+    """`correlate_rows` of every episode, with the positions it leaves out as zeros: (B, L, U, V, H, W)."""
+    batch = []
+    for episode in range(len(mask)):
+        prepared = prepare_query(query[episode], eps, unit)
+        values, inside = correlate_rows(prepared, support[episode], mask[episode], eps)
+        whole = values.new_zeros(values.shape[1], mask[episode].numel(), *values.shape[2:])
+        batch.append(whole.index_copy(1, inside, values.transpose(0, 1)).unflatten(1, mask.shape[1:]))
+    return torch.stack(batch)
 
 
 def load(golden, case):
@@ -143,4 +156,4 @@ def test_integer_codes_are_accepted():
 )
 def test_shapes_that_do_not_fit_are_named(query, support, mask, message):
     with pytest.raises(ShapeError, match=message):
-        correlate_objects(torch.ones(query), torch.ones(support), torch.ones(mask))
+        build_hypercorrelation(torch.ones(query), torch.ones(support), torch.ones(mask))

@@ -167,6 +167,14 @@ def test_grids_that_do_not_meet_are_named():
         FusedHSNet(net)(query, query, masks("corner"))
 
 
+@pytest.mark.parametrize("sparse", [True, False])
+def test_levels_of_another_network_are_named(sparse):
+    query, support = levels(1, 1), levels(1, 2)
+    support[0] = support[0][:, :1]
+    with pytest.raises(ShapeError, match="differ in layers: 2 and 1"):
+        FusedHSNet(learner(), sparse=sparse)(query, support, masks("disc"))
+
+
 def test_supports_that_cannot_be_shared_evenly_are_named():
     with pytest.raises(ShapeError, match="3 supports with 3 masks cannot be shared evenly by 2 queries"):
         FusedHSNet(learner())(levels(2, 1), levels(3, 2), masks("disc", "disc", "disc"))
