@@ -21,7 +21,7 @@ from typing import Literal
 from hsnet.errors import WeightsError
 
 DISTRIBUTION = "hsnet-pipeline"
-OUR_NAMES = ("cli", "cluster", "hsnet", "pipeline")
+OUR_NAMES = ("cli", "cluster", "commands", "hsnet", "pipeline")
 
 GIB = 2**30
 # Measured: an idle local Ray takes 0.5 GiB, a worker with torch 0.2 GiB, a training step at 400 px a few GiB.

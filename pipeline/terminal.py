@@ -167,5 +167,5 @@ def set_up_logging(quiet: bool = False) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
-    for room in ("cli", "cluster", "hsnet", "pipeline"):
+    for room in ("cli", "cluster", "commands", "hsnet", "pipeline"):
         logging.getLogger(room).setLevel(logging.WARNING if quiet else logging.INFO)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("hsnet", "pipeline", "cluster")
+ROOMS = ("hsnet", "pipeline", "cluster", "commands")
 
 
 @pytest.fixture(scope="module")

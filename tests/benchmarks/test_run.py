@@ -93,7 +93,7 @@ def test_the_gpu_script_runs_from_a_checkout_with_torch_alone(tmp_path):
     code = """
 import runpy, sys
 hidden = set("ray zarr numcodecs click rich safetensors pyarrow yaml pycocotools scipy tensorboardX".split())
-hidden |= {"pipeline", "cluster", "cli"}
+hidden |= {"pipeline", "cluster", "commands", "cli"}
 class Without:
     def __init__(self, finder):
         self.finder = finder

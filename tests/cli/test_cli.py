@@ -21,6 +21,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import cli
+from commands import options, steps
 from hsnet.errors import ConfigError
 from pipeline import terminal
 
@@ -86,10 +87,9 @@ def test_examples_use_options_that_exist() -> None:
 
 def test_help_lists_commands_under_headings_in_pipeline_order() -> None:
     shown = invoke("--help").stdout
-    headings = [heading for heading, _ in cli.SECTIONS]
-    positions = [shown.index(f"\n{heading}:\n") for heading in headings]
+    positions = [shown.index(f"\n{heading}:\n") for heading in cli.SECTIONS]
     assert positions == sorted(positions)
-    listed = [name for _, names in cli.SECTIONS for name in names]
+    listed = [command.name for commands in cli.SECTIONS.values() for command in commands]
     assert sorted(listed) == sorted(cli.main.commands), "every command stands under exactly one heading"
     assert shown.index("\n  extract ") < shown.index("\n  train ") < shown.index("\n  evaluate ")
     assert "\n  store info " in shown
@@ -101,9 +101,9 @@ def test_choices_equal_the_tables_they_are_copied_from() -> None:
     from pipeline.datasets import DATASETS
     from pipeline.recipe import DTYPES
 
-    assert tuple(BACKBONES) == cli.BACKBONES
-    assert tuple(DATASETS) == cli.DATASETS
-    assert sorted(DTYPES) == sorted(cli.PRECISIONS)
+    assert tuple(BACKBONES) == options.BACKBONES
+    assert tuple(DATASETS) == options.DATASETS
+    assert sorted(DTYPES) == sorted(options.PRECISIONS)
 
 
 def test_help_needs_nothing_heavy() -> None:
@@ -256,15 +256,15 @@ def test_quiet_progress_says_nothing(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_data_options() -> None:
     given = ["size=96", "seed=-1", "min_object_share=0.01", "layout=fss"]
-    assert cli.parse_data_options(given) == {"size": 96, "seed": -1, "min_object_share": 0.01, "layout": "fss"}
+    assert steps.parse_data_options(given) == {"size": 96, "seed": -1, "min_object_share": 0.01, "layout": "fss"}
     with pytest.raises(ConfigError, match="KEY=VALUE"):
-        cli.parse_data_options(["=3"])
+        steps.parse_data_options(["=3"])
 
 
 def test_a_gpu_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert cli.pick_device("auto") == "cpu"
+    assert steps.pick_device("auto") == "cpu"
     with pytest.raises(ConfigError, match="torch sees 0 GPUs"):
-        cli.pick_device("cuda:1")
+        steps.pick_device("cuda:1")

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 import cli
+from commands.options import Bytes
 
 SHAPES = ("extract", "shapes", "--backbone", "squeezenet1_1", "--image-size", "64")
 SMALL = ("--data-option", "size=64", "--data-option", "trn_per_class=3", "--data-option", "val_per_class=2")
@@ -26,13 +27,13 @@ def invoke(*args: str | Path, code: int = 0) -> str:
     [("2MB", 2_000_000), ("60 GB", 60_000_000_000), ("1.5MB", 1_500_000), ("500kB", 500_000), ("700", 700), ("3B", 3)],
 )
 def test_sizes(text: str, number: int) -> None:
-    assert cli.Bytes().convert(text, None, None) == number
+    assert Bytes().convert(text, None, None) == number
 
 
 @pytest.mark.parametrize("text", ["", "MB", "-2MB", "2 mb per image", "0", "two", "1e6"])
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(click.BadParameter):
-        cli.Bytes().convert(text, None, None)
+        Bytes().convert(text, None, None)
 
 
 def test_one_codec_at_a_time(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import cli
+from commands import groups
 from hsnet.errors import CheckpointMismatch, StoreIncomplete, StoreMismatch
 
 ROOT = Path(cli.__file__).parent
@@ -85,7 +86,7 @@ def test_extract_refuses_a_store_of_another_recipe(job: Path) -> None:
 
 def raise_cause(*args: str | Path) -> None:
     """Raise the error behind a command's message."""
-    with pytest.raises(cli.Failure) as caught:
+    with pytest.raises(groups.Failure) as caught:
         cli.main.main([str(arg) for arg in args], standalone_mode=False)
     assert caught.value.__cause__ is not None
     raise caught.value.__cause__

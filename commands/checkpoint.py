@@ -1,0 +1,82 @@
+"""`hsnet checkpoint`: look at checkpoints and import published ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from commands.groups import OrderedGroup
+from commands.options import ANY_PATH, BACKBONES, FILE, image_size_option, json_option
+from commands.steps import emit
+from pipeline.terminal import fact_lines, printable
+
+
+@click.group(cls=OrderedGroup)
+def checkpoint() -> None:
+    """Look at checkpoints, and import published ones.
+
+    \b
+    Example:
+      hsnet checkpoint info runs/voc-0
+    """
+
+
+@checkpoint.command("info", short_help="What a checkpoint was trained on.")
+@click.argument("path", type=ANY_PATH, metavar="CHECKPOINT")
+@json_option
+def checkpoint_info(path: Path, as_json: bool) -> None:
+    """Show what a checkpoint (or a run directory's best one) was trained on.
+
+    \b
+    Example:
+      hsnet checkpoint info runs/voc-0
+    """
+    from pipeline.checkpoint import load_checkpoint
+
+    loaded = load_checkpoint(path)
+    info, recipe = loaded.info, loaded.recipe
+    scores = ", ".join(f"{name} {value:.1f}" for name, value in (info.scores or {}).items())
+    facts = {
+        "file": printable(loaded.path),
+        "digest": loaded.digest[:15],
+        "made by": f"{info.origin}, step {info.step}" if info.config else info.origin,
+        "backbone": f"{recipe.backbone}, weights {recipe.weights[:15]}",
+        "image size": f"{recipe.image_size} px",
+        "precision": f"{recipe.precision} features",
+        "parameters": f"{sum(tensor.numel() for tensor in loaded.state.values()):,}",
+        "layers": f"{', '.join(map(str, info.learner.get('layers', ())))} per level, deepest first",
+    }
+    if info.config:
+        facts |= {"fold": str(info.config.fold), "seed": str(info.config.seed)}
+    if scores:
+        facts["validation"] = scores
+    result = {**json.loads(info.to_json()), "path": loaded.path, "digest": loaded.digest}
+    emit(result, fact_lines(facts), as_json)
+
+
+@checkpoint.command("import", short_help="Bring in a checkpoint of the published code.")
+@click.argument("source", type=FILE, metavar="FILE")
+@click.argument("target", type=ANY_PATH, metavar="OUT")
+@click.option("--backbone", type=click.Choice(BACKBONES), help="Its network. [default: told from its layers]")
+@image_size_option
+@json_option
+def checkpoint_import(source: Path, target: Path, backbone: str | None, image_size: int, as_json: bool) -> None:
+    """Turn a checkpoint of the published code (FILE, a .pt) into one of ours (OUT).
+
+    No code inside the file is run. The backbone inside is not kept; its digest is.
+
+    \b
+    Example:
+      hsnet checkpoint import best_model.pt pascal-0.safetensors --backbone resnet50
+    """
+    from pipeline.checkpoint import import_published
+
+    info = import_published(source, target, backbone, image_size)
+    emit(
+        {**json.loads(info.to_json()), "path": target},
+        f"{printable(target)}: head for {info.recipe.backbone} at {info.recipe.image_size} px, "
+        f"weights {info.recipe.weights[:15]}",
+        as_json,
+    )

@@ -1,0 +1,186 @@
+"""`hsnet extract`: run the backbone once over a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from commands.groups import on_interrupt
+from commands.options import (
+    ANY_PATH,
+    Bytes,
+    Whole,
+    address_option,
+    backbone_option,
+    bytes_option,
+    common_options,
+    data_option,
+    data_root_option,
+    dataset_argument,
+    device_option,
+    image_size_option,
+    options,
+    precision_option,
+    splits_option,
+    weights_option,
+    workers_option,
+)
+from commands.steps import emit, open_data, open_runner, pick_device
+from pipeline.terminal import Progress, printable, set_up_logging, size_text, time_text
+
+if TYPE_CHECKING:
+    from pipeline.datasets import Dataset
+
+
+@click.command(short_help="Run the backbone once over all photos; keep features.")
+@dataset_argument
+@options(data_root_option, splits_option, data_option)
+@options(backbone_option, weights_option, image_size_option)
+@click.option("--store", type=ANY_PATH, metavar="S.zarr", required=True, help="Store to make, or to finish.")
+@options(precision_option, bytes_option)
+@click.option("--budget", type=Bytes(), metavar="SIZE", help="The same for all images together, such as 60GB.")
+@options(workers_option, address_option, device_option)
+@click.option(
+    "--on-error",
+    type=click.Choice(("fail", "skip")),
+    default="fail",
+    show_default=True,
+    help="What an unreadable image does: stop, or be left out of all episodes.",
+)
+@click.option(
+    "--shard-images",
+    type=Whole(),
+    default=16,
+    show_default=True,
+    help="Images per shard of a new store.",
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be done and how large it gets; write nothing.")
+@common_options
+def extract(**options: Any) -> Any:
+    """Run the frozen backbone once over all photos of DATASET and keep its features.
+
+    Running it again finishes what is missing and skips the rest. One store serves every fold, shot and seed.
+
+    \b
+    Example:
+      hsnet extract pascal --data-root VOC2012 --backbone resnet50 --store voc.zarr --workers 4
+    """
+    return run_extraction(**options)
+
+
+def run_extraction(
+    dataset: str,
+    data_root: Path | None,
+    splits: Path | None,
+    data_options: tuple[str, ...],
+    backbone: str,
+    weights: str | None,
+    image_size: int,
+    store: Path,
+    precision: str,
+    bytes_per_image: int | None,
+    budget: int | None,
+    workers: int,
+    address: str | None,
+    device: str,
+    on_error: str,
+    shard_images: int,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    damaged: Collection[int] = (),
+) -> Any:
+    set_up_logging(quiet)
+    on_interrupt("Finished shards are kept: run the same command again to go on.")
+    given = click.get_current_context().get_parameter_source("precision")
+    chosen = [given == click.core.ParameterSource.COMMANDLINE, bytes_per_image is not None, budget is not None]
+    if sum(chosen) > 1:
+        raise click.UsageError("Give one of --precision, --bytes-per-image and --budget.")
+    from pipeline.extract import extract as stage
+    from pipeline.fitting import Fitting
+    from pipeline.plan import Planned
+    from pipeline.weights import load_weights
+
+    data = open_data(dataset, data_root, splits, data_options, quiet)
+    if budget is not None:
+        bytes_per_image = budget // max(1, len(data.index.images))
+    if dry_run:
+        plan = _plan_extraction(data, backbone, weights, image_size, precision, bytes_per_image, store, shard_images)
+        return emit(plan, f"{_plan_text(plan)} Nothing was written.", as_json)
+    loaded = load_weights(backbone, weights)
+    device = pick_device(device, address)
+    with open_runner(workers, address, device) as runner, Progress("extract", "images", quiet) as progress:
+        done = total = 0
+
+        def show(event: Any) -> None:
+            nonlocal done, total
+            if isinstance(event, Fitting):
+                progress.say(f"Fitting the codec to {event.images} training photos.")
+                return
+            if isinstance(event, Planned):
+                done, total = event.images_done, event.images
+                progress.say(_plan_text(event))
+            else:
+                done += event.images
+            progress.update(done, total)
+
+        summary = stage(
+            data,
+            loaded,
+            backbone,
+            image_size,
+            precision,
+            store,
+            runner,
+            on_error,
+            shard_images,
+            show,
+            device,
+            bytes_per_image,
+            damaged,
+        )
+    lines = [
+        f"{printable(summary.path)}: {summary.images} images, {size_text(summary.bytes)} "
+        f"({size_text(summary.bytes / summary.images)} per image)",
+        f"{summary.written_images} images in {time_text(summary.seconds)} ({summary.images_per_s:.1f} images/s), "
+        f"{summary.reused_shards} of {summary.reused_shards + summary.written_shards} shards were there",
+    ]
+    if summary.skipped:
+        lines.append(f"{len(summary.skipped)} unreadable images left out: {', '.join(summary.skipped[:5])}")
+    return emit(summary, "\n".join(lines), as_json)
+
+
+def _plan_extraction(
+    data: Dataset,
+    backbone: str,
+    weights: str | None,
+    image_size: int,
+    precision: str,
+    bytes_per_image: int | None,
+    path: Path,
+    shard_images: int,
+) -> Any:
+    """The plan of a store; weights, which may have to be downloaded, are looked at only to compare a store with."""
+    from pipeline.extract import wanted_recipe
+    from pipeline.plan import plan_new, plan_store
+    from pipeline.recipe import Recipe
+    from pipeline.store import FeatureStore
+    from pipeline.weights import load_weights
+
+    if path.exists():
+        exact = Recipe.of(backbone, load_weights(backbone, weights).sha256, image_size, precision)
+        recipe = wanted_recipe(exact, bytes_per_image, path)
+        return plan_store(FeatureStore.open(path, recipe, require_complete=False, index_digest=data.index.digest))
+    unknown = Recipe.of(backbone, "sha256:" + "0" * 64, image_size, precision)
+    return plan_new(data.index, wanted_recipe(unknown, bytes_per_image, path), path, shard_images)
+
+
+def _plan_text(plan: Any) -> str:
+    there = f" ({plan.images_done} of them are there)" if plan.images_done else ""
+    return (
+        f"{plan.images} images in {plan.shards} shards{there}; "
+        f"up to {size_text(plan.bytes_needed)} to write, {size_text(plan.bytes_free)} free."
+    )

@@ -1,0 +1,182 @@
+"""Types of options, and the options that several commands share, each written once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+# Spelt out, because the tables they come from import torch; tests compare them.
+BACKBONES = ("vgg16", "resnet50", "resnet101", "squeezenet1_1")
+DATASETS = ("pascal", "coco", "fss", "folder", "shapes")
+PRECISIONS = ("int8", "float16", "float32")
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Device(click.ParamType):
+    """auto, cpu, or a GPU that torch can name."""
+
+    name = "device"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value not in ("auto", "cpu", "cuda", "mps") and not (value[:5] == "cuda:" and value[5:].isdecimal()):
+            self.fail(f"'{value}' is none of auto, cpu, cuda, cuda:N, mps", param, ctx)
+        return str(value)
+
+
+class Whole(click.ParamType):
+    """A whole number that is not too small."""
+
+    name = "n"
+
+    def __init__(self, least: int = 1) -> None:
+        self.least = least
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            number = int(value)
+        except ValueError:
+            self.fail(f"'{value}' is not a whole number", param, ctx)
+        if number < self.least:
+            self.fail(f"{number} is less than {self.least}", param, ctx)
+        return number
+
+
+class Bytes(click.ParamType):
+    """A number of bytes with its unit, such as 2MB or 60 GB; powers of 1000."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?B?)", str(value).strip())
+        if not found:
+            self.fail(f"'{value}' is not a size such as 500KB, 2MB or 60GB", param, ctx)
+        scale = " KMGT".index(found[2].upper().rstrip("B") or " ")
+        number = int(float(found[1]) * 1000**scale)
+        if number < 1:
+            self.fail(f"'{value}' is less than a byte", param, ctx)
+        return number
+
+
+class Integers(click.ParamType):
+    """Positive whole numbers, separated by commas."""
+
+    name = "list"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        parts = str(value).split(",")
+        if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+            self.fail(f"'{value}' is not a list of positive whole numbers such as 1,5", param, ctx)
+        return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+class Episodes(click.ParamType):
+    """A positive whole number, or the word reference."""
+
+    name = "episodes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value != "reference" and not (str(value).isdecimal() and int(value) > 0):
+            self.fail(f"'{value}' is neither a positive whole number nor 'reference'", param, ctx)
+        return value if value == "reference" else int(value)
+
+
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+ANY_PATH = click.Path(path_type=Path)
+
+dataset_argument = click.argument("dataset", type=click.Choice(DATASETS))
+data_root_option = click.option(
+    "--data-root", type=ANY_PATH, metavar="DIR", help="Folder of the data set. Not needed for shapes."
+)
+splits_option = click.option(
+    "--splits", type=ANY_PATH, metavar="DIR", help="Folder of the published code's split files. [default: by rule]"
+)
+data_option = click.option(
+    "--data-option",
+    "data_options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="An option of the data set's reader, such as trn_per_class=30 for shapes. May be repeated.",
+)
+backbone_option = click.option(
+    "--backbone", type=click.Choice(BACKBONES), required=True, help="Network whose features are used."
+)
+weights_option = click.option(
+    "--weights",
+    metavar="FILE|random",
+    help="Backbone weights: .safetensors or torch state dict, or random. [default: ImageNet]",
+)
+image_size_option = click.option(
+    "--image-size",
+    type=Whole(32),
+    default=400,
+    show_default=True,
+    help="Side of the square that photos are squashed to, pixels.",
+)
+store_option = click.option(
+    "--store", type=ANY_PATH, metavar="S.zarr", required=True, help="Feature store made by `hsnet extract`."
+)
+fold_option = click.option(
+    "--fold", type=Whole(0), default=0, show_default=True, help="Fold whose classes are held out."
+)
+precision_option = click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    default="int8",
+    show_default=True,
+    help="Of stored values; float32 is exact and takes four times the space of int8.",
+)
+bytes_option = click.option(
+    "--bytes-per-image",
+    type=Bytes(),
+    metavar="SIZE",
+    help="Instead of --precision: a budget for the features of an image, such as 2MB.",
+)
+arithmetic_option = click.option(
+    "--arithmetic",
+    type=click.Choice(("float32", "bfloat16")),
+    default="float32",
+    show_default=True,
+    help="Precision of the head's activations; bfloat16 is faster where the processor has it.",
+)
+seed_option = click.option("--seed", type=Whole(0), default=0, show_default=True, help="Same seed, same episodes.")
+workers_option = click.option(
+    "--workers",
+    type=Whole(0),
+    default=0,
+    show_default=True,
+    help="Ray workers; 0 works in this process without Ray.",
+)
+address_option = click.option(
+    "--address",
+    metavar="ADDRESS",
+    help="Ray cluster to work on: host:port or auto. [default: a local Ray of its own]",
+)
+device_option = click.option(
+    "--device", type=Device(), default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else.")
+quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress, no notes; warnings and errors only.")
+
+
+def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Apply several option decorators, in the order in which help shall list them."""
+
+    def decorate(function: F) -> F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+common_options = options(json_option, quiet_option)

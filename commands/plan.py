@@ -1,0 +1,97 @@
+"""`hsnet plan`: what a data set will take."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import click
+
+from commands.options import (
+    ANY_PATH,
+    Whole,
+    backbone_option,
+    bytes_option,
+    data_option,
+    data_root_option,
+    dataset_argument,
+    device_option,
+    image_size_option,
+    json_option,
+    options,
+    precision_option,
+    quiet_option,
+    splits_option,
+    weights_option,
+    workers_option,
+)
+from commands.steps import emit, open_data, pick_device
+from pipeline.terminal import fact_lines, set_up_logging, size_text, time_text
+
+
+@click.command(short_help="Bytes and seconds a data set will take; writes nothing.")
+@dataset_argument
+@options(data_root_option, splits_option, data_option)
+@options(backbone_option, weights_option, image_size_option, precision_option, bytes_option)
+@click.option(
+    "--store", type=ANY_PATH, metavar="S.zarr", default=Path("store.zarr"), help="Where it would lie. [default: here]"
+)
+@click.option("--photos", type=Whole(), default=4, show_default=True, help="How many to measure with.")
+@options(workers_option, device_option, json_option, quiet_option)
+def plan(
+    dataset: str,
+    data_root: Path | None,
+    splits: Path | None,
+    data_options: tuple[str, ...],
+    backbone: str,
+    weights: str | None,
+    image_size: int,
+    precision: str,
+    bytes_per_image: int | None,
+    store: Path,
+    photos: int,
+    workers: int,
+    device: str,
+    as_json: bool,
+    quiet: bool,
+) -> Any:
+    """Say what DATASET will take: bytes of its store, seconds of extraction, training and evaluation, and what fits.
+
+    A few of its own photos are measured on this machine; nothing stays on the disk.
+
+    \b
+    Example:
+      hsnet plan pascal --data-root VOC2012 --backbone resnet50 --workers 4
+    """
+    set_up_logging(quiet)
+    from pipeline.forecast import BATCH, forecast
+    from pipeline.weights import load_weights
+
+    data = open_data(dataset, data_root, splits, data_options, quiet)
+    folder = next(place for place in store.absolute().parents if place.is_dir())
+    found = forecast(
+        data,
+        load_weights(backbone, weights),
+        image_size,
+        precision,
+        bytes_per_image,
+        folder=folder,
+        workers=workers,
+        device=pick_device(device, None),
+        sample=photos,
+    )
+    each = ", ".join(f"{name} {1000 * value:.0f}" for name, value in found.seconds_per_image.items())
+    room = {"disk": found.disk_free, "memory": found.memory_free, "device": found.device_free}
+    facts = {
+        "store": f"{found.images} images of at most {size_text(found.bytes_per_image)}: {size_text(found.bytes)}",
+        **{
+            f"fits in {place}": f"{'yes' if fits else 'no'}, {size_text(room[place] or 0)} may be filled"
+            for place, fits in found.fits.items()
+        },
+        "per photo": f"{each} ms, mean of {found.measured_images}",
+        "extract": f"{time_text(found.extract_seconds)} with {max(1, workers)} worker{'s' if workers > 1 else ''}",
+        "train": f"{time_text(found.train_seconds_per_step)} a step of {BATCH} episodes",
+        "evaluate": f"{time_text(1000 * found.evaluate_seconds_per_episode)} for 1,000 1-shot episodes on one worker",
+    }
+    return emit({**dataclasses.asdict(found), "fits": found.fits}, fact_lines(facts), as_json)

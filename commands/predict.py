@@ -1,0 +1,89 @@
+"""`hsnet predict`: masks of new photos."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from commands.groups import Failure, on_interrupt
+from commands.options import ANY_PATH, common_options, device_option, options, weights_option
+from commands.steps import emit, pick_device
+from pipeline.terminal import Progress, printable, set_up_logging, time_text
+
+
+@click.command(short_help="Masks of new photos from a few examples.")
+@click.option("--checkpoint", "checkpoint_path", type=ANY_PATH, metavar="C", required=True, help="Checkpoint or run.")
+@click.option(
+    "--support",
+    "supports",
+    multiple=True,
+    required=True,
+    metavar="PHOTO:MASK",
+    help="A photo and the mask of the object in it. May be repeated: more shots.",
+)
+@click.option(
+    "--query",
+    "queries",
+    type=ANY_PATH,
+    multiple=True,
+    required=True,
+    metavar="FILE|DIR",
+    help="A photo, or a folder of photos. May be repeated.",
+)
+@click.option("--out", type=ANY_PATH, metavar="DIR", required=True, help="Where masks and overlays are written.")
+@options(weights_option, device_option)
+@common_options
+def predict(
+    checkpoint_path: Path,
+    supports: tuple[str, ...],
+    queries: tuple[Path, ...],
+    out: Path,
+    weights: str | None,
+    device: str,
+    as_json: bool,
+    quiet: bool,
+) -> Any:
+    """Find the supports' object in new photos: a mask (PNG) and an overlay of each. No store is needed.
+
+    In a mask everything that is not 0 is object; with soft edges, 128 and above. A photo that cannot be read is
+    reported, the others are done, and the exit code is 1.
+
+    \b
+    Example:
+      hsnet predict --checkpoint runs/voc-0 --support cup.jpg:cup.png --query photos/ --out masks/
+    """
+    set_up_logging(quiet)
+    on_interrupt("The masks written so far are whole.")
+    from pipeline import predict as stage
+    from pipeline.checkpoint import load_checkpoint
+    from pipeline.support import parse_support
+    from pipeline.weights import load_weights
+
+    pairs = [parse_support(text) for text in supports]
+    loaded = load_checkpoint(checkpoint_path)
+    photos = stage.list_queries(queries)
+    with Progress("predict", "photos", quiet) as progress:
+        summary = stage.predict(
+            loaded,
+            load_weights(loaded.recipe.backbone, weights),
+            pairs,
+            photos,
+            out,
+            device=pick_device(device),
+            on_event=progress.update,
+        )
+    lines = [
+        f"{printable(item.mask)}  {100 * item.object_share:.1f} % of {printable(item.query)}"
+        for item in summary.written
+    ]
+    lines.append(
+        f"{len(summary.written)} of {len(photos)} photos, {summary.shots}-shot, {time_text(summary.seconds)}: "
+        f"masks and overlays in {printable(out)}"
+    )
+    result = emit(summary, "\n".join(lines), as_json)
+    if summary.failed:
+        names = ", ".join(printable(path) for path, _ in summary.failed)
+        raise Failure(f"{len(summary.failed)} of {len(photos)} photos could not be used: {names}")
+    return result

@@ -1,0 +1,123 @@
+"""What several commands do: open data and stores, choose a device, start workers, print a result."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hsnet.errors import ConfigError
+from pipeline.terminal import plain
+
+if TYPE_CHECKING:
+    from pipeline.datasets import Dataset
+    from pipeline.features import FeatureSource
+    from pipeline.runner import Runner
+
+
+def emit(result: Any, text: str, as_json: bool) -> Any:
+    """Print a result on stdout, as JSON for machines or as text for people; returns it as JSON values."""
+    values = plain(result)
+    click.echo(json.dumps(values, indent=2, allow_nan=False) if as_json else text)
+    return values
+
+
+def open_data(name: str, root: Path | None, splits: Path | None, given: Sequence[str], quiet: bool) -> Dataset:
+    """The data set of the options, its notes printed."""
+    from pipeline.datasets import open_dataset
+
+    # Absolute, because a worker on another machine has another working directory.
+    root, splits = root and root.absolute(), splits and splits.absolute()
+    dataset = open_dataset(name, root, splits, **parse_data_options(given))
+    for note in () if quiet else dataset.index.notes:
+        click.echo(f"Note: {note}", err=True)
+    return dataset
+
+
+def parse_data_options(given: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE texts as keyword arguments; numbers become int or float."""
+    parsed: dict[str, Any] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals or not key.isidentifier():
+            raise ConfigError(f"--data-option '{text}' is not of the form KEY=VALUE")
+        parsed[key] = _number(value)
+    return parsed
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def pick_device(name: str, address: str | None = None) -> str:
+    """'auto' becomes the best there is; a device that is not there is an error.
+
+    A cluster's machines may have what this one lacks: with an address, only 'auto' looks at this machine.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and address is None:
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(name[5:] or 0) >= count:
+            raise ConfigError(f"--device {name}: torch sees {count} GPUs here; `hsnet doctor` says why. Use cpu.")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("--device mps: not available on this machine. Use cpu.")
+    return name
+
+
+@contextlib.contextmanager
+def open_runner(workers: int, address: str | None, device: str) -> Iterator[Runner]:
+    """Where a stage's work is done: in this process, or on Ray; with an address alone, on all of its CPUs."""
+    if workers == 0 and address is None:
+        from pipeline.runner import SerialRunner
+
+        yield SerialRunner()
+        return
+    require_ray(workers, address, device)
+    from cluster.runner import RayRunner
+    from cluster.session import cpus, session
+
+    with session(address or "local", num_cpus=max(workers, os.cpu_count() or 1)):
+        yield RayRunner(workers or cpus(), gpus=1 if device.startswith("cuda") else 0)
+
+
+def require_ray(workers: int, address: str | None, device: str) -> None:
+    """Refuse what Ray would take without a word and then not get done."""
+    cores = os.cpu_count() or 1
+    if address is None and workers > max(8, 4 * cores):
+        raise ConfigError(f"--workers {workers} is far more than this machine's {cores} cores can carry. Use {cores}.")
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {device} cannot be chosen on Ray, which hands out the GPUs. Use cpu or cuda.")
+
+
+def store_source(path: Path) -> Callable[[], FeatureSource]:
+    """Opens a finished store; to be called once in every process that reads it."""
+    from pipeline.features import StoreSource
+    from pipeline.store import FeatureStore
+
+    place = path.absolute()  # a worker may have another working directory
+    return lambda: StoreSource(FeatureStore.open(place))
+
+
+def online_source(
+    data: Dataset, backbone: str, weights: str | None, image_size: int, device: str
+) -> Callable[[], FeatureSource]:
+    """Runs the backbone whenever features are asked for."""
+    from hsnet.backbone import FrozenBackbone
+    from pipeline.features import OnlineSource
+    from pipeline.recipe import Recipe
+    from pipeline.weights import load_weights
+
+    loaded = load_weights(backbone, weights)
+    recipe = Recipe.of(backbone, loaded.sha256, image_size, "float32")
+    return lambda: OnlineSource(data, FrozenBackbone(backbone, loaded.state_dict), recipe, device)

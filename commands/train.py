@@ -1,0 +1,258 @@
+"""`hsnet train`: train a head, here or on Ray's workers."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from commands.groups import on_interrupt
+from commands.options import (
+    ANY_PATH,
+    BACKBONES,
+    DATASETS,
+    Whole,
+    address_option,
+    arithmetic_option,
+    common_options,
+    data_option,
+    data_root_option,
+    device_option,
+    fold_option,
+    image_size_option,
+    options,
+    seed_option,
+    splits_option,
+    weights_option,
+    workers_option,
+)
+from commands.steps import emit, online_source, open_data, pick_device, require_ray, store_source
+from pipeline.terminal import Progress, printable, set_up_logging, time_text
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
+    from pipeline.features import FeatureSource
+    from pipeline.train import FitSummary
+
+
+def _fit_somewhere(
+    config: RunConfig,
+    source: FeatureSource,
+    make_source: Callable[[], FeatureSource],
+    run_dir: Path,
+    workers: int,
+    address: str | None,
+    device: str,
+    micro_batch: int | None,
+    resident: str,
+    stop: Callable[[], bool],
+    on_event: Callable[[Any], None],
+) -> FitSummary:
+    """Train in this process, or on Ray's workers."""
+    if workers == 0 and address is None:
+        from pipeline.train import fit
+
+        return fit(
+            config,
+            source,
+            run_dir,
+            device=device,
+            micro_batch=micro_batch,
+            resident=resident,
+            stop=stop,
+            on_event=on_event,
+        )
+    require_ray(workers, address, device)
+    from cluster.train import fit_on_ray
+
+    return fit_on_ray(
+        config,
+        make_source,
+        run_dir,
+        workers=workers,
+        address=address,
+        device=device,
+        micro_batch=micro_batch,
+        resident=resident,
+        stop=stop,
+        on_event=on_event,
+    )
+
+
+@contextlib.contextmanager
+def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """A function that tells whether Ctrl-C (or a scheduler's SIGTERM) has come. The second Ctrl-C stops at once."""
+    asked = False
+
+    def ask(signum: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        click.echo("\nStopping after this step; the run is being saved. Ctrl-C again stops at once.", err=True)
+
+    on_interrupt("The run goes on from its last save: give the same command again.")
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@click.command(short_help="Train a head on a store's features, or go on with it.")
+@click.option("--store", type=ANY_PATH, metavar="S.zarr", help="Feature store made by `hsnet extract`.")
+@fold_option
+@click.option("--run-dir", type=ANY_PATH, metavar="DIR", required=True, help="Where the run is kept; goes on if there.")
+@click.option("--steps", type=Whole(), help="Optimiser steps. [default: 10000]")
+@click.option("--epochs", type=Whole(), help="Instead of --steps: passes over the training list.")
+@click.option("--batch-size", type=Whole(), default=20, show_default=True, help="Episodes per step, in all.")
+@click.option("--micro-batch", type=Whole(), help="Episodes per forward pass; less takes less memory.")
+@click.option("--lr", type=float, default=1e-3, show_default=True, help="Adam's learning rate.")
+@seed_option
+@click.option("--validate-every", type=Whole(), default=500, show_default=True, help="Steps in between.")
+@click.option("--validate-episodes", type=Whole(), default=200, show_default=True, help="Episodes of each.")
+@click.option(
+    "--select-on",
+    type=click.Choice(("val", "test", "none")),
+    default="val",
+    show_default=True,
+    help="Episodes the best checkpoint is chosen on; test is the published habit.",
+)
+@click.option("--drop-novel-images", is_flag=True, help="Leave out training images that show a held-out class.")
+@click.option(
+    "--boundary",
+    type=click.Choice(("background", "ignore")),
+    default="background",
+    show_default=True,
+    help="What boundary pixels are in the loss: background as in the published code, ignore as in the paper.",
+)
+@click.option(
+    "--resident",
+    type=click.Choice(("off", "auto", "host", "device")),
+    default="auto",
+    show_default=True,
+    help="Keep the fold's images in memory: of the device that trains, or read once into the host's cache, which all "
+    "workers share. auto: on a GPU with room for them.",
+)
+@options(arithmetic_option, workers_option, address_option, device_option)
+@click.option(
+    "--features",
+    type=click.Choice(("store", "online")),
+    default="store",
+    show_default=True,
+    help="online runs the backbone on the fly: no store, but --dataset and --backbone.",
+)
+@click.option("--dataset", type=click.Choice(DATASETS), help="With --features online: the data set.")
+@options(data_root_option, splits_option, data_option)
+@click.option("--backbone", type=click.Choice(BACKBONES), help="With --features online: the network.")
+@options(weights_option, image_size_option)
+@common_options
+def train(
+    store: Path | None,
+    fold: int,
+    run_dir: Path,
+    steps: int | None,
+    epochs: int | None,
+    batch_size: int,
+    micro_batch: int | None,
+    lr: float,
+    seed: int,
+    validate_every: int,
+    validate_episodes: int,
+    select_on: str,
+    drop_novel_images: bool,
+    boundary: str,
+    resident: str,
+    arithmetic: str,
+    workers: int,
+    address: str | None,
+    device: str,
+    features: str,
+    dataset: str | None,
+    data_root: Path | None,
+    splits: Path | None,
+    data_options: tuple[str, ...],
+    backbone: str | None,
+    weights: str | None,
+    image_size: int,
+    as_json: bool,
+    quiet: bool,
+) -> Any:
+    """Train a head on a store's features; a run that was interrupted goes on where it stopped.
+
+    Ctrl-C saves and stops. The fold's classes are held out: they are never trained on.
+
+    \b
+    Example:
+      hsnet train --store voc.zarr --fold 0 --run-dir runs/voc-0 --steps 20000 --workers 2
+    """
+    set_up_logging(quiet)
+    if steps and epochs:
+        raise click.UsageError("Give --steps or --epochs, not both.")
+    if features == "store" and store is None:
+        raise click.UsageError("Give --store S.zarr, or --features online with --dataset and --backbone.")
+    if features == "online" and (dataset is None or backbone is None):
+        raise click.UsageError("--features online needs --dataset and --backbone.")
+    from pipeline.config import RunConfig, skipped_digest
+    from pipeline.train import Validated, steps_per_epoch, training_stream
+
+    device = pick_device(device, address)
+    if store is not None and features == "store":
+        make_source = store_source(store)
+    else:
+        assert dataset is not None
+        assert backbone is not None
+        data = open_data(dataset, data_root, splits, data_options, quiet)
+        make_source = online_source(data, backbone, weights, image_size, device)
+    source = make_source()
+    config = RunConfig(
+        fold=fold,
+        recipe=source.recipe,
+        data=source.index.digest,
+        skipped=skipped_digest([source.index.images[image] for image in source.skipped]),
+        steps=steps or 10_000,
+        batch_size=batch_size,
+        learning_rate=lr,
+        seed=seed,
+        drop_novel_images=drop_novel_images,
+        boundary=boundary,
+        arithmetic=arithmetic,
+        select_on=select_on,
+        validate_every=validate_every,
+        validate_episodes=validate_episodes,
+    )
+    if epochs:
+        per_epoch = steps_per_epoch(batch_size, training_stream(config, source).epoch_length)
+        config = dataclasses.replace(config, steps=epochs * per_epoch)
+
+    with Progress("train", "steps", quiet) as progress, _stop_on_interrupt() as stop:
+        smooth = None
+
+        def show(event: Any) -> None:
+            nonlocal smooth
+            if isinstance(event, Validated):
+                best = ", the best so far" if event.is_best else ""
+                progress.say(f"step {event.step}: validation mIoU {event.miou:.1f}, FB-IoU {event.fb_iou:.1f}{best}")
+            else:
+                smooth = event.loss if smooth is None else 0.95 * smooth + 0.05 * event.loss
+                progress.update(event.step, event.steps, f"loss {smooth:.3f}")
+
+        summary = _fit_somewhere(
+            config, source, make_source, run_dir, workers, address, device, micro_batch, resident, stop, show
+        )
+    loss = f", loss {summary.loss:.3f}" if summary.loss == summary.loss else ""
+    done = f"{summary.steps} of {max(summary.steps, config.steps)} steps"
+    lines = [f"{printable(run_dir)}: {done}, {time_text(summary.seconds)}{loss}"]
+    if summary.best_miou is not None:
+        lines.append(f"best validation mIoU {summary.best_miou:.1f} at step {summary.best_step}")
+    result = emit(summary, "\n".join(lines), as_json)
+    if not summary.finished:
+        click.echo("Interrupted. The run is saved: give the same command again to go on.", err=True)
+        click.get_current_context().exit(130)
+    return result
