@@ -50,9 +50,11 @@ class EpisodeStream:
             When given, listed images that show a class of the fold's test split are left out. The published code
             keeps them, with the novel class as background; leaving them out is worth about 3 points (BAM#45).
         exclude: image numbers never drawn, such as the unreadable ones.
+        balance: "listed" as above; "class": whatever the data set, every class of the split comes once in each run of
+            as many episodes as there are classes, and each of its images once before one comes again.
 
     Raises:
-        ConfigError: no such fold or role; nothing is listed; a class has fewer than `shots` + 1 images.
+        ConfigError: no such fold, role or balance; nothing is listed; a class has fewer than `shots` + 1 images.
     """
 
     def __init__(
@@ -66,9 +68,12 @@ class EpisodeStream:
         repeat_supports: bool = True,
         drop_novel: Callable[[int], Iterable[int]] | None = None,
         exclude: Collection[int] = frozenset(),
+        balance: str = "listed",
     ) -> None:
         if shots < 1:
             raise ConfigError(f"An episode needs at least 1 support, got shots = {shots}.")
+        if balance not in ("listed", "class"):
+            raise ConfigError(f"balance must be 'listed' or 'class', got '{balance}'.")
         split = index.split(fold, role)
         left_out = frozenset(exclude)
         if drop_novel is not None:
@@ -77,6 +82,9 @@ class EpisodeStream:
         self.repeat_supports = repeat_supports
         self.entries = tuple(entry for entry in split.entries if entry[0] not in left_out)
         self._by_class = _group(self.entries)
+        self._balanced = balance == "class"
+        if self._balanced:  # a class that lost all its images, or never had one, cannot have its share
+            self._by_class = {class_id: self._by_class.get(class_id, ()) for class_id in split.class_ids}
         _require_images(index, fold, role, self._by_class, split, shots)
         self.class_ids = tuple(sorted(self._by_class))
         self._position = {
@@ -86,11 +94,11 @@ class EpisodeStream:
         }
         self._by_list = index.query_order == "list"
         self._key = (index.digest, fold, role, seed)
-        self._cycle: tuple[int, np.ndarray] | None = None
+        self._cycles: dict[tuple[object, ...], tuple[int, np.ndarray]] = {}
 
     @property
     def epoch_length(self) -> int:
-        """Number of listed (image, class) pairs: episodes in one pass over the split."""
+        """Number of listed (image, class) pairs: episodes in one pass over the split, where queries follow the list."""
         return len(self.entries)
 
     def __getitem__(self, number: int) -> Episode:
@@ -98,9 +106,15 @@ class EpisodeStream:
         if number < 0:
             raise IndexError(f"Episodes are numbered from 0, got {number}.")
         draws = philox(*self._key, "episode", number).random_raw(2 + self.shots).tolist()
-        if self._by_list:
+        if self._balanced:
+            turn, position = divmod(number, len(self.class_ids))
+            class_id = self.class_ids[self._order(turn, len(self.class_ids), "classes")[position]]
+            images = self._by_class[class_id]
+            cycle, position = divmod(turn, len(images))
+            query = images[self._order(cycle, len(images), "images", class_id)[position]]
+        elif self._by_list:
             cycle, position = divmod(number, len(self.entries))
-            query, class_id = self.entries[self._order(cycle)[position]]
+            query, class_id = self.entries[self._order(cycle, len(self.entries), "cycle")[position]]
         else:
             class_id = self.class_ids[below(draws[0], len(self.class_ids))]
             images = self._by_class[class_id]
@@ -129,11 +143,13 @@ class EpisodeStream:
                 bisect.insort(taken, position)
         return tuple(supports)
 
-    def _order(self, cycle: int) -> np.ndarray:
-        if self._cycle is None or self._cycle[0] != cycle:
-            keys = philox(*self._key, "cycle", cycle).random_raw(len(self.entries))
-            self._cycle = cycle, np.argsort(keys, kind="stable")
-        return self._cycle[1]
+    def _order(self, cycle: int, count: int, *what: object) -> np.ndarray:
+        """The order of `count` things in one pass over them; the latest pass of each kind is kept."""
+        kept = self._cycles.get(what)
+        if kept is None or kept[0] != cycle:
+            keys = philox(*self._key, *what, cycle).random_raw(count)
+            kept = self._cycles[what] = cycle, np.argsort(keys, kind="stable")
+        return kept[1]
 
 
 def novel_images(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections import Counter
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
@@ -236,6 +236,38 @@ def test_an_empty_split_and_a_wrong_fold():
             EpisodeStream(index, fold, role, 1, 0)
     with pytest.raises(IndexError):
         EpisodeStream(index, 0, "test", 1, 0)[-1]
+
+
+@settings(deadline=None, max_examples=40)
+@given(ORDERS, st.integers(0, 99), st.integers(1, 60), st.integers(1, 6), st.booleans())
+def test_balanced_classes(order, seed, turns, shots, repeat):
+    """Every class equally often, every image of a class once before one comes again, in any order of reading."""
+    index = small_index(order)
+
+    def fresh(shots: int = shots) -> EpisodeStream:
+        return EpisodeStream(index, 0, "test", shots, seed, repeat_supports=repeat, balance="class")
+
+    stream = fresh()
+    episodes = [stream[i] for i in range(2 * turns)]
+    assert [stream[i] for i in reversed(range(2 * turns))] == episodes[::-1]
+    assert fresh()[2 * turns - 1] == episodes[-1]
+    assert Counter(e.class_id for e in episodes) == {0: turns, 1: turns}
+    assert [replace(e, supports=e.supports[:1]) for e in episodes] == [fresh(1)[i] for i in range(2 * turns)]
+    for class_id, images in index.split(0, "test").by_class.items():
+        queries = [e.query for e in episodes if e.class_id == class_id]
+        for start in range(0, len(queries), len(images)):
+            assert len(set(queries[start : start + len(images)])) == len(queries[start : start + len(images)])
+        assert all(set(e.supports) <= set(images) - {e.query} for e in episodes if e.class_id == class_id)
+
+
+def test_balanced_classes_leave_no_class_out():
+    index = small_index()
+    gone = index.split(0, "test").by_class[1]
+    assert EpisodeStream(index, 0, "test", 1, 0, exclude=gone).class_ids == (0,)
+    with pytest.raises(ConfigError, match=r"class 1 'class01' has 0 of 8 listed"):
+        EpisodeStream(index, 0, "test", 1, 0, exclude=gone, balance="class")
+    with pytest.raises(ConfigError, match="balance must be 'listed' or 'class', got 'even'"):
+        EpisodeStream(index, 0, "test", 1, 0, balance="even")
 
 
 # --- the published code's episodes -----------------------------------------------------------------------------
