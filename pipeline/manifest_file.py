@@ -1,0 +1,168 @@
+"""Manifests as Parquet files that tell when they were changed.
+
+The header (the table's metadata) and every row carry a checksum of their own, so that a change is named, not only
+noticed. They guard against accidents and edits by hand, not against someone who wants to deceive.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from hsnet.errors import DataError
+from pipeline.manifest import FORMAT, Manifest, Row, canonical, row_content, row_text
+
+_KEY = b"hsnet_manifest"
+_COLUMNS = ("episode", "class_id", "class_name", "query", "supports", "check")
+
+
+def write(path: Path, manifest: Manifest) -> None:
+    """Write a manifest as Parquet, whole or not at all; the same manifest gives the same content anywhere.
+
+    Raises:
+        DataError: the place cannot be written.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {
+        "episode": pa.array(range(len(manifest)), pa.int32()),
+        "class_id": pa.array([row.class_id for row in manifest.rows], pa.int32()),
+        "class_name": pa.array([manifest.classes[row.class_id] for row in manifest.rows], pa.string()),
+        "query": pa.array([row.query for row in manifest.rows], pa.string()),
+        "supports": pa.array([list(row.supports) for row in manifest.rows], pa.list_(pa.string())),
+        "check": pa.array([_row_check(number, row) for number, row in enumerate(manifest.rows)], pa.string()),
+    }
+    header = _header(manifest)
+    metadata = {_KEY: json.dumps({**header, "check": _check(canonical(header))}, sort_keys=True)}
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table(columns).replace_schema_metadata(metadata), part, compression="zstd")
+        os.replace(part, path)
+    except OSError as error:
+        if part.is_file():
+            part.unlink()
+        raise DataError(f"Cannot write {path}: {error.strerror or error}. Nothing was left there.") from error
+
+
+def read(path: Path) -> Manifest:
+    """Read a manifest and check that it is what was written.
+
+    Raises:
+        DataError: not there, not Parquet, cut off, not a manifest, of a later format, or changed: then the changed
+            episodes are named.
+    """
+    columns, header = _read_parquet(path)
+    claimed = header.pop("check", None)
+    if claimed != _check(canonical(header)):
+        raise DataError(f"{path}: its header was changed after it was written. Make or fetch the manifest again.")
+    rows = [
+        Row(query, tuple(supports), class_id)
+        for query, supports, class_id in zip(columns["query"], columns["supports"], columns["class_id"], strict=True)
+    ]
+    changed = [
+        number
+        for number, (row, check, said) in enumerate(zip(rows, columns["check"], columns["episode"], strict=True))
+        if said != number or check != _row_check(number, row)
+    ]
+    if changed:
+        first = changed[0]
+        raise DataError(
+            f"{path}: {len(changed)} of {len(rows)} episodes are not as they were written. First in row {first}, "
+            f"episode {columns['episode'][first]}: {row_text(rows[first])}. Make or fetch the manifest again."
+        )
+    manifest = Manifest(
+        data=header["data"],
+        dataset=header["dataset"],
+        fold=header["fold"],
+        role=header["role"],
+        classes={int(class_id): name for class_id, name in header["classes"].items()},
+        rows=tuple(rows),
+        made=header["made"],
+    )
+    if manifest.digest != header["digest"]:
+        raise DataError(
+            f"{path} says digest {header['digest']} and {header['episodes']} episodes, but it holds "
+            f"{len(manifest)} with digest {manifest.digest}. Make or fetch the manifest again."
+        )
+    return manifest
+
+
+def is_manifest(path: Path) -> bool:
+    """Whether this is a Parquet file that calls itself a manifest."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return _KEY in (pq.read_schema(path).metadata or {})
+    except (OSError, pa.ArrowException):
+        return False
+
+
+def _read_parquet(path: Path) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    """The columns as lists without a null, and the header, both of the right types."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path} is no readable Parquet file: {str(error).splitlines()[0]}") from error
+    try:
+        header = json.loads((table.schema.metadata or {})[_KEY])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} is no manifest of episodes: `hsnet episodes make` writes them.") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        found = header.get("format") if isinstance(header, dict) else header
+        raise DataError(f"{path} is a manifest of format {found!r:.40}; this version reads format {FORMAT}.")
+    kinds = {"data": str, "dataset": str, "fold": int, "role": str, "classes": dict, "made": dict, "digest": str}
+    wrong = [name for name, kind in {**kinds, "episodes": int}.items() if type(header.get(name)) is not kind]
+    if wrong or not all(key.isdecimal() and isinstance(name, str) for key, name in header["classes"].items()):
+        raise DataError(f"{path}: its header lacks {', '.join(wrong) or 'proper classes'}.")
+    wanted = dict(zip(_COLUMNS, (pa.int32(), pa.int32(), pa.string(), pa.string(), None, pa.string()), strict=True))
+    wanted["supports"] = pa.list_(pa.string())
+    for name, kind in wanted.items():
+        # Names of the list's element differ between writers and mean nothing.
+        if name not in table.column_names or not _alike(table.schema.field(name).type, kind):
+            raise DataError(f"{path} has no column '{name}' of type {kind}: it is no manifest of episodes.")
+    columns = {name: table[name].to_pylist() for name in wanted}
+    if any(value is None for values in columns.values() for value in values) or any(
+        image is None for supports in columns["supports"] for image in supports
+    ):
+        raise DataError(f"{path} has empty fields. Make or fetch the manifest again.")
+    return columns, header
+
+
+def _alike(found: Any, wanted: Any) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_list(wanted):
+        return bool(pa.types.is_list(found) and found.value_type == wanted.value_type)
+    return bool(found == wanted)
+
+
+def _header(manifest: Manifest) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "data": manifest.data,
+        "dataset": manifest.dataset,
+        "fold": manifest.fold,
+        "role": manifest.role,
+        "shots": manifest.shots,
+        "episodes": len(manifest),
+        "classes": {str(class_id): name for class_id, name in manifest.classes.items()},
+        "made": dict(manifest.made),
+        "digest": manifest.digest,
+    }
+
+
+def _row_check(number: int, row: Row) -> str:
+    return _check(row_content(number, row))
+
+
+def _check(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
