@@ -43,14 +43,17 @@ class FusedHSNet(nn.Module):
         self.sparse = sparse
 
     def forward(self, query: Sequence[Tensor], support: Sequence[Tensor], mask: Tensor, unit: bool = False) -> Tensor:
+        return self.decode(self.encode(query, support, mask, unit))
+
+    def encode(self, query: Sequence[Tensor], support: Sequence[Tensor], mask: Tensor, unit: bool = False) -> Tensor:
+        """What is left of every support, (B K, C, H, W) float32: `forward` up to the decoder."""
         queries, pairs = len(query[0]), len(mask)
         if pairs % queries or len(support[0]) != pairs:
             raise ShapeError(
                 f"{len(support[0])} supports with {pairs} masks cannot be shared evenly by {queries} queries."
             )
-        shots = pairs // queries
         if not (mask.device.type == "cpu" if self.sparse is None else self.sparse):
-            return self._dense([level.repeat_interleave(shots, 0) for level in query], support, mask, unit)
+            return self._dense([level.repeat_interleave(pairs // queries, 0) for level in query], support, mask, unit)
         squeezed = [
             _run(block, _correlate(scenes, objects, mask, unit, ARITHMETIC[self.arithmetic]))
             for block, scenes, objects in zip(self.model.squeeze, reversed(query), reversed(support), strict=True)
@@ -61,8 +64,21 @@ class FusedHSNet(nn.Module):
             height, width = finer.values.shape[2:]
             coarse = resize_logits(mixed.values, (height, width))
             mixed = _run(mix, Rows.complete(coarse + finer.values, pairs, finer.grid))
-        with self._autocast(mask.device):
-            return _exact(self.model.decode(_exact(mixed.values).unflatten(0, (pairs, -1)).mean(1)))
+        return _exact(mixed.values).unflatten(0, (pairs, -1)).mean(1)
+
+    def decode(self, context: Tensor) -> Tensor:
+        """Logits (n, 2, 2 H, 2 W) float32 of `encode`'s (n, C, H, W)."""
+        with self._autocast(context.device):
+            return _exact(self.model.decode(context))
+
+    def joint(self, contexts: Tensor) -> Tensor:
+        """One answer of all supports: (B, 2, 2 H, 2 W) from contexts (K, B, C, H, W).
+
+        The learner averages over the support grid before it decodes. Here it averages over the grids of all supports,
+        as if they were one photo whose parts are too far apart to touch. (Laying them side by side on one grid would
+        let convolutions run across the seams, and the answer would depend on the supports' order.)
+        """
+        return self.decode(contexts.mean(0))
 
     def _dense(self, query: Sequence[Tensor], support: Sequence[Tensor], mask: Tensor, unit: bool) -> Tensor:
         dtype = ARITHMETIC[self.arithmetic]
@@ -73,7 +89,7 @@ class FusedHSNet(nn.Module):
             for q, s in zip(reversed(query), reversed(support), strict=True)
         ]
         with self._autocast(mask.device):
-            return _exact(self.model(pyramid))
+            return _exact(self.model.encode(pyramid))
 
     def _autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, torch.bfloat16, enabled=self.arithmetic == "bfloat16")

@@ -102,6 +102,10 @@ class HSNet(nn.Module):
         )
 
     def forward(self, pyramid: Sequence[Tensor]) -> Tensor:
+        return self.decode(self.encode(pyramid))
+
+    def encode(self, pyramid: Sequence[Tensor]) -> Tensor:
+        """What is left of the support, its mean over the squeezed grid: (B, C, H, W)."""
         if len(pyramid) != len(self.squeeze):
             raise ShapeError(f"The learner has {len(self.squeeze)} levels, the pyramid {len(pyramid)}.")
         squeezed = [squeeze(level) for squeeze, level in zip(self.squeeze, pyramid, strict=True)]
@@ -109,10 +113,10 @@ class HSNet(nn.Module):
         for mix, finer in zip(self.mix, squeezed[1:], strict=True):
             require_same_grid(mixed.shape[2:4], finer.shape[2:4])
             mixed = mix(upsample_query_grid(mixed, (finer.shape[4], finer.shape[5])) + finer)
-        return self.decode(mixed.mean(dim=(2, 3)))
+        return mixed.mean(dim=(2, 3))
 
     def decode(self, context: Tensor) -> Tensor:
-        """Logits (B, 2, 2 H, 2 W) from what is left of the support, its mean: (B, C, H, W)."""
+        """Logits (B, 2, 2 H, 2 W) from `encode`."""
         context = self.decode_coarse(context)
         return self.decode_fine(resize_logits(context, (2 * context.shape[2], 2 * context.shape[3])))
 

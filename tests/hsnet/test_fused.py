@@ -178,3 +178,20 @@ def test_levels_of_another_network_are_named(sparse):
 def test_supports_that_cannot_be_shared_evenly_are_named():
     with pytest.raises(ShapeError, match="3 supports with 3 masks cannot be shared evenly by 2 queries"):
         FusedHSNet(learner())(levels(2, 1), levels(3, 2), masks("disc", "disc", "disc"))
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_a_joint_answer_is_the_mean_over_all_support_positions(sparse):
+    """By the plain path: the decoder gets the mean of what is left of each support, whatever their order."""
+    net, mask = learner(), masks("disc", "thin", "corner", "disc", "empty", "everything")
+    query, support = levels(2, 1), levels(6, 2)
+    fused = FusedHSNet(net, sparse=sparse)
+    contexts = fused.encode(query, support, mask).unflatten(0, (2, 3)).transpose(0, 1)
+    pyramid = build_pyramid([level.repeat_interleave(3, 0) for level in query], support, mask)
+    wanted = net.decode(net.encode(pyramid).unflatten(0, (2, 3)).mean(1))
+    tolerance = 1e-9 if sparse else 1e-4
+    torch.testing.assert_close(fused.joint(contexts), wanted, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(fused.joint(contexts.flip(0)), wanted, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(fused.joint(contexts[:1]), fused(query, [s[::3] for s in support], mask[::3]))
+    answers = fused(query, support, mask).unflatten(0, (2, 3)).mean(1)
+    assert not torch.allclose(fused.joint(contexts), answers, atol=1e-3), "the decoder is not linear"
