@@ -13,6 +13,7 @@ import click
 from commands.checkpoint import checkpoint
 from commands.demo import demo
 from commands.doctor import doctor
+from commands.episodes import episodes
 from commands.evaluate import evaluate
 from commands.extract import extract
 from commands.groups import Commands
@@ -29,7 +30,7 @@ SECTIONS = {
     "Data": (prepare,),
     "Store": (plan, extract, store),
     "Model": (train, checkpoint),
-    "Use": (evaluate, predict),
+    "Use": (episodes, evaluate, predict),
     "Machine": (doctor, demo),
 }
 """The commands in the order of the pipeline, under the headings of --help."""

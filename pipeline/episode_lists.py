@@ -1,7 +1,7 @@
 """Episodes that other code drew, as a manifest: from CSV, JSON lines, or a manifest made for other lists.
 
-Photos are found by their whole id or by the end of their path without the suffix, so "JPEGImages/2007_000032.jpg" is
-"2007_000032". Everything is checked against the index; nothing is guessed.
+Photos are found by their id, with or without suffix and leading folders: "JPEGImages/2007_000032.jpg" is "2007_000032".
+Everything is checked against the index; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -64,14 +64,16 @@ def import_episodes(
 
 
 class _Finder:
-    """Image numbers by id, or by a path that ends in one."""
+    """Image numbers by id, by the end of an id, or by a path that ends in a whole id; suffixes do not matter."""
 
     def __init__(self, images: Iterable[str]) -> None:
         self._exact: dict[str, int] = {}
+        self._whole: dict[str, list[int]] = {}
         self._ends: dict[str, list[int]] = {}
         for number, image in enumerate(images):
             self._exact[image] = number
             parts = _parts(image)
+            self._whole.setdefault("/".join(parts), []).append(number)
             for start in range(len(parts)):
                 self._ends.setdefault("/".join(parts[start:]), []).append(number)
 
@@ -79,13 +81,15 @@ class _Finder:
         if name in self._exact:
             return self._exact[name]
         parts = _parts(name)
-        for start in range(len(parts)):
-            found = self._ends.get("/".join(parts[start:]), [])
-            if len(found) == 1:
-                return found[0]
-            if found:
-                raise DataError(f"{where}: '{_shown(name)}' fits {len(found)} photos of the data set. Use whole ids.")
-        raise DataError(f"{where}: the data set has no photo '{_shown(name)}'.")
+        # "c/4.jpg" is not "b/4.jpg": a folder may be missing on either side, but never contradict.
+        found = self._ends.get("/".join(parts), []) if parts else []
+        for start in range(1, len(parts)):
+            found = found or self._whole.get("/".join(parts[start:]), [])
+        if not found:
+            raise DataError(f"{where}: the data set has no photo '{_shown(name)}'.")
+        if len(found) > 1:
+            raise DataError(f"{where}: '{_shown(name)}' fits {len(found)} photos of the data set. Use whole ids.")
+        return found[0]
 
 
 def _parts(name: str) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any
 from hsnet.errors import ConfigError, DataError
 from pipeline.datasets.index import DatasetIndex
 from pipeline.episodes import Episode, EpisodeStream, reference_episodes
-from pipeline.protocols import Protocol
+from pipeline.protocols import DRAWS, Protocol
 
 FORMAT = 1
 
@@ -322,6 +322,24 @@ def difference(first: Manifest, second: Manifest) -> str | None:
         if mine != theirs:
             return f"episode {number}: {row_text(mine)} and {row_text(theirs)}"
     return f"number of episodes: {len(first)} and {len(second)}"
+
+
+def redraw(manifest: Manifest, index: DatasetIndex) -> Manifest | None:
+    """Draw a manifest again as it says it was made; None if it was not drawn here.
+
+    Raises:
+        ConfigError, DataError: what it says cannot be done with this index.
+    """
+    made = manifest.made
+    if made.get("draw") not in DRAWS:
+        return None
+    numbers = {image_id: number for number, image_id in enumerate(index.images)}
+    try:
+        skipped = [numbers[image] for image in made["skipped"]]
+        choices = {name: made[name] for name in ("episodes", "seed", "draw", "balance", "repeat_supports")}
+    except (KeyError, TypeError) as error:
+        raise DataError(f"The manifest does not say how it was made: {error}. It cannot be drawn again.") from error
+    return make(index, manifest.fold, manifest.shots, role=manifest.role, skipped=skipped, **choices)
 
 
 def row_text(row: Row) -> str:
