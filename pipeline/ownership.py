@@ -8,7 +8,7 @@ import os
 import socket
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hsnet.errors import StoreError
@@ -44,7 +44,8 @@ def sole_writer(root: Path) -> Iterator[str]:
         os.write(descriptor, json.dumps(owner).encode())
         yield token
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # in a folder that became read-only it stays, and bars nobody
+            path.unlink()
         os.close(descriptor)
 
 

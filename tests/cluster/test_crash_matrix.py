@@ -1,0 +1,554 @@
+"""Extraction on Ray, and everything that can die, fill up or go missing while it works or afterwards.
+
+Each fault is a real one where that is possible: SIGKILL, a limit or a full file system of the kernel, permissions,
+deleted and cut files. Afterwards the same command is run again, and then: the bytes are those of an undisturbed run,
+and no file of a shard that was complete was touched, nor any of its photos read (`finish`).
+"""
+
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cluster.runner import RayRunner
+from hsnet.errors import DataError, StoreError
+from pipeline.datasets.index import DatasetIndex, Split
+from pipeline.extract import ExtractSummary, extract
+from pipeline.ownership import OWNER
+from pipeline.shards import marker_file, shard_file
+from pipeline.store import FeatureStore
+from pipeline.weights import load_weights
+
+SIZE = 64
+SHARD = 4
+COUNT = 18  # five shards, the last one short
+FAULT = 9  # the photo at which most faults happen
+SHARD_OF_FAULT = FAULT // SHARD
+ARRAYS = ("level0", "level1", "level2", "label")
+
+
+class Photos:
+    """Small random photos, in memory. What is read is noted here, or by whichever process it is in a file."""
+
+    def __init__(self, log: Path | None = None) -> None:
+        entries = tuple((i, i % 2) for i in range(COUNT))
+        names = tuple(f"photos/{i}.jpg" for i in range(COUNT))
+        self.index = DatasetIndex("folder", {0: "cat", 1: "dog"}, names, {0: {"trn": Split(entries)}})
+        self.log = log
+        self.read: list[int] = []
+
+    def image(self, i: int) -> Image.Image:
+        self.read.append(i)
+        if self.log is not None:
+            with self.log.open("a") as file:
+                file.write(f"{i}\n")
+        if i == FAULT:
+            self.fault()
+        return Image.fromarray(np.random.default_rng(i).integers(0, 256, (60, 50 + i, 3), np.uint8))
+
+    def fault(self) -> None:
+        pass
+
+    def label(self, i: int) -> np.ndarray:
+        label = np.zeros((60, 50 + i), np.uint8)
+        label[10:40, 10:30] = i % 2 + 1
+        return label
+
+
+class Broken(Photos):
+    """A photo cannot be read."""
+
+    def fault(self) -> None:
+        raise DataError("/data/photos/9.jpg is truncated.")
+
+
+class Deadly(Photos):
+    """Has the process that reads the photo killed at some moment of its shard, the first time only."""
+
+    def __init__(self, moment: str, died: Path, log: Path) -> None:
+        super().__init__(log)
+        self.moment = moment
+        self.died = died
+
+    def fault(self) -> None:
+        if first_time(self.died):
+            arm(self.moment)
+
+
+class Refused(Photos):
+    """The disk of the process that reads the photo is full from then on, the first time only."""
+
+    def __init__(self, died: Path) -> None:
+        super().__init__()
+        self.died = died
+
+    def fault(self) -> None:
+        if first_time(self.died):
+            real = os.fsync
+
+            def full(descriptor: int) -> None:
+                os.fsync = real  # worker processes live on
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+            os.fsync = full
+
+
+class Slow(Photos):
+    """Slow enough for somebody to come between."""
+
+    def image(self, i: int) -> Image.Image:
+        time.sleep(0.2)
+        return super().image(i)
+
+
+class Acting(Photos):
+    """Does something when the photo is read."""
+
+    def __init__(self, fault) -> None:
+        super().__init__()
+        self.fault = fault
+
+
+def first_time(marker: Path) -> bool:
+    """Whether no process was here before."""
+    try:
+        marker.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+MOMENTS = (
+    "before its write",
+    "in its first array",
+    "between its arrays",
+    "before its marker",
+    "in its marker",
+    "after its marker",
+)
+
+
+def arm(moment: str) -> None:
+    """This process kills itself at a moment of writing the shard of the fault."""
+    if moment == MOMENTS[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    place, renamed = {
+        "in its first array": ("level0", False),  # written beside its place, but not yet renamed
+        "between its arrays": ("level1", True),
+        "before its marker": ("label", True),
+        "in its marker": ("_done", False),
+        "after its marker": ("_done", True),
+    }[moment]
+    replace = os.replace
+
+    def dying(source, target) -> None:
+        parts = Path(target).parts
+        hit = place in parts and {str(SHARD_OF_FAULT), f"{SHARD_OF_FAULT:06d}.json"} & set(parts)
+        if not hit or renamed:
+            replace(source, target)
+        if hit:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = dying
+
+
+def run(photos: Photos, path: Path | str, runner=None, **options) -> ExtractSummary:
+    weights = load_weights("squeezenet1_1")
+    return extract(photos, weights, "squeezenet1_1", SIZE, "int8", path, runner, shard_images=SHARD, **options)
+
+
+def fingerprints(path: Path) -> dict[str, str]:
+    files = [file for file in path.rglob("*") if file.is_file()]
+    return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def complete_files(path: Path) -> dict[str, tuple[int, int]]:
+    """Inode and time of every file of the shards that are complete."""
+    store = FeatureStore.open(path, require_complete=False)
+    numbers = set(range(store.shards)) - set(store.missing_shards())
+    files = [shard_file(path, name, number) for name in ARRAYS for number in numbers]
+    files += [marker_file(path, number) for number in numbers]
+    return {str(file): (file.stat().st_ino, file.stat().st_mtime_ns) for file in files}
+
+
+def finish(path: Path, quiet: Path, missing: set[int]) -> None:
+    """Run again: only what is missing is made, and all bytes are right."""
+    assert set(FeatureStore.open(path, require_complete=False).missing_shards()) == missing
+    before = complete_files(path)
+    photos = Photos()
+    summary = run(photos, path)
+    assert (summary.written_shards, summary.reused_shards) == (len(missing), 5 - len(missing))
+    assert sorted(photos.read) == [i for i in range(COUNT) if i // SHARD in missing]
+    assert before.items() <= complete_files(path).items(), "a complete shard was touched"
+    assert fingerprints(path) == fingerprints(quiet)
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory) -> Path:
+    """The store of an undisturbed run in this process."""
+    path = tmp_path_factory.mktemp("quiet") / "s.zarr"
+    run(Photos(), path)
+    return path
+
+
+@pytest.fixture
+def whole(quiet, tmp_path) -> Path:
+    """A complete store to do harm to."""
+    return Path(shutil.copytree(quiet, tmp_path / "s.zarr"))
+
+
+# -- nothing happens -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_same_bytes_for_any_number_of_workers(ray_runner, quiet, tmp_path, workers):
+    events = []
+    summary = run(Photos(), tmp_path / "s.zarr", RayRunner(workers), on_event=events.append)
+    assert fingerprints(tmp_path / "s.zarr") == fingerprints(quiet)
+    assert (summary.written_shards, summary.images) == (5, COUNT)
+    assert sorted(event.shard for event in events[1:]) == [0, 1, 2, 3, 4]
+
+
+def test_a_relative_path_means_the_same_to_every_worker(ray_runner, quiet, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(Photos(), "s.zarr", ray_runner)
+    assert fingerprints(tmp_path / "s.zarr") == fingerprints(quiet)
+
+
+# -- a photo ---------------------------------------------------------------------------------------------------
+
+
+def test_an_unreadable_photo_is_named_and_mended_later(ray_runner, quiet, tmp_path):
+    with pytest.raises(DataError, match=r"'photos/9\.jpg'.*/data/photos/9\.jpg is truncated") as caught:
+        run(Broken(), tmp_path / "s.zarr", ray_runner)
+    assert type(caught.value) is DataError
+    run(Photos(), tmp_path / "s.zarr", ray_runner)
+    assert fingerprints(tmp_path / "s.zarr") == fingerprints(quiet)
+
+
+def test_an_unreadable_photo_is_left_out_alike_here_and_there(ray_runner, tmp_path):
+    here = run(Broken(), tmp_path / "here.zarr", on_error="skip")
+    there = run(Broken(), tmp_path / "there.zarr", ray_runner, on_error="skip")
+    assert here.skipped == there.skipped == ("photos/9.jpg",)
+    assert fingerprints(tmp_path / "here.zarr") == fingerprints(tmp_path / "there.zarr")
+
+
+# -- a worker --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moment", [MOMENTS[0], *MOMENTS[2:6:2], MOMENTS[5]])  # a process that starts takes seconds
+def test_a_worker_killed_at_any_moment_of_a_shard_costs_nothing_but_time(ray_runner, quiet, tmp_path, moment):
+    """Ray repeats its work in the same run: no second command is needed."""
+    log, died = tmp_path / "log", tmp_path / "died"
+    summary = run(Deadly(moment, died, log), tmp_path / "s.zarr", ray_runner)
+    assert died.exists()
+    assert summary.written_shards == 5
+    assert fingerprints(tmp_path / "s.zarr") == fingerprints(quiet)
+    times = Counter(map(int, log.read_text().split()))
+    once = {0, 1} | ({SHARD_OF_FAULT} if moment == "after its marker" else set())
+    assert {times[i] for i in range(COUNT) if i // SHARD in once} == {1}
+    assert times[FAULT] == (1 if moment == "after its marker" else 2)
+
+
+def test_a_disk_that_is_full_for_a_worker(ray_runner, quiet, tmp_path):
+    path = tmp_path / "s.zarr"
+    with pytest.raises(StoreError, match=r"No space left on device.*Free some space") as caught:
+        run(Refused(tmp_path / "died"), path, ray_runner)
+    assert type(caught.value) is StoreError
+    left = set(FeatureStore.open(path, require_complete=False).missing_shards())
+    assert left
+    finish(path, quiet, left)
+
+
+# -- the whole program -----------------------------------------------------------------------------------------
+
+LOAD = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("crash", sys.argv[1])
+crash = importlib.util.module_from_spec(spec)
+sys.modules["crash"] = crash
+spec.loader.exec_module(crash)
+"""
+
+PROGRAMS = """
+import json, os, traceback
+for line in sys.stdin:
+    scene, *arguments = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        try:
+            getattr(crash, scene)(*arguments)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def program() -> Iterator:
+    """Plays a scene, a function of this module, in a process of its own; its exit code. Torch is loaded once."""
+    server = subprocess.Popen(
+        [sys.executable, "-c", LOAD + PROGRAMS, __file__],
+        cwd=Path(__file__).parents[2],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def play(scene, *arguments) -> int:
+        server.stdin.write(json.dumps([scene.__name__, *map(str, arguments)]) + "\n")
+        server.stdin.flush()
+        return int(server.stdout.readline())
+
+    yield play
+    server.communicate()
+
+
+def dies(moment: str, path: str) -> None:
+    run(Acting(lambda: arm(moment)), path)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_program_killed_at_any_moment_of_a_shard_is_finished_by_running_again(program, quiet, tmp_path, moment):
+    path = tmp_path / "s.zarr"
+    assert program(dies, moment, path) == -signal.SIGKILL
+    assert bool(list(path.rglob("*.partial"))) == (moment in ("in its first array", "in its marker"))
+    missing = set(FeatureStore.open(path, require_complete=False).missing_shards())
+    # Dying while photos are read, it may not have written the shard before.
+    assert (SHARD_OF_FAULT in missing) == (moment != "after its marker")
+    assert moment == MOMENTS[0] or missing == set(range(3 if moment == "after its marker" else 2, 5))
+    finish(path, quiet, missing)
+
+
+ON_RAY = """
+from ray import cloudpickle
+from cluster.session import session
+cloudpickle.register_pickle_by_value(crash)
+with session("local", num_cpus=2, num_gpus=0, object_store_bytes=100 << 20):
+    crash.run(crash.Slow(), sys.argv[2], crash.RayRunner(2))
+"""
+
+
+def start_on_ray(path: Path) -> subprocess.Popen:
+    """An extraction with a Ray of its own, that has made a shard."""
+    driver = subprocess.Popen(
+        [sys.executable, "-c", LOAD + ON_RAY, __file__, str(path)],
+        cwd=Path(__file__).parents[2],
+        # How long Ray looks for a node that is gone before it ends the program: a minute else.
+        env={**os.environ, "RAY_gcs_rpc_server_reconnect_timeout_s": "2"},
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while not list(path.glob("_done/*.json")):
+        assert driver.poll() is None, "the driver ended before it was harmed"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return driver
+
+
+def descendants(process: int) -> list[int]:
+    """Processes that a process started, and theirs."""
+    parents = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdecimal():
+            try:
+                parents[int(entry)] = int(Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue  # it ended
+    found, new = [], [process]
+    while new := [child for child, parent in parents.items() if parent in new]:
+        found += new
+    return found
+
+
+def test_a_killed_driver_on_ray_is_finished_by_running_again(quiet, tmp_path):
+    path = tmp_path / "s.zarr"
+    driver = start_on_ray(path)
+    try:
+        with pytest.raises(StoreError, match=rf"process {driver.pid} on .*Nothing was changed"):
+            run(Photos(), path)  # a second one while the first works
+    finally:
+        driver.kill()
+        driver.wait()
+    # Its workers follow it within seconds; until then one may still commit the shard it has in hand.
+    left = set(FeatureStore.open(path, require_complete=False).missing_shards())
+    assert left
+    summary = run(Photos(), path)
+    assert summary.written_shards <= len(left)
+    assert fingerprints(path) == fingerprints(quiet)
+
+
+def test_a_killed_ray_node_ends_the_program_which_is_finished_by_running_again(quiet, tmp_path):
+    """Raylet, head and workers all at once, as when a machine is reset; the program itself lives on."""
+    path = tmp_path / "s.zarr"
+    driver = start_on_ray(path)
+    try:
+        node = descendants(driver.pid)
+        names = {Path("/proc", str(process), "comm").read_text().strip() for process in node}
+        assert {"raylet", "gcs_server"} <= names
+        for process in node:
+            os.kill(process, signal.SIGKILL)
+        assert driver.wait(timeout=60) != 0
+    finally:
+        driver.kill()
+        driver.wait()
+    left = set(FeatureStore.open(path, require_complete=False).missing_shards())
+    assert left
+    finish(path, quiet, left)
+
+
+# -- the disk --------------------------------------------------------------------------------------------------
+
+
+def cut_off(path: str) -> None:
+    """The kernel refuses a file in the middle, with part of it written."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+
+    with pytest.raises(StoreError, match=r"Shard \d of .*File too large.*run the same `hsnet extract` again"):
+        run(Acting(limit), path)
+
+
+def test_a_file_that_may_not_grow(program, quiet, tmp_path):
+    path = tmp_path / "s.zarr"
+    assert program(cut_off, path) == 0
+    assert not list(path.rglob("*.partial"))
+    missing = set(FeatureStore.open(path, require_complete=False).missing_shards())
+    assert SHARD_OF_FAULT in missing
+    finish(path, quiet, missing)
+
+
+NEW_USER, NEW_MOUNTS, NO_RIGHTS = 0x10000000, 0x00020000, 77
+
+
+def fills_up(mount: str, quiet: str) -> None:
+    """A file system of 8 MB that something else fills while shard 2 is made."""
+    libc, user, group = ctypes.CDLL(None), os.geteuid(), os.getegid()
+    try:
+        if libc.unshare(NEW_USER | NEW_MOUNTS):
+            os._exit(NO_RIGHTS)
+        for name, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
+            Path("/proc/self", name).write_text(text)
+    except OSError:
+        os._exit(NO_RIGHTS)
+    if libc.mount(b"none", mount.encode(), b"tmpfs", 0, b"size=8m"):
+        os._exit(NO_RIGHTS)
+    path, ballast = Path(mount, "s.zarr"), Path(mount, "ballast")
+
+    def fill() -> None:
+        with ballast.open("wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+
+    with pytest.raises(StoreError, match=r"Shard \d of .*No space left on device.*Free some space"):
+        run(Acting(fill), path)
+    left = set(FeatureStore.open(path, require_complete=False).missing_shards())
+    assert SHARD_OF_FAULT in left
+    before = fingerprints(path)
+    with pytest.raises(StoreError, match=r"needs [\d,]+ bytes more .* are free there"):
+        run(Photos(), path)
+    assert fingerprints(path) == before
+    ballast.unlink()
+    finish(path, Path(quiet), left)
+
+
+def test_a_disk_that_fills_up(program, quiet, tmp_path):
+    if (code := program(fills_up, tmp_path, quiet)) == NO_RIGHTS:
+        pytest.skip("this machine lets nobody mount a small file system of his own")
+    assert code == 0
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """For a user without rights: the parents of tmp_path are closed to others."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        yield Path(folder)
+        allow(Path(folder), 0o755)
+
+
+@contextmanager
+def plain_user() -> Iterator[None]:
+    """Root may write anywhere; give that right up inside the block."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def allow(path: Path, mode: int) -> None:
+    for folder in (path, *path.rglob("*")):
+        if folder.is_dir():
+            folder.chmod(mode)
+
+
+def test_a_folder_that_becomes_read_only(quiet, open_folder):
+    path = open_folder / "s.zarr"
+    text = r"Shard \d of .*Permission denied.*run the same `hsnet extract` again"
+    with plain_user(), pytest.raises(StoreError, match=text):
+        run(Acting(lambda: allow(path, 0o555)), path)
+    before = fingerprints(path)
+    with plain_user(), pytest.raises(StoreError, match="Permission denied"):
+        run(Photos(), path)
+    after = fingerprints(path)
+    before.pop(OWNER), after.pop(OWNER)  # it could not be deleted either; the lock is not its existence
+    assert after == before
+    allow(path, 0o755)
+    left = set(FeatureStore.open(path, require_complete=False).missing_shards())
+    assert SHARD_OF_FAULT in left
+    finish(path, quiet, left)
+
+
+def is_refused(path: str, owner: str) -> None:
+    with pytest.raises(StoreError, match=rf"is being written by process {owner} on .*Nothing was changed"):
+        run(Photos(), path)
+
+
+def test_a_second_extraction_is_refused_and_disturbs_nothing(program, quiet, tmp_path):
+    path, codes = tmp_path / "s.zarr", []
+    summary = run(Acting(lambda: codes.append(program(is_refused, path, os.getpid()))), path)
+    assert (codes, summary.written_shards) == ([0], 5)
+    assert fingerprints(path) == fingerprints(quiet)
+
+
+# -- afterwards ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("harm", "missing"),
+    [
+        (lambda path: shard_file(path, "level1", 3).unlink(), {3}),
+        (lambda path: os.truncate(shard_file(path, "label", 3), 10), {3}),
+        (lambda path: marker_file(path, 3).unlink(), {3}),
+        (lambda path: os.truncate(marker_file(path, 3), 50), {3}),
+        (lambda path: [shard_file(path, name, 4).unlink() for name in ARRAYS] + [marker_file(path, 4).unlink()], {4}),
+        (lambda path: shutil.rmtree(path / "level2" / "c" / "1"), {1}),
+        (lambda path: shutil.rmtree(path / "_done"), {0, 1, 2, 3, 4}),
+    ],
+    ids=["array file", "cut array file", "marker", "cut marker", "whole shard", "folder", "all markers"],
+)
+def test_what_is_deleted_is_made_again_and_nothing_else(whole, quiet, harm, missing):
+    harm(whole)
+    finish(whole, quiet, missing)
