@@ -58,6 +58,7 @@ def marker_file(root: Path, number: int) -> Path:
 def write_marker(root: Path, facts: ShardFacts) -> None:
     """Commit a shard: write its marker so that it is there whole or not at all, even through a power cut."""
     path = marker_file(root, facts.number)
+    path.parent.mkdir(exist_ok=True)  # somebody may have deleted it, to have everything made anew
     text = _text(
         {
             "shard": facts.number,
@@ -130,7 +131,9 @@ def read_marker(
 
 def remove_shard(root: Path, number: int, files: tuple[str, ...]) -> None:
     """Delete what there is of a shard, its marker first: a marker must never outlive its data."""
-    marker_file(root, number).unlink(missing_ok=True)
+    marker = marker_file(root, number)
+    for path in (marker, *marker.parent.glob(f"{marker.stem}.*.partial")):
+        path.unlink(missing_ok=True)
     for name in files:
         path = shard_file(root, name, number)
         path.unlink(missing_ok=True)
