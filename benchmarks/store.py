@@ -41,7 +41,7 @@ def make_store(path: Path, recipe: Recipe, images: int) -> FeatureStore:
     rows, columns = np.mgrid[:size, :size]
     with store.writing():
         for number in range(store.shards):
-            some = len(store.shard_range(number))
+            some = len(store.images_in(number))
             levels = [rng.integers(-127, 128, (some, *shape)).astype(recipe.dtype) for shape in recipe.level_shapes()]
             radius = rng.integers(size // 8, size // 2, (some, 1, 1))
             labels = ((rows - size / 2) ** 2 + (columns - size / 2) ** 2 < radius**2).astype(np.uint8)

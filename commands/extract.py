@@ -165,7 +165,7 @@ def _plan_extraction(
 ) -> Any:
     """The plan of a store; weights, which may have to be downloaded, are looked at only to compare a store with."""
     from pipeline.extract import wanted_recipe
-    from pipeline.plan import plan_new, plan_store
+    from pipeline.plan import plan_growth, plan_new, plan_store
     from pipeline.recipe import Recipe
     from pipeline.store import FeatureStore
     from pipeline.weights import load_weights
@@ -173,6 +173,9 @@ def _plan_extraction(
     if path.exists():
         exact = Recipe.of(backbone, load_weights(backbone, weights).sha256, image_size, precision)
         recipe = wanted_recipe(exact, bytes_per_image, path)
+        plan = plan_growth(path, recipe, data.index)
+        if plan is not None:
+            return plan
         return plan_store(FeatureStore.open(path, recipe, require_complete=False, index_digest=data.index.digest))
     unknown = Recipe.of(backbone, "sha256:" + "0" * 64, image_size, precision)
     return plan_new(data.index, wanted_recipe(unknown, bytes_per_image, path), path, shard_images)
@@ -180,7 +183,15 @@ def _plan_extraction(
 
 def _plan_text(plan: Any) -> str:
     there = f" ({plan.images_done} of them are there)" if plan.images_done else ""
+    if plan.grown is None:
+        grown = ""
+    elif plan.grown.images_new:
+        grown = (
+            f"The data set has grown: {plan.grown.images_new} new images, {plan.grown.images_before} there already. "
+        )
+    else:
+        grown = f"The data set's lists have changed; its {plan.grown.images_before} images stay as they are. "
     return (
-        f"{plan.images} images in {plan.shards} shards{there}; "
+        f"{grown}{plan.images} images in {plan.shards} shards{there}; "
         f"up to {size_text(plan.bytes_needed)} to write, {size_text(plan.bytes_free)} free."
     )

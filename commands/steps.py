@@ -16,7 +16,7 @@ from pipeline.terminal import plain
 
 if TYPE_CHECKING:
     from pipeline.datasets import Dataset
-    from pipeline.features import FeatureSource
+    from pipeline.features import FeatureSource, StoreSource
     from pipeline.runner import Runner
 
 
@@ -100,13 +100,16 @@ def require_ray(workers: int, address: str | None, device: str) -> None:
         raise ConfigError(f"--device {device} cannot be chosen on Ray, which hands out the GPUs. Use cpu or cuda.")
 
 
-def store_source(path: Path) -> Callable[[], FeatureSource]:
-    """Opens a finished store; to be called once in every process that reads it."""
+def store_source(path: Path) -> Callable[[], StoreSource]:
+    """Opens a finished store as it is now, also if it grows; to be called once in every process that reads it."""
     from pipeline.features import StoreSource
+    from pipeline.states import read_facts
     from pipeline.store import FeatureStore
 
     place = path.absolute()  # a worker may have another working directory
-    return lambda: StoreSource(FeatureStore.open(place))
+    facts = read_facts(place)
+    digest = facts.states[facts.current].digest
+    return lambda: StoreSource(FeatureStore.open(place, index_digest=digest))
 
 
 def online_source(

@@ -17,10 +17,12 @@ from pathlib import Path
 from hsnet.errors import ConfigError, DataError, StoreError
 from pipeline.datasets import Dataset
 from pipeline.fitting import Fitting, fit_codec, nominal_recipe, sample_size
-from pipeline.plan import Planned, plan_new, plan_store
+from pipeline.growth import grow, make_current
+from pipeline.plan import Planned, plan_growth, plan_new, plan_store
 from pipeline.recipe import CODED, Recipe
 from pipeline.runner import Runner, SerialRunner, in_groups
 from pipeline.shard_worker import ShardDone, ShardWorker
+from pipeline.states import read_facts
 from pipeline.store import SHARD_IMAGES, FeatureStore
 from pipeline.weights import Weights
 
@@ -67,7 +69,9 @@ def extract(
     bytes_per_image: int | None = None,
     damaged: Collection[int] = (),
 ) -> ExtractSummary:
-    """Make the feature store of a data set, or finish the one at `path`.
+    """Make the feature store of a data set, finish the one at `path`, or add the images that the data set has more.
+
+    Readers of a store that grows are given its earlier state until all new images are in it (`pipeline.growth`).
 
     Args:
         dataset: images and label maps; pickled to the workers of another process.
@@ -87,7 +91,8 @@ def extract(
 
     Raises:
         DataError: an image cannot be read and on_error is "fail". Complete shards stay.
-        StoreMismatch: the store at `path` holds another recipe or data set. Nothing is changed.
+        StoreMismatch: the store at `path` holds another recipe, or a data set of which something is gone or means
+            something else now. Nothing is changed.
         StoreError: something else is at `path`, another process is writing it, or the disk is too small or full.
         ConfigError, ShapeError, WeightsError: an argument cannot work.
     """
@@ -101,6 +106,10 @@ def extract(
     recipe.require_trainable()
     if not Path(path).exists():  # before anything is made
         _require_space(path, plan_new(dataset.index, recipe, Path(path), shard_images))
+    growing = plan_growth(Path(path), recipe, dataset.index) if _is_store(path) else None
+    if growing is not None:
+        _require_space(path, growing)
+        grow(Path(path), recipe, dataset.index)
     codec = None
     if bytes_per_image is not None and not _is_store(path):
         emit(Fitting(sample_size(recipe, dataset.index)))
@@ -110,7 +119,7 @@ def extract(
     with store.writing() as token:
         store.drop(_mended_shards(store, dataset) | set(damaged))
         missing = store.missing_shards()
-        plan = plan_store(store)
+        plan = replace(plan_store(store), grown=None if growing is None else growing.grown)
         emit(plan)
         _require_space(path, plan)
         make_worker = partial(ShardWorker, dataset, weights, Path(path).absolute(), token, recipe, on_error, device)
@@ -121,6 +130,8 @@ def extract(
                 reports.append(report)
                 emit(report)
         store.refresh()
+        if store.complete:
+            make_current(store.root, store.index.digest)
     if not store.complete:
         raise StoreError(
             f"{path}: shards {store.missing_shards()[:5]} were reported as written but are not there. "
@@ -152,7 +163,7 @@ def wanted_recipe(exact: Recipe, bytes_per_image: int | None, path: str | Path) 
     """
     if bytes_per_image is None:
         return exact
-    stored = FeatureStore.open(path, require_complete=False).recipe.coding if _is_store(path) else None
+    stored = read_facts(Path(path)).recipe.coding if _is_store(path) else None
     if stored is None:
         return nominal_recipe(exact, bytes_per_image)
     return replace(exact, precision=CODED, coding=replace(stored, bytes_per_image=bytes_per_image))
@@ -179,5 +190,5 @@ def _mended_shards(store: FeatureStore, dataset: Dataset) -> set[int]:
             dataset.image(image), dataset.label(image)
         except (DataError, OSError):
             continue
-        mended.add(image // store.shard_images)
+        mended.add(store.shard_of(image))
     return mended

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.datasets.index import DatasetIndex
+from pipeline.growth import Grown, growth
+from pipeline.layout import image_nbytes
 from pipeline.recipe import Recipe
-from pipeline.store import SHARD_IMAGES, FeatureStore, image_nbytes
+from pipeline.store import SHARD_IMAGES, FeatureStore
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,14 @@ class Planned:
     bytes_needed: int
     """For what is missing, at most: label maps count as if they did not compress."""
     bytes_free: int
+    grown: Grown | None = None
+    """What the data set has more than the one that the store was finished for."""
 
 
 def plan_store(store: FeatureStore) -> Planned:
     """What finishing a store takes."""
     missing = store.missing_shards()
-    to_do = sum(len(store.shard_range(number)) for number in missing)
+    to_do = sum(len(store.images_in(number)) for number in missing)
     return Planned(
         images=len(store.index.images),
         images_done=len(store.index.images) - to_do,
@@ -36,6 +40,30 @@ def plan_store(store: FeatureStore) -> Planned:
         shards_done=store.shards - len(missing),
         bytes_needed=to_do * image_nbytes(store.recipe, store.index),
         bytes_free=shutil.disk_usage(store.root).free,
+    )
+
+
+def plan_growth(path: Path, recipe: Recipe, index: DatasetIndex) -> Planned | None:
+    """What it takes to bring a store to a data set that has grown; None if it has not. Writes nothing.
+
+    Raises:
+        StoreMismatch: the data set has not only grown.
+        StoreError: the store cannot be read.
+    """
+    grown = growth(path, recipe, index)
+    if grown is None:
+        return None
+    current = FeatureStore.open(path, require_complete=False)
+    if any(state.digest == index.digest for state in current.states):  # begun by an earlier run
+        begun = FeatureStore.open(path, require_complete=False, index_digest=index.digest)
+        return replace(plan_store(begun), grown=grown)
+    there = plan_store(current)
+    return replace(
+        there,
+        images=len(index.images),
+        shards=there.shards + -(-grown.images_new // current.shard_images),
+        bytes_needed=there.bytes_needed + grown.images_new * image_nbytes(recipe, index),
+        grown=grown,
     )
 
 

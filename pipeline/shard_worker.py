@@ -125,7 +125,7 @@ class ShardWorker:
         return reports
 
     def _make(self, shards: Sequence[int]) -> None:
-        images = [image for shard in shards for image in self.store.shard_range(shard)]
+        images = [image for shard in shards for image in self.store.images_in(shard)]
         # Left in reverse: reading stops, then what is computed is encoded, then it is written.
         with _helper("write") as writer, _helper("encode") as encoder, _helper("read") as reader:
             writing: Future[None] | None = None
@@ -155,7 +155,7 @@ class ShardWorker:
                 future.cancel()
 
     def _compute(self, number: int, photos: Generator[_Photo, None, None], encoder: ThreadPoolExecutor) -> _Shard:
-        images, recipe = self.store.shard_range(number), self.store.recipe
+        images, recipe = self.store.images_in(number), self.store.recipe
         shard = _Shard(number, [np.zeros((len(images), *shape), recipe.dtype) for shape in recipe.stored_shapes()])
         for first in range(0, len(images), self.batch):
             group = images[first : first + self.batch]
@@ -175,7 +175,7 @@ class ShardWorker:
                 shard.encoding[-1 - ENCODE_BEHIND].result()
         return shard
 
-    def _encode(self, shard: _Shard, images: range, first: int, taps: Sequence[Tensor]) -> None:
+    def _encode(self, shard: _Shard, images: Sequence[int], first: int, taps: Sequence[Tensor]) -> None:
         """Put the features of images into the shard, from row `first` on."""
         recipe, names = self.store.recipe, [self.store.index.images[image] for image in images]
         if self._packed and len(self._packed[0]) != len(images):

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from pipeline.metadata import replace_text
 
 MARKERS = "_done"
 _LARGEST_MARKER = 16 << 20
@@ -70,17 +73,7 @@ def write_marker(root: Path, facts: ShardFacts) -> None:
             "files": {name: {"bytes": size, "crc32": crc} for name, (size, crc) in facts.files.items()},
         }
     )
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    replace_text(path, text)
 
 
 def _text(values: Mapping[str, object]) -> str:
@@ -142,12 +135,16 @@ def remove_shard(root: Path, number: int, files: tuple[str, ...]) -> None:
 
 
 def sweep_partials(root: Path, files: tuple[str, ...]) -> int:
-    """Delete temporary files that killed writers left behind; returns how many."""
-    found = list((root / MARKERS).glob("*.partial"))
+    """Delete temporary files and folders that killed writers left behind; returns how many."""
+    found = [*(root / MARKERS).glob("*.partial"), *root.glob("*.partial")]
     for name in files:
+        found += (root / name).glob("*.partial")
         found += (root / name / "c").rglob("*.partial")
     for path in found:
-        path.unlink(missing_ok=True)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
     return len(found)
 
 
@@ -166,12 +163,3 @@ def sum_file(path: Path) -> tuple[int, str]:
             checksum = zlib.crc32(piece, checksum)
         size = file.tell()
     return size, f"{checksum:08x}"
-
-
-def sync_folder(path: Path) -> None:
-    """Force the names in a folder to disk, so that a rename survives a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

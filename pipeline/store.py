@@ -3,6 +3,7 @@
     S.zarr/
       zarr.json           attributes: format, recipe, data set (name, digest, number of images), images per shard
       index/              the data set's index as JSON bytes
+      index-1/ row-1/     of a store that grew: the index after the first growth, and the row of each image
       level0/ level1/ ... features (image, layer, row, column, channel), finest grid first
       codec/              the fit of coded features, as arrays; only where there is one
       label/              class-index masks at network size (image, row, column)
@@ -14,25 +15,18 @@ docs/store.md describes it for readers that do not have this program.
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
-import math
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
-import zarr.errors
 from numpy.typing import NDArray
-from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.core.buffer.cpu import NDBuffer
 
 from hsnet.errors import ConfigError, DataError, ShapeError, StoreError, StoreIncomplete, StoreMismatch
@@ -40,8 +34,10 @@ from pipeline.buffers import Buffers
 from pipeline.chunks import ChunkReader, OpenShards, reads, write_shard_file
 from pipeline.datasets.index import DatasetIndex
 from pipeline.fit_arrays import read_fit, write_fit
+from pipeline.layout import ZSTD_LEVEL, ArrayLayout, array_layouts, calm_zarr, open_array
+from pipeline.metadata import sync_folder
 from pipeline.ownership import sole_writer
-from pipeline.recipe import FORMAT, Recipe, difference_lines
+from pipeline.recipe import Recipe, difference_lines
 from pipeline.shards import (
     MARKERS,
     ShardFacts,
@@ -51,85 +47,20 @@ from pipeline.shards import (
     shard_file,
     sweep_partials,
     sync_and_sum,
-    sync_folder,
     write_marker,
+)
+from pipeline.states import (
+    State,
+    StoreFacts,
+    attributes,
+    read_facts,
+    read_index,
+    read_placement,
+    write_state,
 )
 from pipeline.transform import TransformCodec
 
 SHARD_IMAGES = 16
-_LARGEST_METADATA = 1 << 20
-_LARGEST_INDEX = 256 << 20
-_ZSTD_LEVEL = 3
-_AXES = ("image", "layer", "row", "column", "channel")
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """What one array must look like. Everything follows from the recipe, so a stored array can be checked."""
-
-    name: str
-    shape: tuple[int, ...]
-    shard_images: int
-    dtype: np.dtype
-    compressed: bool
-
-    @property
-    def image_shape(self) -> tuple[int, ...]:
-        return self.shape[1:]
-
-    @property
-    def fill(self) -> int | float:
-        """A value no image begins with, so that data which is not there cannot pass for zeros."""
-        if self.dtype.kind == "f":
-            return math.nan
-        return int(np.iinfo(self.dtype).min if self.dtype.kind == "i" else np.iinfo(self.dtype).max)
-
-    def create(self, group: zarr.Group) -> None:
-        # Every inner chunk carries a checksum: zarr protects only the shard's index by itself. Empty chunks are
-        # written, so that a chunk which is absent was never written.
-        checksum = Crc32cCodec()
-        group.create_array(
-            self.name,
-            shape=self.shape,
-            chunks=(1, *self.image_shape),
-            shards=(self.shard_images, *self.image_shape),
-            dtype=self.dtype,
-            filters=None,
-            compressors=[ZstdCodec(level=_ZSTD_LEVEL), checksum] if self.compressed else [checksum],
-            fill_value=self.fill,
-            dimension_names=_AXES if not self.compressed else ("image", "row", "column"),
-            config={"write_empty_chunks": True, "order": "C"},
-        )
-
-    def check(self, root: Path) -> dict[str, Any]:
-        """Compare the array's metadata on disk, before zarr or anyone else acts on it, and return it."""
-        stored = _read_json(root / self.name / "zarr.json")
-        try:
-            (sharding,) = stored["codecs"]
-            inner = sharding["configuration"]
-            found: dict[str, object] = {
-                "shape": stored["shape"],
-                "data_type": stored["data_type"],
-                "shard": stored["chunk_grid"]["configuration"]["chunk_shape"],
-                "chunk": inner["chunk_shape"],
-                "codecs": [codec["name"] for codec in inner["codecs"]],
-            }
-        except (KeyError, TypeError, ValueError) as error:
-            raise StoreError(f"{root}: the metadata of array '{self.name}' is damaged ({error!r}).") from None
-        wanted: dict[str, object] = {
-            "shape": list(self.shape),
-            "data_type": self.dtype.name,
-            "shard": [self.shard_images, *self.image_shape],
-            "chunk": [1, *self.image_shape],
-            "codecs": ["bytes", "zstd", "crc32c"] if self.compressed else ["bytes", "crc32c"],
-        }
-        if found != wanted:
-            pairs = {key: (found[key], wanted[key]) for key in wanted if found[key] != wanted[key]}
-            raise StoreError(
-                f"{root}: array '{self.name}' does not fit the store's recipe:\n{difference_lines(pairs)}\n"
-                f"The store was changed by something else. Extract into a new store."
-            )
-        return stored
 
 
 class FeatureStore:
@@ -141,22 +72,26 @@ class FeatureStore:
     other processes write under its lock).
     """
 
-    def __init__(self, root: Path, recipe: Recipe, index: DatasetIndex, shard_images: int, writable: bool) -> None:
-        _calm_zarr()
+    def __init__(self, root: Path, facts: StoreFacts, place: int, writable: bool) -> None:
+        calm_zarr()
         self.root = root
-        self.recipe = recipe
-        self.index = index
-        self.shard_images = shard_images
-        self.identity = _identity(recipe, index)
+        self.recipe = facts.recipe
+        self.index = read_index(root, facts.states[place])
+        self.shard_images = facts.shard_images
+        self.identity = facts.identity
+        self.placement = read_placement(root, facts, place)
+        self.states, self.place = facts.states, place
         try:
-            self._layouts = _layouts(recipe, index, shard_images)
+            self._layouts = array_layouts(facts.recipe, self.index.label_dtype, facts.shard_images)
         except (ConfigError, ShapeError) as error:
             raise StoreError(f"{root} holds features this version cannot interpret: {error}") from None
-        metadata = [layout.check(root) for layout in self._layouts]
-        self._arrays = [_open_array(root, layout.name, writable) for layout in self._layouts]
+        # While a store grows, its arrays may already be as long as they will be.
+        rows = {facts.rows(later) for later in range(facts.current, len(facts.states))}
+        metadata = [layout.check(root, rows) for layout in self._layouts]
+        self._arrays = [open_array(root, layout.name, writable) for layout in self._layouts]
         shards = OpenShards()
         self._readers = [
-            ChunkReader(partial(shard_file, root.resolve(), layout.name), shard_images, layout.compressed, shards)
+            ChunkReader(partial(shard_file, root.resolve(), layout.name), self.shard_images, layout.compressed, shards)
             if reads(stored, layout.compressed)
             else None
             for layout, stored in zip(self._layouts, metadata, strict=True)
@@ -208,7 +143,9 @@ class FeatureStore:
         """Open a store to read.
 
         Args:
-            recipe, index_digest: what the store must hold; None accepts anything.
+            recipe: what the store must have been made by; None accepts anything.
+            index_digest: the data set it must hold. Of a store that grew, an earlier or an unfinished state can be
+                asked for; None is the current one.
             require_complete: refuse a store with missing shards.
             writable: allow `write_shard`, for workers of the process that holds `writing`.
 
@@ -222,7 +159,7 @@ class FeatureStore:
         if require_complete and missing:
             raise StoreIncomplete(
                 f"{path} is not complete: {len(missing)} of {store.shards} shards are missing "
-                f"(first: number {missing[0]}, image '{store.index.images[missing[0] * store.shard_images]}'). "
+                f"(first: number {missing[0]}, image '{store.index.images[store.images_in(missing[0])[0]]}'). "
                 f"Run the same `hsnet extract ... --store {path}` again: it makes only what is missing.",
                 missing,
             )
@@ -230,36 +167,35 @@ class FeatureStore:
 
     @classmethod
     def _open(cls, root: Path, recipe: Recipe | None, digest: str | None, writable: bool) -> FeatureStore:
-        stored, stored_digest, shard_images, images = _read_attributes(root)
-        differences = stored.differences(recipe) if recipe else {}
-        if digest is not None and digest != stored_digest:
-            differences["data set"] = (stored_digest, digest)
-        if differences:
-            raise StoreMismatch(
-                f"{root} was extracted with another recipe or from another data set:\n"
-                f"{difference_lines(differences)}\n"
-                f"Pass the stored values, or extract into a new store (`hsnet extract ... --store PATH`). "
-                f"Nothing was changed.",
-                differences,
-            )
-        index = _read_index(root)
-        if index.digest != stored_digest or len(index.images) != images:
-            raise StoreError(
-                f"{root}: the index in the store does not belong to it: digest {index.digest} of "
-                f"{len(index.images)} images, the attributes say {stored_digest} of {images}."
-            )
-        return cls(root, stored, index, shard_images, writable)
+        while True:
+            facts = read_facts(root)
+            try:
+                return cls(root, facts, _place(root, facts, recipe, digest), writable)
+            except StoreMismatch:
+                raise
+            except StoreError:
+                if read_facts(root) == facts:
+                    raise
+                # It grew between the reading of one file and the next.
 
     # -- what there is -----------------------------------------------------------------------------------------
 
     @property
     def shards(self) -> int:
         """Number of shards of the complete store."""
-        return -(-len(self.index.images) // self.shard_images)
+        return self.placement.shards
 
-    def shard_range(self, number: int) -> range:
-        """Numbers of a shard's images."""
-        return range(number * self.shard_images, min((number + 1) * self.shard_images, len(self.index.images)))
+    def row(self, image: int) -> int:
+        """Row of an image in every array: its number, unless the store grew."""
+        return self.placement.row(image)
+
+    def shard_of(self, image: int) -> int:
+        """Number of the shard that holds an image."""
+        return self.row(image) // self.shard_images
+
+    def images_in(self, number: int) -> Sequence[int]:
+        """Numbers of a shard's images, in the order of its rows."""
+        return self.placement.images_in(number)
 
     def missing_shards(self) -> tuple[int, ...]:
         """Shards that are not complete, as of opening or the last `refresh`."""
@@ -267,7 +203,7 @@ class FeatureStore:
 
     def facts(self, number: int) -> ShardFacts:
         """What the marker of a complete shard says. Raises StoreIncomplete if it is missing."""
-        return self._locate(number * self.shard_images)[0]
+        return self._locate(self.images_in(number)[0])[0]
 
     @property
     def complete(self) -> bool:
@@ -281,7 +217,7 @@ class FeatureStore:
 
     def is_done(self, number: int) -> bool:
         """Look on disk whether a shard is complete now."""
-        images = tuple(self.index.images[i] for i in self.shard_range(number))
+        images = tuple(self.index.images[i] for i in self.images_in(number))
         facts = read_marker(self.root, number, self.identity, images, self._names)
         self._facts.pop(number, None)
         if facts is not None:
@@ -291,12 +227,14 @@ class FeatureStore:
     @property
     def skipped(self) -> dict[int, str]:
         """Image number -> reason, for images that could not be read. They hold zeros and are never to be drawn."""
-        return {
+        found = {
             i: facts.skipped[self.index.images[i]]
-            for number, facts in sorted(self._facts.items())
-            for i in self.shard_range(number)
+            for number, facts in self._facts.items()
+            if facts.skipped
+            for i in self.images_in(number)
             if self.index.images[i] in facts.skipped
         }
+        return dict(sorted(found.items()))
 
     @cached_property
     def codec(self) -> TransformCodec | None:
@@ -319,6 +257,8 @@ class FeatureStore:
             "classes": len(self.index.classes),
             "folds": list(self.index.folds),
             "images": len(self.index.images),
+            "growths": [state.images for state in self.states[: self.place + 1]],
+            "images_to_come": max(0, self.states[-1].images - len(self.index.images)),
             "images_done": images_done,
             "skipped": {self.index.images[i]: reason for i, reason in self.skipped.items()},
             "shards": self.shards,
@@ -412,10 +352,10 @@ class FeatureStore:
     def _read_chunk(self, number: int, image: int, out: NDArray[Any]) -> None:
         reader, layout = self._readers[number], self._layouts[number]
         if reader is not None and out.flags.c_contiguous:
-            reader.read(image, out)
+            reader.read(self.row(image), out)
             return
         # One image at a time: selecting several of a sharded array at once costs 60 times as much in zarr 3.1.
-        self._arrays[number].get_basic_selection((image,), out=NDBuffer.from_numpy_array(out))
+        self._arrays[number].get_basic_selection((self.row(image),), out=NDBuffer.from_numpy_array(out))
         if layout.dtype.kind == "f" and not np.isfinite(out).all():
             raise ValueError("the chunk is not there, or holds NaN or infinity")
         if layout.dtype.kind != "f" and layout.name != "label" and out.flat[0] == layout.fill:
@@ -424,7 +364,7 @@ class FeatureStore:
     def _locate(self, image: int) -> tuple[ShardFacts, int]:
         if not 0 <= image < len(self.index.images):
             raise StoreError(f"{self.root} has images 0 to {len(self.index.images) - 1}, asked for {image}.")
-        number, row = divmod(image, self.shard_images)
+        number, row = divmod(self.row(image), self.shard_images)
         facts = self._facts.get(number)
         if facts is None:
             # zarr would return fill values without an error.
@@ -435,8 +375,8 @@ class FeatureStore:
             )
         return facts, row
 
-    def _damage(self, layout: _Layout, image: int, what: str) -> StoreError:
-        number = image // self.shard_images
+    def _damage(self, layout: ArrayLayout, image: int, what: str) -> StoreError:
+        number = self.shard_of(image)
         return StoreError(
             f"{self.root}: array '{layout.name}' is damaged at image '{self.index.images[image]}' "
             f"(file {shard_file(self.root, layout.name, number)}): {what}. Nothing of it was used. Delete "
@@ -488,7 +428,7 @@ class FeatureStore:
             StoreError: shapes or types do not fit, or the disk refused (full, read-only); says how much was needed
                 and is free. The shard then counts as missing, all others are as they were.
         """
-        images = self.shard_range(number)
+        images = self.images_in(number)
         data = [*levels, labels]
         found = [(array.shape, array.dtype.name) for array in data]
         wanted = [((len(images), *layout.image_shape), layout.dtype.name) for layout in self._layouts]
@@ -538,63 +478,48 @@ class FeatureStore:
 
 
 def _write_array(
-    root: Path, layout: _Layout, number: int, values: NDArray[Any], through: Any = None
+    root: Path, layout: ArrayLayout, number: int, values: NDArray[Any], through: Any = None
 ) -> tuple[int, str]:
     """One array's file of a shard, `through` zarr if need be; (bytes, CRC-32). It is on disk afterwards."""
     path = shard_file(root, layout.name, number)
     if through is None:
-        return write_shard_file(path, values, layout.shard_images, _ZSTD_LEVEL if layout.compressed else None)
+        return write_shard_file(path, values, layout.shard_images, ZSTD_LEVEL if layout.compressed else None)
     first = number * layout.shard_images
     through[first : first + len(values)] = values
     return sync_and_sum(path)
 
 
-def _layouts(recipe: Recipe, index: DatasetIndex, shard_images: int) -> list[_Layout]:
-    n = len(index.images)
-    size = recipe.image_size
-    levels = [
-        _Layout(f"level{k}", (n, *shape), shard_images, recipe.dtype, compressed=False)
-        for k, shape in enumerate(recipe.stored_shapes())
-    ]
-    return [*levels, _Layout("label", (n, size, size), shard_images, np.dtype(index.label_dtype), compressed=True)]
-
-
-def image_nbytes(recipe: Recipe, index: DatasetIndex) -> int:
-    """Bytes an image takes at most: features exactly, its label map as if it did not compress."""
-    per_chunk = 32  # checksum, place in the shard's index
-    layouts = _layouts(recipe, index, 1)
-    return sum(math.prod(layout.image_shape) * layout.dtype.itemsize + per_chunk for layout in layouts)
-
-
-def _identity(recipe: Recipe, index: DatasetIndex) -> str:
-    return "sha256:" + hashlib.sha256(f"{recipe.to_json()}\n{index.digest}".encode()).hexdigest()
+def _place(root: Path, facts: StoreFacts, recipe: Recipe | None, digest: str | None) -> int:
+    """Which state is asked for; None is anything. Raises StoreMismatch if the store holds no such thing."""
+    differences = facts.recipe.differences(recipe) if recipe else {}
+    place = facts.current if digest is None else facts.find(digest)
+    if place is not None and not differences:
+        return place
+    if place is None:
+        differences["data set"] = (facts.states[facts.current].digest, digest)
+    raise StoreMismatch(
+        f"{root} was extracted with another recipe or from another data set:\n"
+        f"{difference_lines(differences)}\n"
+        f"Pass the stored values, or extract into a new store (`hsnet extract ... --store PATH`). "
+        f"Nothing was changed.",
+        differences,
+    )
 
 
 def _build(root: Path, recipe: Recipe, index: DatasetIndex, shard_images: int, codec: TransformCodec | None) -> None:
     """Make the whole skeleton beside its place and rename it: a store is never there with half its metadata."""
-    _calm_zarr()
-    layouts = _layouts(recipe, index, shard_images)
+    calm_zarr()
+    array_layouts(recipe, index.label_dtype, shard_images)  # an impossible recipe leaves nothing on the disk
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}.", suffix=".partial") as folder:
         new = Path(folder) / "store"
-        attributes: dict[str, Any] = {
-            "format": FORMAT,
-            "recipe": recipe.to_dict(),
-            "dataset": {"name": index.name, "digest": index.digest, "images": len(index.images)},
-            "shard_images": shard_images,
-        }
-        group = zarr.open_group(str(new), mode="w-", zarr_format=3, attributes={"hsnet_store": attributes})
-        text = np.frombuffer(index.to_json().encode(), np.uint8)
-        group.create_array(
-            "index",
-            data=text,
-            chunks=text.shape,
-            filters=None,
-            compressors=[ZstdCodec(level=3), Crc32cCodec()],
-            attributes={"content": "JSON, UTF-8: the data set's images, classes and splits"},
-        )
-        for layout in layouts:
-            layout.create(group)
+        state = State(index.digest, len(index.images))
+        facts = StoreFacts(recipe, shard_images, (state,))
+        stored: dict[str, Any] = {"hsnet_store": attributes(facts, index.name)}
+        group = zarr.open_group(str(new), mode="w-", zarr_format=3, attributes=stored)
+        write_state(new, state, index)
+        for layout in array_layouts(recipe, index.label_dtype, shard_images):
+            layout.create(group, state.images)
         if codec is not None:
             write_fit(group, codec)
         (new / MARKERS).mkdir()
@@ -605,92 +530,3 @@ def _build(root: Path, recipe: Recipe, index: DatasetIndex, shard_images: int, c
                 raise
             # Another process made it in the meantime. The caller opens that one, and compares recipes.
     sync_folder(root.parent)
-
-
-def _read_attributes(root: Path) -> tuple[Recipe, str, int, int]:
-    """(recipe, data-set digest, images per shard, images) from the group's attributes, each checked."""
-    if not root.exists():
-        raise StoreError(f"There is no feature store at {root}. Make one with `hsnet extract ... --store {root}`.")
-    if not (root / "zarr.json").is_file():
-        raise StoreError(
-            f"{root} is not a feature store: it has no zarr.json. Give the path of a store made by `hsnet extract`, "
-            f"or a new path to make one. Nothing was changed."
-        )
-    metadata = _read_json(root / "zarr.json")
-    attributes = metadata.get("attributes")
-    values = attributes.get("hsnet_store") if isinstance(attributes, dict) else None
-    if not isinstance(values, dict):
-        raise StoreError(
-            f"{root} is a zarr {metadata.get('node_type')} but not a feature store: it lacks the attribute "
-            f"'hsnet_store'. Nothing was changed."
-        )
-    version = values.get("format")
-    if version != FORMAT:
-        raise StoreError(
-            f"{root} has store format {version!r}; this version of the program reads format {FORMAT}. "
-            f"Use the version that wrote it, or extract into a new store."
-        )
-    try:
-        recipe = Recipe.from_dict(values["recipe"])
-        digest, images = values["dataset"]["digest"], values["dataset"]["images"]
-        shard_images = values["shard_images"]
-    except (KeyError, TypeError, ConfigError) as error:
-        raise StoreError(f"{root}: the store's attributes are damaged: {error}") from None
-    counts = type(shard_images) is type(images) is int and 1 <= shard_images <= 4096 and images >= 1
-    if not counts or not isinstance(digest, str):
-        raise StoreError(
-            f"{root}: the store's attributes are damaged: {images!r} images, {shard_images!r} per shard, "
-            f"digest {digest!r}."
-        )
-    return recipe, digest, shard_images, images
-
-
-def _read_index(root: Path) -> DatasetIndex:
-    metadata = _read_json(root / "index" / "zarr.json")
-    shape = metadata.get("shape")
-    if not (
-        isinstance(shape, list) and len(shape) == 1 and type(shape[0]) is int and metadata.get("data_type") == "uint8"
-    ):
-        raise StoreError(f"{root}: array 'index' must be a line of bytes, its metadata says {shape!r}.")
-    if not 0 < shape[0] <= _LARGEST_INDEX:
-        raise StoreError(f"{root}: the index claims {shape[0]:,} bytes; {_LARGEST_INDEX:,} is the most that is read.")
-    array = _open_array(root, "index", writable=False)
-    try:
-        text = bytes(array[:]).decode()
-    except Exception as error:  # zarr's errors on damaged data have no common base
-        raise StoreError(f"{root}: the index cannot be read: {error!r}.") from error
-    try:
-        return DatasetIndex.from_json(text)
-    except DataError as error:
-        raise StoreError(f"{root}: the index is damaged: {error}") from error
-
-
-def _open_array(root: Path, name: str, writable: bool) -> Any:
-    try:
-        return zarr.open_array(str(root / name), mode="r+" if writable else "r", zarr_format=3)
-    except Exception as error:  # zarr's errors on damaged metadata have no common base
-        raise StoreError(f"{root}: array '{name}' cannot be opened: {error!r}.") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        facts = path.lstat()
-        # A link may lead out of the store, a pipe or a device never ends.
-        if not stat.S_ISREG(facts.st_mode):
-            raise StoreError(f"{path} is a link, a pipe or a device, not a file of the store. Nothing of it was read.")
-        size = facts.st_size
-        if size > _LARGEST_METADATA:
-            raise StoreError(f"{path} has {size:,} bytes of metadata; {_LARGEST_METADATA:,} is the most that is read.")
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise StoreError(f"{path} cannot be read: {error}. The store is damaged.") from error
-    except (ValueError, RecursionError) as error:
-        raise StoreError(f"{path} is damaged: {error}.") from error
-    if not isinstance(values, dict):
-        raise StoreError(f"{path} is damaged: it holds {type(values).__name__}, not an object.")
-    return values
-
-
-def _calm_zarr() -> None:
-    """Few threads per process: many processes of this program share a machine, and zarr's default is up to 32."""
-    zarr.config.set({"threading.max_workers": 2, "async.concurrency": 4})

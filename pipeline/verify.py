@@ -64,7 +64,7 @@ def verify(store: FeatureStore, on_shard: Callable[[int, int], None] = lambda do
             else:
                 missing.append(number)
         else:
-            images += len(store.shard_range(number))
+            images += len(store.images_in(number))
             nbytes += store.facts(number).nbytes
             damage += _verify_shard(store, number)
         on_shard(number + 1, store.shards)
@@ -77,7 +77,7 @@ def _verify_shard(store: FeatureStore, number: int) -> list[Damage]:
     for name, (size, checksum) in facts.files.items():
         file = shard_file(store.root, name, number)
         before = len(found)
-        for image in store.shard_range(number):
+        for image in store.images_in(number):
             if store.index.images[image] in facts.skipped:
                 continue
             try:

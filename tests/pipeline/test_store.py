@@ -41,7 +41,7 @@ def make_recipe(precision: str = "int8") -> Recipe:
 def contents(store: FeatureStore, number: int) -> dict:
     """Made-up contents of a shard, the same for every call."""
     rng = np.random.default_rng(number)
-    n = len(store.shard_range(number))
+    n = len(store.images_in(number))
     features = [rng.normal(size=(n, *shape)).astype(np.float32) for shape in store.recipe.level_shapes()]
     return {
         "levels": encode(features, store.recipe.precision),
@@ -346,7 +346,8 @@ def test_an_empty_folder_becomes_a_store(tmp_path):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda a: a.update(format=2), "format 2"),
+        (lambda a: a.update(format=3), "format 3"),
+        (lambda a: a.update(format=2), "attributes are damaged"),
         (lambda a: a.pop("format"), "format None"),
         (lambda a: a.pop("recipe"), "attributes are damaged"),
         (lambda a: a["recipe"].pop("taps"), "attributes are damaged"),

@@ -39,7 +39,7 @@ def test_a_whole_store_has_no_damage(path):
 
 
 def everything(store, shard):
-    images = list(store.shard_range(shard))
+    images = list(store.images_in(shard))
     facts = [(store.size(image), store.classes_present(image)) for image in images]
     return [*store.features(images), store.labels(images)], facts, store.skipped
 

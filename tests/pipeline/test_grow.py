@@ -1,0 +1,350 @@
+"""Images added to a finished store: only they are extracted, and no byte of the others changes."""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from PIL import Image
+
+from hsnet.errors import DataError, StoreError
+from hsnet.model import HSNet
+from pipeline.compare import compare
+from pipeline.datasets.index import DatasetIndex, Split
+from pipeline.datasets.shapes import Shapes
+from pipeline.evaluate import evaluate
+from pipeline.extract import extract
+from pipeline.features import StoreSource
+from pipeline.growth import Grown
+from pipeline.ownership import OWNER
+from pipeline.protocols import resolve
+from pipeline.resident import keep
+from pipeline.segmenters import LearnedSegmenter
+from pipeline.shards import shard_file
+from pipeline.store import FeatureStore
+from pipeline.verify import verify
+
+SIZE = 64
+SHARD = 4
+CLASSES = {0: "cat", 1: "dog"}
+FIRST = tuple(f"photos/{n:03d}.jpg" for n in range(0, 20, 2))
+"""Ten photos: two whole shards and one of two images."""
+MORE = tuple(f"photos/{n:03d}.jpg" for n in range(23))
+"""Thirteen more, before, between and after them."""
+
+
+class Photos:
+    """Random photos in memory; a photo depends on its name alone."""
+
+    def __init__(self, images=FIRST, classes=CLASSES, broken=(), name="folder", lists=2, has_ignore=False):
+        self.broken, self.read = broken, []
+        numbers = [int(re.sub(r"\D", "", image)) for image in images]
+        entries = tuple((i, number % lists) for i, number in enumerate(numbers))
+        splits = {0: {"trn": Split(entries), "test": Split(entries)}}
+        self.index = DatasetIndex(name, dict(classes), tuple(images), splits, has_ignore=has_ignore)
+
+    def image(self, i):
+        name = self.index.images[i]
+        self.read.append(name)
+        if name in self.broken:
+            raise DataError(f"/data/{name} is truncated.")
+        number = self._number(i)
+        rows, columns = 50 + number, 90 - number
+        return Image.fromarray(np.random.default_rng(number).integers(0, 256, (rows, columns, 3), np.uint8))
+
+    def label(self, i):
+        number = self._number(i)
+        label = np.zeros((50 + number, 90 - number), self.index.label_dtype)
+        label[10:40, 10 + number : 30 + number] = number % 2 + 1
+        return label
+
+    def _number(self, i):
+        return int(re.sub(r"\D", "", self.index.images[i]))
+
+
+def run(photos, weights, path, **options):
+    return extract(photos, weights, "squeezenet1_1", SIZE, "int8", path, shard_images=SHARD, **options)
+
+
+def data_files(path: Path) -> dict[str, tuple[str, int, int]]:
+    """Shards and markers: contents, inode and time of the last change."""
+    files = [f for f in path.rglob("*") if f.is_file() and ("c" in f.parts or "_done" in f.parts)]
+    return {
+        str(f.relative_to(path)): (
+            hashlib.sha256(f.read_bytes()).hexdigest(),
+            f.stat().st_ino,
+            f.stat().st_mtime_ns,
+        )
+        for f in files
+    }
+
+
+def contents(store: FeatureStore) -> dict[str, list]:
+    """All that a reader gets, by image id."""
+    images = range(len(store.index.images))
+    arrays = [*store.features(images), store.labels(images)]
+    return {
+        name: [*(array[i].tobytes() for array in arrays), store.size(i), store.classes_present(i)]
+        for i, name in enumerate(store.index.images)
+    }
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, squeezenet) -> Path:
+    """A store of the first photos."""
+    path = tmp_path_factory.mktemp("first") / "s.zarr"
+    run(Photos(), squeezenet, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory, squeezenet) -> Path:
+    """A store of all photos, made at once."""
+    path = tmp_path_factory.mktemp("fresh") / "s.zarr"
+    run(Photos(MORE), squeezenet, path)
+    return path
+
+
+@pytest.fixture
+def path(made, tmp_path) -> Path:
+    """A copy of the store of the first photos."""
+    return Path(shutil.copytree(made, tmp_path / "s.zarr"))
+
+
+# -- what comes out --------------------------------------------------------------------------------------------
+
+
+def test_a_grown_store_gives_what_a_fresh_one_gives_and_keeps_every_byte(path, fresh, squeezenet):
+    before, photos, events = data_files(path), Photos(MORE), []
+    summary = run(photos, squeezenet, path, on_event=events.append)
+    assert sorted(photos.read) == sorted(set(MORE) - set(FIRST)), "only the new ones"
+    after = data_files(path)
+    assert {name: after[name] for name in before} == before
+    new_shards = {name for name in set(after) - set(before) if not name.startswith(("index-", "row-"))}
+    assert {re.search(r"(\d+)(/0|\.json)", name)[1].lstrip("0") for name in new_shards} == {"3", "4", "5", "6"}
+    assert (summary.images, summary.written_shards, summary.reused_shards, summary.written_images) == (23, 4, 3, 13)
+    assert events[0].grown == Grown(images_before=10, images_new=13, classes_new=())
+    assert (events[0].images, events[0].images_done, events[0].shards) == (23, 10, 7)
+    one, other = FeatureStore.open(path), FeatureStore.open(fresh)
+    assert one.index == other.index
+    assert one.index.digest == other.index.digest == Photos(MORE).index.digest
+    assert contents(one) == contents(other)
+    assert verify(one).damage == ()
+    assert not list(path.rglob("*.partial"))
+    again = Photos(MORE)
+    assert run(again, squeezenet, path).written_shards == 0
+    assert again.read == []
+    assert data_files(path) == after
+
+
+def test_rows_of_a_store_that_never_grew_are_its_image_numbers(made, fresh):
+    store = FeatureStore.open(made)
+    assert [store.row(i) for i in range(10)] == list(range(10))
+    assert [list(store.images_in(n)) for n in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    attributes = json.loads((fresh / "zarr.json").read_text())["attributes"]["hsnet_store"]
+    assert sorted(attributes) == ["dataset", "format", "recipe", "shard_images"]
+    assert attributes["format"] == 1
+
+
+def test_growing_twice(path, fresh, squeezenet):
+    half = tuple(sorted({*FIRST, *MORE[5:9]}))
+    run(Photos(half), squeezenet, path)
+    middle = data_files(path)
+    run(Photos(MORE), squeezenet, path)
+    after = data_files(path)
+    assert {name: after[name] for name in middle} == middle
+    store = FeatureStore.open(path)
+    assert contents(store) == contents(FeatureStore.open(fresh))
+    assert (store.info()["growths"], store.info()["images_to_come"]) == ([10, 12, 23], 0)
+    for photos in (Photos(), Photos(half)):  # what was trained on them can be repeated
+        earlier = FeatureStore.open(path, index_digest=photos.index.digest)
+        assert earlier.index == photos.index
+        whole = contents(store)
+        assert contents(earlier) == {name: whole[name] for name in photos.index.images}
+
+
+def test_lists_and_classes_change_without_an_image(path, squeezenet):
+    before, texts = data_files(path), []
+    other_lists, more_classes = Photos(FIRST[::-1], lists=1), Photos(classes={**CLASSES, 7: "cow"})
+    for photos in (other_lists, Photos(), more_classes):  # the second goes back to the first lists
+        events = []
+        run(photos, squeezenet, path, on_event=events.append)
+        texts.append(events[0].grown)
+        assert photos.read == []
+        store = FeatureStore.open(path)
+        assert store.index == photos.index
+        assert contents(store) == contents(FeatureStore.open(path, index_digest=Photos().index.digest))
+    assert texts == [Grown(10, 0, ()), Grown(10, 0, ()), Grown(10, 0, ("cow",))]
+    after = data_files(path)
+    assert {name: after[name] for name in before} == before
+    run(Photos(MORE, more_classes.index.classes), squeezenet, path)
+    assert len(FeatureStore.open(path).index.images) == 23
+
+
+def test_plain_zarr_finds_an_image_as_the_documentation_says(path, fresh, squeezenet):
+    run(Photos(MORE), squeezenet, path)
+    group = zarr.open_group(str(path), mode="r")
+    facts = group.attrs["hsnet_store"]["dataset"]
+    names = json.loads(bytes(group[facts["index"]][:]).decode())["images"]
+    rows = group[facts["row"]][:]
+    other = FeatureStore.open(fresh)
+    for i in (0, 1, 12, 22):
+        np.testing.assert_array_equal(group["level1"][rows[i]], other.features([names.index(MORE[i])])[1][0])
+        np.testing.assert_array_equal(group["label"][rows[i]], other.labels([i])[0])
+    assert group["level0"].shape[0] == 12 + 13
+
+
+# -- every stage ------------------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_of_a_grown_store_gives_the_rows_of_a_fresh_one(tmp_path, squeezenet):
+    def made(path, *sides):
+        for side in sides:
+            extract(
+                Shapes(size=64, trn_per_class=side, val_per_class=side), squeezenet, "squeezenet1_1", SIZE, "int8", path
+            )
+        return StoreSource(FeatureStore.open(path))
+
+    def segmenter():
+        torch.manual_seed(0)
+        return LearnedSegmenter(HSNet((4, 2, 2), (4, 8, 16)).eval())
+
+    grown, fresh = made(tmp_path / "grown.zarr", 2, 3), made(tmp_path / "fresh.zarr", 3)
+    protocol = resolve(shots=(1,), episodes=6)
+    one, other = (
+        evaluate(segmenter, lambda source=source: source, source.index, protocol=protocol, fold=0)
+        for source in (grown, fresh)
+    )
+    one, other = (result.rows.drop_columns(["seconds"]) for result in (one, other))
+    assert one.num_rows == 6
+    assert one.equals(other)
+    images = sorted({*range(5), len(grown.index.images) - 1})
+    resident = keep(grown, images, "device")
+    for a, b in zip(resident.features(images), fresh.features(images), strict=True):
+        assert torch.equal(a, b)
+    assert all(error.largest == 0 for error in compare(grown, fresh, pairs=3).layers)
+
+
+def test_a_coded_store_keeps_its_fit(tmp_path, squeezenet):
+    path = tmp_path / "s.zarr"
+    options = {"bytes_per_image": 30_000}
+    run(Photos(), squeezenet, path, **options)
+    recipe, events = FeatureStore.open(path).recipe, []
+    run(Photos(MORE), squeezenet, path, on_event=events.append, **options)
+    store = FeatureStore.open(path)
+    assert store.recipe == recipe
+    assert events[0].grown.images_new == 13, "nothing is fitted again"
+    assert store.codec.decode(StoreSource(store).features([22]))
+
+
+def test_damage_in_a_grown_store_is_named_and_repaired(path, fresh, squeezenet):
+    run(Photos(MORE), squeezenet, path)
+    file = shard_file(path, "level1", 4)
+    whole = file.read_bytes()
+    file.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    store = FeatureStore.open(path)
+    image = store.images_in(4)[0]
+    with pytest.raises(StoreError, match=f"'level1' is damaged at image '{store.index.images[image]}' .*c/4/"):
+        store.features([image])
+    found = verify(store)
+    assert found.damaged_shards == (4,)
+    run(Photos(MORE), squeezenet, path, damaged=found.damaged_shards)
+    assert file.read_bytes() == whole
+    assert contents(FeatureStore.open(path)) == contents(FeatureStore.open(fresh))
+
+
+def test_a_skipped_photo_keeps_its_number(path, squeezenet):
+    gone = MORE[1]
+    run(Photos(MORE, broken=(gone,)), squeezenet, path, on_error="skip")
+    store = FeatureStore.open(path)
+    assert list(store.skipped) == [1]
+    with pytest.raises(StoreError, match=re.escape(f"'{gone}' has no features")):
+        store.features([1])
+    photos = Photos(MORE)
+    run(photos, squeezenet, path)  # mended: its shard is made anew, no other
+    assert len(set(photos.read)) == SHARD
+    assert not FeatureStore.open(path).skipped
+
+
+# -- readers, killed writers -----------------------------------------------------------------------------------
+
+
+def test_readers_keep_the_old_state_until_all_new_images_are_there(path, squeezenet):
+    early = FeatureStore.open(path)
+    right, copy = contents(early), pickle.dumps(early)
+    seen = []
+
+    class Watched(Photos):
+        def image(self, i):
+            store = FeatureStore.open(path)
+            seen.append((store.index.digest, contents(store) == right, store.info()["images_to_come"]))
+            return super().image(i)
+
+    run(Watched(MORE), squeezenet, path)
+    assert set(seen) == {(Photos().index.digest, True, 13)}
+    assert contents(early) == right, "opened before, used after"
+    assert contents(pickle.loads(copy)) == right
+    assert early.index == Photos().index
+    assert len(FeatureStore.open(path).index.images) == 23
+
+
+class Killed(BaseException):
+    """From here on nothing reaches the disk."""
+
+
+def kill_at(monkeypatch, moment: int) -> list[str]:
+    """Every change of a name on the disk is counted; from number `moment` on none is made any more.
+
+    But for the owner's file: the lock on it ends with its holder.
+    """
+    made: list[str] = []
+
+    def counted(name, real):
+        def change(*arguments, **options):
+            if Path(arguments[0]).name == OWNER:
+                return real(*arguments, **options)
+            if len(made) >= moment:
+                raise Killed
+            made.append(name)
+            return real(*arguments, **options)
+
+        return change
+
+    for owner, name in ((os, "replace"), (os, "rename"), (os, "unlink"), (os, "mkdir"), (shutil, "rmtree")):
+        monkeypatch.setattr(owner, name, counted(name, getattr(owner, name)))
+    monkeypatch.setattr(Path, "unlink", counted("unlink", Path.unlink))
+    return made
+
+
+@pytest.mark.parametrize("moment", range(40))
+def test_killed_at_any_step_the_old_state_is_whole_and_the_next_run_finishes(
+    path, made, fresh, squeezenet, monkeypatch, moment
+):
+    """Every fourth step of extraction; test_grow_steps counts those of the growth itself one by one."""
+    before = data_files(path)
+    photos = Photos(MORE)
+    with monkeypatch.context() as patch:
+        changes = kill_at(patch, moment if moment < 30 else 30 + 10 * (moment - 30))
+        try:
+            run(photos, squeezenet, path)
+            done = True
+        except Killed:
+            done = False
+    after = data_files(path)
+    assert {name: after[name] for name in before} == before
+    store = FeatureStore.open(path)
+    if done:
+        assert len(changes) > 60
+    else:
+        assert store.index == Photos().index
+        assert contents(store) == contents(FeatureStore.open(made))
+    run(Photos(MORE), squeezenet, path)
+    assert contents(FeatureStore.open(path)) == contents(FeatureStore.open(fresh))
+    assert not list(path.rglob("*.partial"))
