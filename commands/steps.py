@@ -102,8 +102,8 @@ def require_ray(workers: int, address: str | None, device: str) -> None:
 
 def store_source(path: Path) -> Callable[[], StoreSource]:
     """Opens a finished store as it is now, also if it grows; to be called once in every process that reads it."""
+    from pipeline.attributes import read_facts
     from pipeline.features import StoreSource
-    from pipeline.states import read_facts
     from pipeline.store import FeatureStore
 
     place = path.absolute()  # a worker may have another working directory

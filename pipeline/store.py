@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from zarr.core.buffer.cpu import NDBuffer
 
 from hsnet.errors import ConfigError, DataError, ShapeError, StoreError, StoreIncomplete, StoreMismatch
+from pipeline.attributes import attributes, read_facts, read_index, read_placement, write_state
 from pipeline.buffers import Buffers
 from pipeline.chunks import ChunkReader, OpenShards, reads, write_shard_file
 from pipeline.datasets.index import DatasetIndex
@@ -49,15 +50,7 @@ from pipeline.shards import (
     sync_and_sum,
     write_marker,
 )
-from pipeline.states import (
-    State,
-    StoreFacts,
-    attributes,
-    read_facts,
-    read_index,
-    read_placement,
-    write_state,
-)
+from pipeline.states import State, StoreFacts
 from pipeline.transform import TransformCodec
 
 SHARD_IMAGES = 16

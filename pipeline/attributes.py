@@ -1,0 +1,158 @@
+"""What a store keeps of its states on disk: the group's attributes, and for each state its index and its rows."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from hsnet.errors import ConfigError, DataError, StoreError
+from pipeline.datasets.index import DatasetIndex
+from pipeline.layout import ZSTD_LEVEL, open_array
+from pipeline.metadata import read_json, replace_json, sync_folder
+from pipeline.recipe import FORMAT, Recipe
+from pipeline.states import Placement, State, StoreFacts
+
+GROWN_FORMAT = 2
+"""Of a store that grew: programs that know only the first format must not take image numbers for rows."""
+LARGEST_INDEX = 256 << 20
+_INDEX_CONTENT = "JSON, UTF-8: the data set's images, classes and splits"
+_ROW_CONTENT = "row of every array that holds image i of the index of the same number"
+
+
+def read_facts(root: Path) -> StoreFacts:
+    """The attributes of the store at `root`.
+
+    Raises:
+        StoreError: there is no store, it is damaged, or of another format.
+    """
+    if not root.exists():
+        raise StoreError(f"There is no feature store at {root}. Make one with `hsnet extract ... --store {root}`.")
+    if not (root / "zarr.json").is_file():
+        raise StoreError(
+            f"{root} is not a feature store: it has no zarr.json. Give the path of a store made by `hsnet extract`, "
+            f"or a new path to make one. Nothing was changed."
+        )
+    metadata = read_json(root / "zarr.json")
+    attributes = metadata.get("attributes")
+    values = attributes.get("hsnet_store") if isinstance(attributes, dict) else None
+    if not isinstance(values, dict):
+        raise StoreError(
+            f"{root} is a zarr {metadata.get('node_type')} but not a feature store: it lacks the attribute "
+            f"'hsnet_store'. Nothing was changed."
+        )
+    version = values.get("format")
+    if version not in (FORMAT, GROWN_FORMAT):
+        raise StoreError(
+            f"{root} has store format {version!r}; this version of the program reads formats {FORMAT} and "
+            f"{GROWN_FORMAT}. Use the version that wrote it, or extract into a new store."
+        )
+    try:
+        dataset = {name: value for name, value in values["dataset"].items() if name != "name"}
+        current = State.from_dict(dataset)
+        states = tuple(map(State.from_dict, values["growth"])) if version == GROWN_FORMAT else (current,)
+        return StoreFacts(Recipe.from_dict(values["recipe"]), values["shard_images"], states, states.index(current))
+    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
+        raise StoreError(f"{root}: the store's attributes are damaged: {error!r}") from None
+
+
+def attributes(facts: StoreFacts, name: str) -> dict[str, Any]:
+    """The attribute `hsnet_store`; `name` is the data set's. `read_facts` reads it."""
+    grown = len(facts.states) > 1
+    return {
+        "format": GROWN_FORMAT if grown else FORMAT,
+        "recipe": facts.recipe.to_dict(),
+        "dataset": {"name": name, **facts.states[facts.current].to_dict()},
+        "shard_images": facts.shard_images,
+        **({"growth": [state.to_dict() for state in facts.states]} if grown else {}),
+    }
+
+
+def write_facts(root: Path, facts: StoreFacts) -> None:
+    """Replace the attributes of a store, whole or not at all. Raises OSError, StoreError."""
+    metadata = read_json(root / "zarr.json")
+    name = metadata["attributes"]["hsnet_store"]["dataset"]["name"]
+    changed = {**metadata["attributes"], "hsnet_store": attributes(facts, name)}
+    replace_json(root / "zarr.json", {**metadata, "attributes": changed})
+
+
+def read_index(root: Path, state: State) -> DatasetIndex:
+    """The index of a state. Raises StoreError if it is damaged or another one."""
+    text = _read_line(root, state.index, "uint8", LARGEST_INDEX).tobytes()
+    try:
+        index = DatasetIndex.from_json(text.decode())
+    except (DataError, ValueError) as error:
+        raise StoreError(f"{root}: the index is damaged: {error}") from error
+    if index.digest != state.digest or len(index.images) != state.images:
+        raise StoreError(
+            f"{root}: the index in the store does not belong to it: digest {index.digest} of "
+            f"{len(index.images)} images, the attributes say {state.digest} of {state.images}."
+        )
+    return index
+
+
+def read_placement(root: Path, facts: StoreFacts, place: int) -> Placement:
+    """Where the images of a state are; read its index first: it says how many there can be. Raises StoreError."""
+    state, counts = facts.states[place], facts.counts[: place + 1]
+    if not state.row:
+        return Placement(counts, facts.shard_images)
+    try:
+        return Placement(counts, facts.shard_images, _read_line(root, state.row, "int64", state.images))
+    except ValueError as error:
+        raise StoreError(f"{root}: array '{state.row}' is damaged: {error}.") from error
+
+
+def write_state(root: Path, state: State, index: DatasetIndex, rows: NDArray[np.int64] | None = None) -> None:
+    """Write the arrays of a state, on disk when this returns. Only the attributes make it count. Raises OSError."""
+    text = np.frombuffer(index.to_json().encode(), np.uint8)
+    _write_line(root, state.index, text, _INDEX_CONTENT)
+    if rows is not None:
+        _write_line(root, state.row, rows, _ROW_CONTENT)
+
+
+def _read_line(root: Path, name: str, dtype: str, most: int) -> NDArray[Any]:
+    """A one-dimensional array, its size known before it is read."""
+    metadata = read_json(root / name / "zarr.json")
+    shape = metadata.get("shape")
+    if not (
+        isinstance(shape, list) and len(shape) == 1 and type(shape[0]) is int and metadata.get("data_type") == dtype
+    ):
+        raise StoreError(f"{root}: array '{name}' must be a line of {dtype}, its metadata says {shape!r}.")
+    if not 0 < shape[0] <= most:
+        raise StoreError(f"{root}: array '{name}' claims {shape[0]:,} values; {most:,} is the most that is read.")
+    array = open_array(root, name)
+    try:
+        values: NDArray[Any] = array[:]
+    except Exception as error:  # zarr's errors on damaged data have no common base
+        raise StoreError(f"{root}: the {name} cannot be read: {error!r}.") from error
+    return values
+
+
+def _write_line(root: Path, name: str, values: NDArray[Any], content: str) -> None:
+    """Beside its place, forced to disk, then renamed: a name never stands for half an array."""
+    place, partial = root / name, root / f"{name}.partial"
+    for leftover in (partial, place):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    zarr.create_array(
+        str(partial),
+        data=values,
+        chunks=values.shape,
+        filters=None,
+        compressors=[ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()],
+        attributes={"content": content},
+        zarr_format=3,
+    )
+    for path in (path for path in partial.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    for folder in (partial / "c", partial):
+        sync_folder(folder)
+    os.rename(partial, place)
+    sync_folder(root)
