@@ -156,23 +156,28 @@ def measure_evaluate(
 
     The stage is timed with and without reading ahead; the command for each number of episodes and of workers.
     """
+    from hsnet.fusion import fuse
+    from hsnet.metrics import count
     from pipeline import evaluate as stage
     from pipeline import methods
     from pipeline.episodes import EpisodeStream
     from pipeline.features import StoreSource, load_batch
+    from pipeline.protocols import resolve
     from pipeline.store import FeatureStore
 
     chosen = ["--checkpoint", str(run_dir)] if run_dir else ["--baseline", "untrained"]
     options = ["evaluate", *chosen, "--store", str(store), "--shots", str(shots), "--quiet", "--device", "cpu"]
     source = StoreSource(FeatureStore.open(store))
     method = methods.trained(run_dir, source) if run_dir else methods.untrained(source)
+    protocol = resolve(shots=(shots,), episodes=episodes[0])
     stream = EpisodeStream(source.index, 0, "test", shots, 0)
     drawn = [stream[number] for number in range(min(min(episodes), max(1, stage.BLOCK // shots)))]
     with one_torch_thread():
         segmenter, batch = method.make(), load_batch(source, drawn)
 
         def inner() -> None:
-            stage.count_masks(segmenter.masks(batch), batch, shots)
+            masks = fuse(segmenter.answer(batch).logits, (batch.target.shape[1], batch.target.shape[2]))
+            count(masks, batch.target, batch.ignore), count(masks, batch.target)
 
         def load() -> None:
             load_batch(source, drawn)
@@ -181,9 +186,7 @@ def measure_evaluate(
             def run() -> None:
                 before, stage.READ_AHEAD = stage.READ_AHEAD, ahead
                 try:
-                    stage.evaluate(
-                        method.make, lambda: source, source.index, fold=0, shots=(shots,), episodes=episodes[0]
-                    )
+                    stage.evaluate(method.make, lambda: source, source.index, fold=0, protocol=protocol)
                 finally:
                     stage.READ_AHEAD = before
 
@@ -199,9 +202,9 @@ def measure_evaluate(
         "stage_reading_in_line_episodes_per_s": episodes[0] / statistics.median(times["in_line"].wall),
     }
     for number in workers:
-        for count in (1, *episodes):
-            taken = [_command(*options, "--episodes", str(count), "--workers", str(number))[0] for _ in range(repeats)]
-            result[f"command_{count}_episodes_{number}_workers_s"] = statistics.median(taken)
+        for size in (1, *episodes):
+            taken = [_command(*options, "--episodes", str(size), "--workers", str(number))[0] for _ in range(repeats)]
+            result[f"command_{size}_episodes_{number}_workers_s"] = statistics.median(taken)
     return result
 
 

@@ -21,9 +21,9 @@ from benchmarks.inputs import OBJECT_SHARE
 from benchmarks.pictures import Pictures
 from hsnet.backbone import backbone_spec
 from hsnet.fused import FusedHSNet
+from hsnet.fusion import fuse
 from hsnet.loss import episode_losses
 from hsnet.model import HSNet
-from hsnet.vote import vote
 from pipeline.datasets.images import network_image
 from pipeline.episodes import Episode
 from pipeline.extract import extract
@@ -213,7 +213,8 @@ class OurWay:
         return logits, float(losses.mean())
 
     def masks(self) -> Tensor:
-        return vote(self.segmenter.masks(load_batch(self.source, self.episodes)))
+        batch = load_batch(self.source, self.episodes)
+        return fuse(self.segmenter.answer(batch).logits, (batch.target.shape[1], batch.target.shape[2]))
 
     def _step(self) -> float:
         self.optimiser.zero_grad(set_to_none=True)

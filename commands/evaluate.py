@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,24 +12,34 @@ import click
 from commands.groups import on_interrupt
 from commands.options import (
     ANY_PATH,
+    DATASETS,
+    FILE,
     Episodes,
     Integers,
     Whole,
     address_option,
     arithmetic_option,
+    choice_option,
     common_options,
+    data_option,
+    data_root_option,
     device_option,
     options,
-    seed_option,
+    protocol_option,
+    splits_option,
     store_option,
     workers_option,
 )
-from commands.steps import emit, open_runner, pick_device, store_source
-from pipeline.terminal import Progress, plain, set_up_logging, table
+from commands.steps import emit, open_data, open_runner, pick_device, store_source
+from pipeline.terminal import Progress, fact_lines, plain, set_up_logging, table
 
 if TYPE_CHECKING:
+    from pipeline.datasets import Dataset
+    from pipeline.datasets.index import DatasetIndex
     from pipeline.features import FeatureSource
+    from pipeline.manifest import Planned
     from pipeline.methods import Method
+    from pipeline.protocols import Protocol
 
 
 @click.command(short_help="mIoU and FB-IoU on held-out classes.")
@@ -45,31 +56,75 @@ if TYPE_CHECKING:
     type=Whole(0),
     help="Fold whose classes are held out. [default: the one the checkpoint was trained for, or 0]",
 )
-@click.option("--shots", type=Integers(), default="1", show_default=True, metavar="K,...", help="Supports per query.")
+@options(protocol_option, choice_option)
+@click.option("--shots", type=Integers(), metavar="K,...", help="Supports per query. [default: the protocol's]")
 @click.option(
     "--episodes",
     type=Episodes(),
-    default="1000",
-    show_default=True,
     metavar="N|reference",
-    help="How many; or the published code's own 1,000.",
+    help="How many; or the published code's own sequence. [default: the protocol's]",
 )
 @click.option(
     "--distinct-supports", is_flag=True, help="No support twice in an episode; the published code lets them repeat."
 )
-@seed_option
+@click.option("--seed", type=Whole(0), help="Same seed, same episodes. [default: the protocol's]")
+@click.option("--manifest", type=FILE, metavar="M.parquet", help="Test on the episodes of `hsnet episodes make`.")
+@click.option(
+    "--fusion",
+    "fusions",
+    type=click.Choice(("vote", "logits", "probabilities", "joint", "all")),
+    multiple=True,
+    help="Also score this way to combine supports, from the same pass. May be repeated.",
+)
+@click.option(
+    "--transfer", is_flag=True, help="Test on all classes of the store's data set that the head was not trained on."
+)
+@click.option(
+    "--trained-on", type=ANY_PATH, metavar="S.zarr", help="With --transfer: the training store, if C is an older head."
+)
+@click.option(
+    "--dataset",
+    "data_name",
+    type=click.Choice(DATASETS),
+    help="With --data-root: the data set's reader, for scores at the photos' own size. [default: the store's]",
+)
+@options(data_root_option, splits_option, data_option)
 @click.option("--out", type=ANY_PATH, metavar="ROWS.parquet", help="Write one row per episode.")
 @options(arithmetic_option, workers_option, address_option, device_option)
 @common_options
-def evaluate(
+def evaluate(**options: Any) -> Any:
+    """Score a checkpoint on episodes of the fold's held-out classes: mIoU, FB-IoU and IoU per class.
+
+    The same rows come out for any number of workers. With --data-root, scores at the photos' own size come from the
+    same pass; the protocol (`hsnet evaluate --protocol`) says which score is the headline.
+
+    \b
+    Example:
+      hsnet evaluate --checkpoint runs/voc-0 --store voc.zarr --fold 0 --shots 1,5 --out rows.parquet
+      hsnet evaluate --checkpoint runs/voc-0 --store voc.zarr --protocol hsnet --data-root VOC2012 --fusion all
+    """
+    return _evaluate(**options)
+
+
+def _evaluate(
     checkpoint_path: Path | None,
     baseline: str | None,
     store: Path,
     fold: int | None,
-    shots: tuple[int, ...],
+    protocol: str,
+    choices: tuple[tuple[str, Any], ...],
+    shots: tuple[int, ...] | None,
     episodes: Any,
     distinct_supports: bool,
-    seed: int,
+    seed: int | None,
+    manifest: Path | None,
+    fusions: tuple[str, ...],
+    transfer: bool,
+    trained_on: Path | None,
+    data_name: str | None,
+    data_root: Path | None,
+    splits: Path | None,
+    data_options: tuple[str, ...],
     out: Path | None,
     arithmetic: str,
     workers: int,
@@ -78,56 +133,87 @@ def evaluate(
     as_json: bool,
     quiet: bool,
 ) -> Any:
-    """Score a checkpoint on episodes of the fold's held-out classes: mIoU, FB-IoU and IoU per class.
-
-    The same rows come out for any number of workers.
-
-    \b
-    Example:
-      hsnet evaluate --checkpoint runs/voc-0 --store voc.zarr --fold 0 --shots 1,5 --out rows.parquet
-    """
     set_up_logging(quiet)
     on_interrupt("No result was written.")
     if episodes == "reference" and distinct_supports:
         raise click.UsageError("The reference episodes let supports repeat: leave out --distinct-supports.")
     if (checkpoint_path is None) == (baseline is None):
         raise click.UsageError("Give --checkpoint C or --baseline cosine|location|untrained, one of them.")
+    if transfer and checkpoint_path is None:
+        raise click.UsageError("--transfer asks what a checkpoint was trained on: give --checkpoint.")
+    if trained_on and not transfer:
+        raise click.UsageError("--trained-on is for --transfer.")
+    if manifest is not None and (transfer or episodes or distinct_supports or seed is not None):
+        raise click.UsageError("--manifest says which episodes: leave out --transfer, --episodes, --seed and the like.")
     from pipeline import methods
     from pipeline.evaluate import evaluate as stage
-    from pipeline.evaluate import require_writable, write_rows
+    from pipeline.protocols import FUSIONS, resolve
+    from pipeline.result_rows import require_writable, write_rows
 
     if out is not None:
         require_writable(out)
-
+    reference = episodes == "reference"
+    rules = resolve(
+        protocol,
+        **{
+            **dict(choices),
+            **_given(
+                shots=shots,
+                draw="reference" if reference else None,
+                episodes=None if reference else episodes,
+                seeds=None if seed is None else (seed,),
+                repeat_supports=False if distinct_supports else None,
+            ),
+        },
+    )
     device = pick_device(device, address)
     make_source = store_source(store)
     source = make_source()
+    index = source.index
+    dataset: Dataset | None = None
+    reader = data_name or index.name.split()[0]
+    if data_root is not None and reader not in DATASETS:
+        raise click.UsageError("--data-root needs --dataset: the store does not say which reader made it.")
+    if data_root is not None or data_name is not None or reader == "shapes":
+        dataset = open_data(reader, data_root, splits, data_options, quiet)
+        if data_root is None and data_name is None and dataset.index.digest != index.digest:
+            dataset = None  # other shapes; nobody asked for scores at their size
     if checkpoint_path is not None:
         method = methods.trained(checkpoint_path, source, device, arithmetic)
-        fold = _tested_fold(method, source, fold)
+        if transfer:
+            index, fold = _transfer(method, index, trained_on, fold, quiet)
+        else:
+            fold = _tested_fold(method, source, fold)
     elif baseline == "untrained":
-        fold, method = fold or 0, methods.untrained(source, seed, device)
+        fold, method = fold or 0, methods.untrained(source, rules.seeds[0], device)
     else:
         click.echo(f"Fitting the {baseline} baseline on training episodes", err=True) if not quiet else None
         fold = fold or 0
-        method = (methods.cosine if baseline == "cosine" else methods.location)(source, fold, seed)
+        method = (methods.cosine if baseline == "cosine" else methods.location)(source, fold, rules.seeds[0])
+    planned: tuple[Planned, ...] = ()
+    if manifest is not None:
+        planned, rules = _from_file(manifest, rules, shots)
+        fold = planned[0].manifest.fold
+    notes = rules.departures(dataset=index.name, image_size=source.recipe.image_size, has_ignore=index.has_ignore)
     with open_runner(workers, address, device) as runner, Progress("evaluate", "episodes", quiet) as progress:
         result = stage(
             method.make,
             make_source,
-            source.index,
+            index,
             fold=fold,
-            shots=shots,
-            episodes=episodes,
-            seed=seed,
-            repeat_supports=not distinct_supports,
+            protocol=rules,
+            fusions=FUSIONS if "all" in fusions else fusions,
+            dataset=dataset,
+            manifests=planned,
             skipped=tuple(source.skipped),
             runner=runner,
             device=device,
-            protocol={"method": method.facts, "recipe": source.recipe.to_dict()},
+            store=source.store.identity,
+            checkpoint=str(method.facts.get("checkpoint", "")),
+            facts={"method": method.facts, "recipe": source.recipe.to_dict(), "notes": notes},
             on_event=progress.update,
         )
-    classes = source.index.classes
+    classes = index.classes
     named = [
         {
             **plain(scores),
@@ -136,14 +222,51 @@ def evaluate(
         }
         for scores in result.scores
     ]
-    report = {"scores": named, "protocol": result.protocol, "rows": out}
-    printed = emit(report, _scores_text(result.scores, classes), as_json)
+    report = {"scores": named, "facts": result.facts, "rows": out}
+    head = fact_lines(rules.lines())
+    printed = emit(report, f"{head}\n\n{_scores_text(result.scores, classes)}", as_json)
     if out is not None:  # after the table: a disk that is full by now does not cost it
         write_rows(out, result.rows)
     without = sum(count == 0 for count in result.scores[0].episodes_per_class.values())
+    for note in () if quiet else notes:
+        click.echo(f"Note: {note}", err=True)
     if without and not quiet:
         click.echo(f"Note: {without} classes had no episode and count as 0. Use more --episodes.", err=True)
     return printed
+
+
+def _from_file(path: Path, rules: Protocol, shots: tuple[int, ...] | None) -> tuple[tuple[Planned, ...], Protocol]:
+    """The episodes of a manifest, and the rules with what it decides."""
+    from pipeline.manifest import Planned
+    from pipeline.manifest_file import read
+
+    stored = read(path)
+    wanted = tuple(sorted(shots or (stored.shots,)))
+    made = {name: stored.made[name] for name in ("draw", "balance", "repeat_supports") if name in stored.made}
+    seed = int(stored.made.get("seed", 0))
+    fixed = dataclasses.replace(rules, episodes=len(stored), shots=wanted, seeds=(seed,), role=stored.role, **made)
+    return (Planned(wanted, seed, stored.first(wanted[-1])),), fixed
+
+
+def _given(**choices: Any) -> dict[str, Any]:
+    return {name: value for name, value in choices.items() if value is not None}
+
+
+def _transfer(
+    method: Method, index: DatasetIndex, trained_on: Path | None, fold: int | None, quiet: bool
+) -> tuple[DatasetIndex, int]:
+    """The store's index narrowed to what the head has not seen. Says which classes that are."""
+    from pipeline.methods import names_seen
+    from pipeline.store import FeatureStore
+    from pipeline.transfer import unseen_classes
+
+    training = FeatureStore.open(trained_on, require_complete=False).index if trained_on else None
+    held_out = (method.facts.get("trained_on") or {}).get("fold", fold)
+    found = unseen_classes(index, names_seen(method, training, held_out), held_out or 0)
+    if not quiet:
+        click.echo(f"Tested on {len(found.tested)} classes the head has not seen: {', '.join(found.tested)}.", err=True)
+        click.echo(f"Left out, trained on: {', '.join(found.left_out) or 'none'}.", err=True)
+    return found.index, found.fold
 
 
 def _tested_fold(method: Method, source: FeatureSource, fold: int | None) -> int:

@@ -9,6 +9,9 @@ from typing import Any, TypeVar
 
 import click
 
+from hsnet.errors import ConfigError
+from pipeline.protocols import PROTOCOLS, parse_choice
+
 # Spelt out, because the tables they come from import torch; tests compare them.
 BACKBONES = ("vgg16", "resnet50", "resnet101", "squeezenet1_1")
 DATASETS = ("pascal", "coco", "fss", "folder", "shapes")
@@ -78,6 +81,20 @@ class Integers(click.ParamType):
         return tuple(dict.fromkeys(int(part) for part in parts))
 
 
+class ProtocolChoice(click.ParamType):
+    """CHOICE=VALUE: one choice of a protocol, such as ignore=no."""
+
+    name = "choice"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return parse_choice(str(value))
+        except ConfigError as error:
+            self.fail(str(error), param, ctx)
+
+
 class Episodes(click.ParamType):
     """A positive whole number, or the word reference."""
 
@@ -140,6 +157,21 @@ bytes_option = click.option(
     type=Bytes(),
     metavar="SIZE",
     help="Instead of --precision: a budget for the features of an image, such as 2MB.",
+)
+protocol_option = click.option(
+    "--protocol",
+    type=click.Choice(tuple(PROTOCOLS)),
+    default="default",
+    show_default=True,
+    help="Rules of episodes and scores; docs/evaluation.md has their table.",
+)
+choice_option = click.option(
+    "--set",
+    "choices",
+    type=ProtocolChoice(),
+    multiple=True,
+    metavar="CHOICE=VALUE",
+    help="Another choice than the protocol's, such as ignore=no or balance=class. May be repeated.",
 )
 arithmetic_option = click.option(
     "--arithmetic",

@@ -100,8 +100,12 @@ def require_ray(workers: int, address: str | None, device: str) -> None:
         raise ConfigError(f"--device {device} cannot be chosen on Ray, which hands out the GPUs. Use cpu or cuda.")
 
 
-def store_source(path: Path) -> Callable[[], StoreSource]:
-    """Opens a finished store as it is now, also if it grows; to be called once in every process that reads it."""
+def store_source(path: Path, data: str | None = None) -> Callable[[], StoreSource]:
+    """Opens a finished store as it is now, also if it grows; to be called once in every process that reads it.
+
+    Args:
+        data: digest of a data set that the store may have held before it grew, to be given that one if so.
+    """
     from pipeline.attributes import read_facts
     from pipeline.features import StoreSource
     from pipeline.store import FeatureStore
@@ -109,6 +113,9 @@ def store_source(path: Path) -> Callable[[], StoreSource]:
     place = path.absolute()  # a worker may have another working directory
     facts = read_facts(place)
     digest = facts.states[facts.current].digest
+    if data is not None and facts.find(data) is not None and data != digest:
+        digest = data
+        click.echo(f"Note: {path} has grown since; this goes on with the images and lists it began with.", err=True)
     return lambda: StoreSource(FeatureStore.open(place, index_digest=digest))
 
 

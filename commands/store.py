@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -28,6 +28,9 @@ from commands.options import (
 )
 from commands.steps import emit, online_source, open_data, open_runner, pick_device, store_source
 from pipeline.terminal import Progress, fact_lines, printable, set_up_logging, size_text, table
+
+if TYPE_CHECKING:
+    from pipeline.features import FeatureSource
 
 
 @click.group(cls=OrderedGroup)
@@ -175,6 +178,7 @@ def store_compare(
     device = pick_device(device, address)
     make_source = store_source(path)
     source = make_source()
+    make_against: Callable[[], FeatureSource]
     if against is not None:
         make_against = store_source(against)
     else:

@@ -200,11 +200,13 @@ def train(
     if features == "online" and (dataset is None or backbone is None):
         raise click.UsageError("--features online needs --dataset and --backbone.")
     from pipeline.config import RunConfig, skipped_digest
+    from pipeline.run_dir import run_data
     from pipeline.train import Validated, steps_per_epoch, training_stream
 
     device = pick_device(device, address)
+    make_source: Callable[[], FeatureSource]
     if store is not None and features == "store":
-        make_source = store_source(store)
+        make_source = store_source(store, run_data(run_dir))
     else:
         assert dataset is not None
         assert backbone is not None

@@ -54,6 +54,8 @@ class CheckpointInfo:
     """None for an imported one."""
     scores: Mapping[str, float] | None = None
     """Validation scores when it was saved, in percent."""
+    classes: tuple[str, ...] | None = None
+    """Names of the classes trained on; None where that was not written down."""
 
     def to_json(self) -> str:
         values = {
@@ -79,8 +81,16 @@ class CheckpointInfo:
             raise ConfigError("its header has a step, origin or scores of another type")
         if not isinstance(values.get("learner"), dict):
             raise ConfigError("its header does not describe a learner")
+        classes = values.pop("classes", None)
+        if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+            raise ConfigError("its header has class names of another type")
         try:
-            return cls(recipe=recipe, config=None if config is None else RunConfig.from_dict(config), **values)
+            return cls(
+                recipe=recipe,
+                config=None if config is None else RunConfig.from_dict(config),
+                classes=None if classes is None else tuple(classes),
+                **values,
+            )
         except TypeError as error:
             raise ConfigError(f"its header has wrong fields ({error})") from None
 

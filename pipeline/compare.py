@@ -22,6 +22,7 @@ from pipeline.codec import encode
 from pipeline.draws import Draws
 from pipeline.evaluate import evaluate
 from pipeline.features import FeatureSource, StoreSource
+from pipeline.protocols import resolve
 from pipeline.recipe import difference_lines
 from pipeline.runner import Runner
 from pipeline.statistics import Interval, miou_interval, paired_difference
@@ -167,9 +168,7 @@ def compare_scores(
             make,
             source.index,
             fold=fold,
-            shots=(shots,),
-            episodes=episodes,
-            seed=seed,
+            protocol=resolve("default", shots=(shots,), episodes=episodes, seeds=(seed,)),
             skipped=skipped,
             runner=runner,
             device=device,

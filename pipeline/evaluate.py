@@ -1,35 +1,41 @@
 """The evaluate stage, in two loops: predict once and keep a row per episode, then make any table from the rows.
 
-Rows do not depend on the number of workers: episodes come in blocks of fixed size, every block is computed with one
-torch thread, and the counts are integers.
+One pass over the episodes gives the counts of every policy (ignored pixels left out or not, network size and, where
+the photos' masks are at hand, original size), every smaller number of shots and every way to combine them. Rows do
+not depend on the number of workers: episodes come in blocks of fixed size, every block is computed with one torch
+thread, and the counts are integers.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hsnet.errors import ConfigError, DataError
+from hsnet.fusion import foreground, fuse
 from hsnet.metrics import class_iou, count, foreground_background_iou, mean_iou, sum_by_class
-from hsnet.vote import vote
+from hsnet.model import resize_logits
 from pipeline.datasets.index import DatasetIndex
-from pipeline.episodes import Episode, EpisodeStream, fingerprint, reference_episodes
+from pipeline.episodes import Episode
 from pipeline.features import EpisodeBatch, FeatureSource, prefetch
+from pipeline.manifest import Planned, of_protocol
+from pipeline.manifest import resolve as resolve_manifest
+from pipeline.protocols import FUSIONS, POLICIES, Policy, Protocol
+from pipeline.result_rows import METADATA, count_columns, schema
 from pipeline.runner import Runner, SerialRunner, in_groups
-from pipeline.segmenters import Segmenter
+from pipeline.segmenters import Answers, Segmenter
 
-if TYPE_CHECKING:  # imported where tables are made: training counts masks and makes none
+if TYPE_CHECKING:
     import pyarrow as pa
+
+    from pipeline.datasets import Dataset
 
 BLOCK = 25
 """Episodes that are planned together; a worker gets several blocks if they are quick."""
@@ -39,9 +45,6 @@ TASK_SECONDS = 5.0
 
 READ_AHEAD = 1
 """Groups of episodes read while one is predicted; 0 reads in line."""
-
-COUNTS = ("intersection_background", "intersection", "union_background", "union")
-"""Columns of an episode's counts, pixels at network size; each again with `_all` where ignored pixels are counted."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,10 @@ class Evaluation:
     """All rows and the scores made of them."""
 
     rows: pa.Table
+    """See `pipeline.result_rows`."""
     scores: tuple[Scores, ...]
-    protocol: Mapping[str, Any]
+    """One per number of shots, by the protocol's own policy and fusion, all seeds together."""
+    facts: Mapping[str, Any]
     """What was evaluated and how; stored with the rows."""
 
 
@@ -74,6 +79,22 @@ class _Block:
     episodes: tuple[Episode, ...]
     shots: tuple[int, ...]
     """Results wanted: every K up to the episodes' own."""
+    seed: int
+    manifests: Mapping[int, str]
+    """Number of shots -> digest of the episodes with so many supports."""
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """How answers become rows."""
+
+    fold: int
+    fusions: tuple[str, ...]
+    protocol: Protocol
+    policies: tuple[Policy, ...]
+    dataset: Dataset | None
+    """Gives full-size masks; None scores at network size only."""
+    device: str
 
 
 def evaluate(
@@ -82,44 +103,59 @@ def evaluate(
     index: DatasetIndex,
     *,
     fold: int,
-    shots: Sequence[int] = (1,),
-    episodes: int | Literal["reference"] = 1000,
-    seed: int = 0,
-    role: str = "test",
-    repeat_supports: bool = True,
+    protocol: Protocol,
+    fusions: Sequence[str] = (),
+    dataset: Dataset | None = None,
+    manifests: Sequence[Planned] = (),
     skipped: Sequence[int] = (),
     runner: Runner | None = None,
     device: str = "cpu",
-    protocol: Mapping[str, Any] | None = None,
+    store: str = "",
+    checkpoint: str = "",
+    facts: Mapping[str, Any] | None = None,
     on_event: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Predict the episodes of a fold and score them.
 
     Args:
         make_segmenter, make_source: called once per worker process; must be picklable for Ray.
-        shots: one or more K. A K-shot episode's first supports are those of the episode with fewer shots, so one
-            pass over the largest K gives every smaller one.
-        episodes: how many; or "reference": the published code's 1,000, drawn with seed 0 for every K anew.
-        role: "test" for results, "val" to look at the selection stream.
+        protocol: which episodes, and by which rules they are scored.
+        fusions: ways to combine supports that get rows beside the protocol's own.
+        dataset: the photos behind the source, for scores at original size; only masks are read. Needed if the
+            protocol's headline is at original size.
+        manifests: instead of the protocol's own episodes; see `pipeline.manifest`.
         skipped: images that must not be drawn.
-        protocol: more to store with the rows (digests of store and checkpoint, method).
+        store, checkpoint: their digests, for the rows.
+        facts: more to store with the rows.
         on_event: called with (episodes done, episodes in all).
 
     Raises:
-        ConfigError: no such fold, no episodes, a class with too few images for K shots, or `reference` drawing a
-            skipped image.
+        ConfigError: no such fold, a class with too few images for K shots, episodes that need a skipped image, or
+            a fusion that the segmenter cannot do.
+        DataError: a manifest or `dataset` of other data.
     """
-    wanted = sorted(set(shots))
-    if not wanted or wanted[0] < 1:
-        raise ConfigError(f"shots must be one or more numbers from 1, got {list(shots)}.")
-    if episodes != "reference" and episodes < 1:
-        raise ConfigError(f"episodes must be at least 1, or 'reference', got {episodes}.")
-    plan = _plan(index, fold, wanted, episodes, seed, role, repeat_supports, skipped)
+    chosen = tuple(name for name in FUSIONS if name in {protocol.fusion, *fusions})
+    if unknown := set(fusions) - set(FUSIONS):
+        raise ConfigError(f"fusion must be one of {', '.join(FUSIONS)}, got {', '.join(sorted(unknown))}.")
+    if dataset is None and protocol.resolution == "original":
+        raise ConfigError(
+            "Scores at original size need the photos' own masks, which a store does not hold: give the data set "
+            "(--data-root), or --set resolution=network. Nothing was computed."
+        )
+    if dataset is not None and dataset.index.digest != index.digest:
+        raise DataError(
+            f"The data set is not the one behind the features: {dataset.index.digest}, the store has {index.digest}. "
+            f"Give the data set that was extracted. Nothing was computed."
+        )
+    policies = tuple(p for p in POLICIES if dataset is not None or p.resolution == "network")
+    rules = _Rules(fold, chosen, protocol, policies, dataset, device)
+    planned = list(manifests) or of_protocol(protocol, index, fold, skipped)
+    plan = [block for one in planned for block in _blocks(one, index, skipped)]
     total = sum(len(block.episodes) for block in plan)
 
     def make_worker() -> Callable[[Sequence[_Block]], tuple[list[dict[str, Any]], float]]:
         segmenter, source = make_segmenter(), make_source()
-        return lambda blocks: _rows(segmenter, source, blocks, fold, device)
+        return lambda blocks: _rows(segmenter, source, blocks, rules)
 
     runner = runner or SerialRunner()
     results: list[dict[str, Any]] = []
@@ -133,34 +169,53 @@ def evaluate(
         done += sum(len(block.episodes) for block in blocks)
         if on_event:
             on_event(done, total)
-    ordered = sorted(results, key=lambda row: (row["shots"], row["episode"]))  # blocks come in any order
+    results.sort(  # blocks come in any order
+        key=lambda row: (row["shots"], FUSIONS.index(row["fusion"]), row["seed"], row["episode"])
+    )
+    class_ids = index.split(fold, protocol.role).class_ids
     resolved = {
         "data": index.digest,
         "dataset": index.name,
         "fold": fold,
-        "role": role,
-        "shots": wanted,
-        "episodes": episodes,
-        "seed": 0 if episodes == "reference" else seed,
-        "repeat_supports": True if episodes == "reference" else repeat_supports,
-        "fingerprints": {str(k): _fingerprint(index, ordered, k) for k in wanted},
-        "resolution": "network size, squashed",
+        "role": protocol.role,
+        "shots": sorted({k for one in planned for k in one.shots}),
+        "seeds": sorted({one.seed for one in planned}),
+        "fusions": list(chosen),
+        "classes": {str(class_id): index.classes[class_id] for class_id in class_ids},
+        "manifests": {
+            one.manifest.first(k).digest: {"shots": k, "seed": one.seed, **one.manifest.made}
+            for one in planned
+            for k in one.shots
+        },
+        "protocol": protocol.to_dict(),
+        "protocol_digest": protocol.digest,
         "ignore": "boundary pixels count for nothing" if index.has_ignore else "no ignore label",
-        **(protocol or {}),
+        "store": store,
+        "checkpoint": checkpoint,
+        **(facts or {}),
     }
     import pyarrow as pa
 
-    table = pa.Table.from_pylist([_named(row, index) for row in ordered], schema=_schema())
-    table = table.replace_schema_metadata({"hsnet": json.dumps(resolved, sort_keys=True)})
-    class_ids = index.split(fold, role).class_ids
-    return Evaluation(table, tuple(score(table, k, class_ids) for k in wanted), resolved)
+    same = {"store": store, "checkpoint": checkpoint}
+    table = pa.Table.from_pylist([{**_named(row, index), **same} for row in results], schema=schema())
+    table = table.replace_schema_metadata({METADATA: json.dumps(resolved, sort_keys=True)})
+    scores = tuple(score(table, k, class_ids, protocol.policy, protocol.fusion) for k in resolved["shots"])
+    return Evaluation(table, scores, resolved)
 
 
-def score(rows: pa.Table, shots: int, class_ids: Sequence[int]) -> Scores:
-    """mIoU, FB-IoU and class IoUs from the rows of one number of shots."""
-    chosen = [row for row in rows.select(["shots", "class_id", *COUNTS]).to_pylist() if row["shots"] == shots]
+def score(
+    rows: pa.Table, shots: int, class_ids: Sequence[int], policy: Policy = POLICIES[0], fusion: str = "vote"
+) -> Scores:
+    """mIoU, FB-IoU and class IoUs from the rows of one number of shots and one way to combine them."""
+    names = count_columns(policy)
+    chosen = [
+        row
+        for row in rows.select(["shots", "fusion", "class_id", *names]).to_pylist()
+        if row["shots"] == shots and row["fusion"] == fusion
+    ]
     classes = [row["class_id"] for row in chosen]
-    totals = sum_by_class(_counts(chosen), classes, class_ids)
+    counts = torch.tensor([[row[name] for name in names] for row in chosen], dtype=torch.int64).view(-1, 2, 2)
+    totals = sum_by_class(counts, classes, class_ids)
     return Scores(
         shots,
         len(chosen),
@@ -171,99 +226,112 @@ def score(rows: pa.Table, shots: int, class_ids: Sequence[int]) -> Scores:
     )
 
 
-def require_writable(path: Path) -> None:
-    """Find out before hours of work whether rows can be written there. Raises DataError."""
-    if path.is_dir():
-        raise DataError(f"{path} is a folder; give the name of a Parquet file. Nothing was computed.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            return
-    except OSError as error:
-        raise DataError(f"Cannot write {path}: {error.strerror or error}. Nothing was computed.") from error
+def count_one_shot(answers: Answers, batch: EpisodeBatch) -> Tensor:
+    """Counts of the first support's answers, (B, 2, 2) int64, ignored pixels left out."""
+    size = (batch.target.shape[1], batch.target.shape[2])
+    return count(answers.masks(size)[0], batch.target, batch.ignore)
 
 
-def write_rows(path: Path, rows: pa.Table) -> None:
-    """Write the rows as Parquet, whole or not at all. Raises DataError if the place cannot be written."""
-    import pyarrow.parquet as pq
-
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(rows, part, compression="zstd")
-        os.replace(part, path)
-    except OSError as error:
-        if part.is_file():
-            part.unlink()
-        raise DataError(f"Cannot write {path}: {error.strerror or error}. Nothing was left there.") from error
-
-
-def count_masks(masks: Tensor, batch: EpisodeBatch, shots: int) -> tuple[Tensor, Tensor]:
-    """Counts of the vote over the first `shots` supports, (B, 2, 2) int64: without and with ignored pixels."""
-    prediction = vote(masks[:shots])
-    return count(prediction, batch.target, batch.ignore), count(prediction, batch.target)
-
-
-def _plan(
-    index: DatasetIndex,
-    fold: int,
-    wanted: Sequence[int],
-    episodes: int | Literal["reference"],
-    seed: int,
-    role: str,
-    repeat_supports: bool,
-    skipped: Sequence[int],
-) -> list[_Block]:
-    runs: list[tuple[tuple[int, ...], list[Episode]]]
-    if episodes == "reference":
-        runs = [((k,), reference_episodes(index, fold, k, role=role)) for k in wanted]
-        gone = set(skipped) & {image for _, drawn in runs for e in drawn for image in (e.query, *e.supports)}
-        if gone:
-            raise ConfigError(
-                f"The reference episodes need {len(gone)} images that were skipped at extraction (first: "
-                f"'{index.images[min(gone)]}'). Repair the images and extract again, or use --episodes N."
-            )
-    else:
-        stream = EpisodeStream(
-            index, fold, role, wanted[-1], seed, repeat_supports=repeat_supports, exclude=frozenset(skipped)
-        )
-        runs = [(tuple(wanted), [stream[number] for number in range(episodes)])]
-    plan: list[_Block] = []
-    for ks, drawn in runs:
-        for first in range(0, len(drawn), BLOCK):
-            plan.append(_Block(first, tuple(drawn[first : first + BLOCK]), ks))
-    return plan
+def _blocks(planned: Planned, index: DatasetIndex, skipped: Sequence[int]) -> list[_Block]:
+    drawn = resolve_manifest(planned.manifest, index, skipped)
+    digests = {k: planned.manifest.first(k).digest for k in planned.shots}
+    return [
+        _Block(first, tuple(drawn[first : first + BLOCK]), planned.shots, planned.seed, digests)
+        for first in range(0, len(drawn), BLOCK)
+    ]
 
 
 def _rows(
-    segmenter: Segmenter, source: FeatureSource, blocks: Sequence[_Block], fold: int, device: str
+    segmenter: Segmenter, source: FeatureSource, blocks: Sequence[_Block], rules: _Rules
 ) -> tuple[list[dict[str, Any]], float]:
     """(rows of the blocks' episodes, seconds per block); the next episodes are read while these are predicted."""
     started = time.monotonic()
     # Cut alike however blocks are grouped: episodes that are predicted together could tell by their last bits.
     parts = [(block, start) for block in blocks for start in range(0, len(block.episodes), _step(block))]
     reads = (block.episodes[start : start + _step(block)] for block, start in parts)
-    rows = []
+    rows: list[dict[str, Any]] = []
     with closing(prefetch(source, reads, READ_AHEAD)) as loaded:
         for (block, start), (episodes, batch) in zip(parts, loaded, strict=True):
-            batch = batch.to(device)
-            masks = segmenter.masks(batch)
-            for shots in block.shots:
-                kept, everything = (counts.flatten(1).tolist() for counts in count_masks(masks, batch, shots))
-                for offset, episode in enumerate(episodes):
-                    rows.append(
-                        {
-                            "episode": block.first + start + offset,
-                            "fold": fold,
-                            "shots": shots,
-                            "class_id": episode.class_id,
-                            "query": episode.query,
-                            "supports": list(episode.supports[:shots]),
-                            **dict(zip(COUNTS, kept[offset], strict=True)),
-                            **dict(zip((f"{name}_all" for name in COUNTS), everything[offset], strict=True)),
-                        }
-                    )
+            began = time.monotonic()
+            made = _part_rows(segmenter, batch.to(rules.device), episodes, block, rules)
+            seconds = (time.monotonic() - began) / len(episodes)
+            for row in made:
+                rows.append({**row, "episode": block.first + start + row["episode"], "seconds": seconds})
     return rows, (time.monotonic() - started) / len(blocks)
+
+
+def _part_rows(
+    segmenter: Segmenter, batch: EpisodeBatch, episodes: Sequence[Episode], block: _Block, rules: _Rules
+) -> list[dict[str, Any]]:
+    """Rows of episodes that are predicted together, numbered from 0."""
+    joint = tuple(k for k in block.shots if k > 1) if "joint" in rules.fusions else ()
+    answers = segmenter.answer(batch, joint)
+    counts = {
+        (shots, fusion): _network_counts(answers, batch, shots, fusion, rules)
+        for shots in block.shots
+        for fusion in rules.fusions
+    }
+    pixels = batch.target.flatten(1).sum(1).tolist()
+    rows = []
+    for number, episode in enumerate(episodes):
+        original = _original(episode, rules)
+        for (shots, fusion), (kept, everything) in counts.items():
+            values = {POLICIES[0]: kept[number], POLICIES[1]: everything[number]}
+            if original is not None:
+                target, ignore = original
+                size = (target.shape[1], target.shape[2])
+                mask = _combined(answers, slice(number, number + 1), size, shots, fusion, rules)
+                values[POLICIES[2]], values[POLICIES[3]] = count(mask, target, ignore)[0], count(mask, target)[0]
+            columns = {
+                name: value
+                for policy, four in values.items()
+                for name, value in zip(count_columns(policy), four.flatten().tolist(), strict=True)
+            }
+            rows.append(
+                {
+                    "episode": number,
+                    "fold": rules.fold,
+                    "seed": block.seed,
+                    "shots": shots,
+                    "fusion": fusion,
+                    "class_id": episode.class_id,
+                    "query": episode.query,
+                    "supports": list(episode.supports[:shots]),
+                    "object_pixels": pixels[number],
+                    "manifest": block.manifests[shots],
+                    **columns,
+                }
+            )
+    return rows
+
+
+def _network_counts(
+    answers: Answers, batch: EpisodeBatch, shots: int, fusion: str, rules: _Rules
+) -> tuple[Tensor, Tensor]:
+    """Counts without and with ignored pixels, each (B, 2, 2) int64."""
+    size = (batch.target.shape[1], batch.target.shape[2])
+    masks = _combined(answers, slice(None), size, shots, fusion, rules)
+    everything = count(masks, batch.target).cpu()
+    return (everything if batch.ignore is None else count(masks, batch.target, batch.ignore).cpu()), everything
+
+
+def _combined(answers: Answers, chosen: slice, size: tuple[int, int], shots: int, fusion: str, rules: _Rules) -> Tensor:
+    """Masks (b, H, W) of the chosen episodes by their first supports."""
+    tau, strict = rules.protocol.tau, rules.protocol.strict
+    if fusion == "joint":
+        # One support is its own joint answer.
+        logits = answers.joint[shots] if shots > 1 else answers.logits[0]
+        return foreground(resize_logits(logits[chosen], size), tau, strict)
+    return fuse(answers.logits[:shots, chosen], size, fusion, tau, strict, rules.protocol.normalise)
+
+
+def _original(episode: Episode, rules: _Rules) -> tuple[Tensor, Tensor | None] | None:
+    """(target, ignore) of the query at its own size, each (1, H, W) bool."""
+    if rules.dataset is None:
+        return None
+    index = rules.dataset.index
+    label = torch.from_numpy(rules.dataset.label(episode.query).astype("int32"))[None].to(rules.device)
+    return label == episode.class_id + 1, label == index.ignore_label if index.has_ignore else None
 
 
 def _step(block: _Block) -> int:
@@ -278,30 +346,3 @@ def _named(row: Mapping[str, Any], index: DatasetIndex) -> dict[str, Any]:
         "query": index.images[row["query"]],
         "supports": [index.images[image] for image in row["supports"]],
     }
-
-
-def _schema() -> pa.Schema:
-    import pyarrow as pa
-
-    whole = [(name, pa.int64()) for name in (*COUNTS, *(f"{name}_all" for name in COUNTS))]
-    return pa.schema(
-        [
-            ("episode", pa.int32()),
-            ("fold", pa.int16()),
-            ("shots", pa.int16()),
-            ("class_id", pa.int32()),
-            ("class_name", pa.string()),
-            ("query", pa.string()),
-            ("supports", pa.list_(pa.string())),
-            *whole,
-        ]
-    )
-
-
-def _fingerprint(index: DatasetIndex, rows: Sequence[Mapping[str, Any]], shots: int) -> str:
-    drawn = [Episode(r["query"], tuple(r["supports"]), r["class_id"]) for r in rows if r["shots"] == shots]
-    return fingerprint(index, drawn)
-
-
-def _counts(rows: Sequence[Mapping[str, Any]]) -> Tensor:
-    return torch.tensor([[row[name] for name in COUNTS] for row in rows], dtype=torch.int64).view(-1, 2, 2)

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 from hsnet.backbone import backbone_spec
+from hsnet.errors import ConfigError
 from hsnet.model import HSNet
 from pipeline.checkpoint import load_checkpoint
+from pipeline.datasets.index import DatasetIndex
 from pipeline.features import FeatureSource
 from pipeline.segmenters import (
     CosineSegmenter,
@@ -52,8 +54,29 @@ def trained(path: Path, source: FeatureSource, device: str = "cpu", arithmetic: 
         "step": checkpoint.info.step,
         "arithmetic": arithmetic,
         "trained_on": None if config is None else {"data": config.data, "fold": config.fold},
+        "classes": checkpoint.info.classes,
     }
     return Method(partial(_load, checkpoint.path.absolute(), device, arithmetic), facts)
+
+
+def names_seen(method: Method, trained_on: DatasetIndex | None = None, fold: int | None = None) -> tuple[str, ...]:
+    """Names of the classes that a head was trained on.
+
+    Args:
+        trained_on, fold: index of its training data and the fold it held out, for heads that do not say.
+
+    Raises:
+        ConfigError: the head does not say, and no index of its training data was given.
+    """
+    if method.facts.get("classes"):
+        return tuple(method.facts["classes"])
+    fold = (method.facts.get("trained_on") or {}).get("fold", fold)
+    if trained_on is None or fold is None:
+        raise ConfigError(
+            "The checkpoint does not say which classes it was trained on (it was imported, or made by an earlier "
+            "version). Give the store it was trained on with --trained-on, and the fold it held out with --fold."
+        )
+    return tuple(trained_on.classes[class_id] for class_id in trained_on.split(fold, "trn").class_ids)
 
 
 def classes_seen(method: Method, source: FeatureSource, fold: int) -> tuple[int, ...]:

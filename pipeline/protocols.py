@@ -19,7 +19,7 @@ BALANCES = ("listed", "class")
 RESOLUTIONS = ("network", "original")
 FUSIONS = ("vote", "logits", "probabilities", "joint")
 NORMALISERS = ("max", "shots")
-ROLES = ("test", "val")
+ROLES = ("test", "val", "trn")
 
 
 def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -226,7 +226,7 @@ class Protocol:
 
 
 _HSNET = Protocol(name="hsnet", shots=(1, 5), draw="reference", image_size=400)
-_DEFAULT = Protocol(name="default")
+_DEFAULT = Protocol(name="default", shots=(1,))
 
 PROTOCOLS: dict[str, tuple[Protocol, str]] = {
     protocol.name: (protocol, reason)

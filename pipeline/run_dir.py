@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from pipeline.config import RunConfig
 from pipeline.recipe import difference_lines
 
 RESUME = "resume.safetensors"
+_CONFIG = "config.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -44,14 +45,18 @@ class Progress:
 class RunDir:
     """The files of one run. Only rank 0 writes.
 
+    Args:
+        classes: names of the classes trained on, for the checkpoints.
+
     Raises:
         ConfigError: the folder holds a run of another configuration. Names every differing field.
         CheckpointError: it holds something else, or cannot be written.
     """
 
-    def __init__(self, path: Path, config: RunConfig, write: bool = True) -> None:
+    def __init__(self, path: Path, config: RunConfig, write: bool = True, classes: Sequence[str] = ()) -> None:
         self.path = path
         self.config = config
+        self.classes = tuple(classes)
         if self._config_file.is_file():
             self._compare()
         elif path.is_dir() and any(path.iterdir()):
@@ -65,7 +70,7 @@ class RunDir:
 
     @property
     def _config_file(self) -> Path:
-        return self.path / "config.json"
+        return self.path / _CONFIG
 
     @property
     def _metrics_file(self) -> Path:
@@ -108,6 +113,7 @@ class RunDir:
             origin="hsnet train",
             config=self.config,
             scores=scores,
+            classes=self.classes or None,
         )
         save_checkpoint(self.path / name, model.state_dict(), info)
 
@@ -143,6 +149,15 @@ class RunDir:
                 f"{self.path} holds a run with another configuration:\n{difference_lines(differences)}\n"
                 "Give the stored values to continue it, or another --run-dir. Nothing was changed."
             )
+
+
+def run_data(path: Path) -> str | None:
+    """Digest of the data set that the run in a folder was begun with; None if there is no run that says so."""
+    try:
+        data = json.loads((path / _CONFIG).read_text())["data"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return data if isinstance(data, str) else None
 
 
 def _load_moments(model: nn.Module, optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor], step: int) -> None:

@@ -1,12 +1,12 @@
 """What can answer an episode: a trained head, an untrained one, a cosine map, or one mask for all.
 
-All give hard one-shot masks, support by support; the vote over K of them is the same for all.
+All give one-shot logits, support by support; how K of them make one mask (`hsnet.fusion`) is the same for all.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,9 +15,11 @@ from torch import Tensor
 
 from hsnet.baseline import cosine_map
 from hsnet.correlation import build_hypercorrelation, interpolate_mask
+from hsnet.errors import ConfigError
 from hsnet.fused import FusedHSNet
+from hsnet.fusion import hard_masks
 from hsnet.metrics import count, mean_iou, sum_by_class
-from hsnet.model import HSNet, predict_mask, resize_logits
+from hsnet.model import HSNet, resize_logits
 from pipeline.episodes import Episode, EpisodeStream
 from pipeline.features import EpisodeBatch, FeatureSource, load_batch
 
@@ -29,9 +31,23 @@ SqueezeNet at 112 px. A GPU wants many at once: 2 GB in bfloat16.
 """
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What a segmenter says to a batch of B episodes with K supports each."""
+
+    logits: Tensor
+    """(K, B, 2, h, w) float32: the one-shot answer to every support, at the segmenter's own size."""
+    joint: Mapping[int, Tensor]
+    """Number of supports -> (B, 2, h, w) float32: one answer of the first so many supports together."""
+
+    def masks(self, size: tuple[int, int]) -> Tensor:
+        """(K, B, H, W) bool: the one-shot predictions."""
+        return hard_masks(self.logits, size)
+
+
 class Segmenter(Protocol):
-    def masks(self, batch: EpisodeBatch) -> Tensor:
-        """(K, B, S, S) bool: the one-shot prediction of every support."""
+    def answer(self, batch: EpisodeBatch, joint: Sequence[int] = ()) -> Answers:
+        """Answer every support of a batch, and jointly the first K of each episode for every K in `joint`."""
         ...
 
 
@@ -44,24 +60,31 @@ class LearnedSegmenter:
     """Precision of its activations, see `hsnet.fused.FusedHSNet`."""
 
     @torch.no_grad()
-    def masks(self, batch: EpisodeBatch) -> Tensor:
-        fused, size = FusedHSNet(self.model, self.arithmetic), (batch.target.shape[1], batch.target.shape[2])
-        out = torch.empty(batch.shots, batch.size, *size, dtype=torch.bool, device=batch.target.device)
+    def answer(self, batch: EpisodeBatch, joint: Sequence[int] = ()) -> Answers:
+        fused = FusedHSNet(self.model, self.arithmetic)
+        parts: list[list[Tensor]] = []
         # A fixed number of pairs at a time: memory does not grow with the batch, and results do not depend on how
         # episodes were handed out.
         pairs = pairs_per_pass(batch)
         episodes, shots = max(1, pairs // batch.shots), min(batch.shots, pairs)
         for first in range(0, batch.size, episodes):
+            chosen = slice(first, first + episodes)
+            query = [level[chosen] for level in batch.query]
+            parts.append([])
             for shot in range(0, batch.shots, shots):
-                chosen, drawn = slice(first, first + episodes), slice(shot, shot + shots)
-                query = [level[chosen] for level in batch.query]
+                drawn = slice(shot, shot + shots)
                 support, mask = (
                     [level.unflatten(0, (-1, batch.shots))[chosen, drawn].flatten(0, 1) for level in levels]
                     for levels in (batch.support, [batch.support_mask])
                 )
-                hard = predict_mask(resize_logits(fused(query, support, mask[0], batch.unit), size))
-                out[drawn, chosen] = hard.unflatten(0, (len(query[0]), -1)).transpose(0, 1)
-        return out
+                context = fused.encode(query, support, mask[0], batch.unit)
+                parts[-1].append(context.unflatten(0, (len(query[0]), -1)).transpose(0, 1))
+        contexts = [torch.cat(part) for part in parts]  # (K, episodes, C, H, W) each
+        # Decoded as they were encoded, so that no pass is larger than the others.
+        return Answers(
+            torch.cat([torch.stack([fused.decode(one) for one in context]) for context in contexts], 1),
+            {k: torch.cat([fused.joint(context[:k]) for context in contexts]) for k in joint},
+        )
 
 
 @dataclass(frozen=True)
@@ -71,8 +94,9 @@ class CosineSegmenter:
     threshold: float
 
     @torch.no_grad()
-    def masks(self, batch: EpisodeBatch) -> Tensor:
-        return cosine_scores(batch) >= self.threshold
+    def answer(self, batch: EpisodeBatch, joint: Sequence[int] = ()) -> Answers:
+        _require_no_joint(joint, "cosine")
+        return _as_answers(cosine_scores(batch) - self.threshold)
 
 
 @dataclass(frozen=True)
@@ -85,8 +109,23 @@ class LocationSegmenter:
     mask: Tensor
     """(S, S) bool."""
 
-    def masks(self, batch: EpisodeBatch) -> Tensor:
-        return self.mask.to(batch.target.device).expand(batch.shots, batch.size, -1, -1)
+    def answer(self, batch: EpisodeBatch, joint: Sequence[int] = ()) -> Answers:
+        _require_no_joint(joint, "location")
+        margin = self.mask.to(batch.target.device).float() - 0.5
+        return _as_answers(margin.expand(batch.shots, batch.size, -1, -1))
+
+
+def _as_answers(margin: Tensor) -> Answers:
+    """Answers that are foreground where the margin (K, B, h, w) is above 0."""
+    return Answers(torch.stack([torch.zeros_like(margin), margin], 2), {})
+
+
+def _require_no_joint(joint: Sequence[int], name: str) -> None:
+    if joint:
+        raise ConfigError(
+            f"The {name} baseline answers each support by itself: fusion joint needs a head. Choose vote, logits or "
+            f"probabilities."
+        )
 
 
 def pairs_per_pass(batch: EpisodeBatch) -> int:
@@ -123,7 +162,7 @@ def fit_cosine_threshold(
         batch = load_batch(source, drawn[start : start + 20]).to("cpu")
         scores = cosine_scores(batch)[0]
         for tried, threshold in zip(counts, thresholds, strict=True):
-            tried.append(count(scores >= threshold, batch.target, batch.ignore))
+            tried.append(count(scores > threshold, batch.target, batch.ignore))
     return CosineSegmenter(_best(thresholds, [torch.cat(tried) for tried in counts], drawn))
 
 

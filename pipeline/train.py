@@ -23,7 +23,7 @@ from hsnet.metrics import foreground_background_iou, mean_iou, sum_by_class
 from hsnet.model import HSNet
 from pipeline.config import RunConfig, skipped_digest
 from pipeline.episodes import Episode, EpisodeStream
-from pipeline.evaluate import count_masks
+from pipeline.evaluate import count_one_shot
 from pipeline.features import EpisodeBatch, FeatureSource, prefetch
 from pipeline.ownership import sole_writer
 from pipeline.ranks import Alone, Ranks
@@ -109,7 +109,8 @@ def fit(
     torch.manual_seed(config.seed)
     model = HSNet(**config.learner_arguments).to(device)
     optimiser = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
-    run = RunDir(run_dir, config, write=ranks.rank == 0)
+    trained = [source.index.classes[class_id] for class_id in source.index.split(config.fold, "trn").class_ids]
+    run = RunDir(run_dir, config, write=ranks.rank == 0, classes=trained)
     with ExitStack() as held:
         if ranks.rank == 0:  # two trainings in one folder would undo each other's saves
             held.enter_context(sole_writer(run_dir))
@@ -334,7 +335,7 @@ class _Trainer:
         groups = (episodes[start : start + size] for start in range(0, len(episodes), size))
         for drawn, batch in prefetch(self.source, groups, 1):
             batch = batch.to(self.device)
-            counts, _ = count_masks(segmenter.masks(batch), batch, 1)
+            counts = count_one_shot(segmenter.answer(batch), batch)
             totals += sum_by_class(counts.cpu(), [episode.class_id for episode in drawn], class_ids)
         totals = self.ranks.sum(totals)
         self.model.train()

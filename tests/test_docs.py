@@ -17,7 +17,7 @@ import pytest
 import cli
 from pipeline.datasets import DATASETS
 from pipeline.datasets.folder_description import Description
-from pipeline.evaluate import _schema
+from pipeline.result_rows import schema
 
 ROOT = Path(cli.__file__).parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -130,7 +130,7 @@ def test_files_named_in_the_docs_exist() -> None:
 
 def test_the_columns_of_the_rows_are_described() -> None:
     text = (ROOT / "docs" / "training-and-evaluation.md").read_text()
-    assert not [name for name in _schema().names if f"`{name}`" not in text]
+    assert not [name for name in schema().names if f"`{name}`" not in text]
 
 
 def test_data_sets_with_their_options_are_described() -> None:

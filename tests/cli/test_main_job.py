@@ -147,7 +147,9 @@ def test_evaluate_prints_a_table_writes_rows_and_speaks_json(job: Path, tmp_path
     arguments = ("--store", job / "s.zarr", "--shots", "1,2", "--episodes", "10")
     shown = invoke("evaluate", "--checkpoint", job / "run", *arguments, "--out", tmp_path / "rows.parquet")
     assert shown.exit_code == 0, shown.stderr
-    lines = shown.stdout.splitlines()
+    facts, table = shown.stdout.split("\n\n")
+    assert facts.splitlines()[0].startswith("protocol   default (sha256:")
+    lines = table.splitlines()
     assert lines[0].split() == ["1-shot", "2-shot"]
     assert [line.split()[0] for line in lines[2:5]] == ["mIoU", "FB-IoU", "episodes"]
     assert len(lines) == 5 + 8, "one line for each held-out class"
@@ -155,7 +157,57 @@ def test_evaluate_prints_a_table_writes_rows_and_speaks_json(job: Path, tmp_path
     assert len(rows) == 20
     result = machine("evaluate", "--checkpoint", job / "run", *arguments)
     assert [scores["shots"] for scores in result["scores"]] == [1, 2]
-    assert result["protocol"]["method"]["name"] == "trained"
+    assert result["facts"]["method"]["name"] == "trained"
+
+
+def test_one_pass_scores_every_policy_and_fusion(job: Path, tmp_path: Path) -> None:
+    """Shapes are drawn, so their masks at the photos' own size are always at hand."""
+    arguments = ("--checkpoint", job / "run", "--store", job / "s.zarr", "--episodes", "4", "--shots", "2")
+    result = machine("evaluate", *arguments, *SHAPES[1:], "--fusion", "all", "--out", tmp_path / "r.parquet")
+    rows = pq.read_table(tmp_path / "r.parquet").to_pylist()
+    assert {row["fusion"] for row in rows} == {"vote", "logits", "probabilities", "joint"}
+    assert all(row["union_original_all"] is not None for row in rows)
+    assert result["facts"]["protocol"]["name"] == "default"
+    assert result["facts"]["fusions"] == ["vote", "logits", "probabilities", "joint"]
+
+
+def test_protocols_are_overridden_choice_by_choice(job: Path) -> None:
+    arguments = ("--baseline", "untrained", "--store", job / "s.zarr", "--shots", "1", "--episodes", "4")
+    plain = machine("evaluate", *arguments)["facts"]
+    named = machine("evaluate", *arguments, "--protocol", "balanced", "--set", "tau=0.4")["facts"]
+    assert named["protocol"]["balance"] == "class"
+    assert named["protocol"]["tau"] == 0.4
+    assert named["protocol_digest"] != plain["protocol_digest"]
+    wrong = invoke("evaluate", *arguments, "--set", "tau=high")
+    assert wrong.exit_code == 2
+    assert "tau must be a number, got 'high'" in wrong.stderr
+    assert "at original size need the photos' own masks" in failure(
+        "evaluate", *arguments, "--set", "resolution=original"
+    )
+
+
+def test_a_manifest_fixes_the_episodes(job: Path, tmp_path: Path) -> None:
+    store = ("--store", job / "s.zarr")
+    made = machine(
+        "episodes", "make", *store, "--shots", "2", "--episodes", "6", "--seed", "3", "--out", tmp_path / "m"
+    )
+    (path,) = tmp_path.iterdir()
+    facts = machine("evaluate", "--baseline", "untrained", *store, "--manifest", path)["facts"]
+    assert list(facts["manifests"]) == [made[0]["digest"]]
+    assert facts["seeds"] == [3]
+    both = machine("evaluate", "--baseline", "untrained", *store, "--manifest", path, "--shots", "1,2")["facts"]
+    assert len(both["manifests"]) == 2
+    refused = invoke("evaluate", "--baseline", "untrained", *store, "--manifest", path, "--seed", "4")
+    assert "--manifest says which episodes" in refused.stderr
+
+
+def test_a_head_is_tested_on_classes_of_other_data_that_it_has_not_seen(job: Path, tmp_path: Path) -> None:
+    arguments = ("--checkpoint", job / "run", "--store", job / "s.zarr", "--episodes", "4", "--transfer")
+    shown = invoke("evaluate", *arguments, "--json")
+    assert shown.exit_code == 0, shown.stderr
+    assert "Tested on 8 classes the head has not seen" in shown.stderr
+    own = machine("evaluate", *arguments[:-1])["facts"]["classes"]
+    assert json.loads(shown.stdout)["facts"]["classes"] == own, "on its own data: those it held out"
 
 
 def test_a_head_is_tested_on_its_own_fold_unless_another_is_asked_for(job: Path, tmp_path: Path) -> None:
@@ -163,7 +215,7 @@ def test_a_head_is_tested_on_its_own_fold_unless_another_is_asked_for(job: Path,
     store = ("--store", job / "s.zarr")
     machine("train", *store, "--run-dir", tmp_path / "run", "--fold", "2", "--steps", "1", *QUICK)
     own = invoke("evaluate", "--checkpoint", tmp_path / "run", *store, "--episodes", "2", "--json")
-    assert json.loads(own.stdout)["protocol"]["fold"] == 2
+    assert json.loads(own.stdout)["facts"]["fold"] == 2
     assert "Warning" not in own.stderr
     other = invoke("evaluate", "--checkpoint", tmp_path / "run", *store, "--episodes", "2", "--fold", "0")
     assert "Warning: the head was trained on 8 of the classes tested here" in other.stderr
@@ -173,7 +225,7 @@ def test_a_head_is_tested_on_its_own_fold_unless_another_is_asked_for(job: Path,
 def test_choices_that_move_scores_are_recorded(job: Path, tmp_path: Path) -> None:
     store = ("--store", job / "s.zarr")
     arguments = ("--baseline", "untrained", *store, "--episodes", "2", "--distinct-supports")
-    assert machine("evaluate", *arguments)["protocol"]["repeat_supports"] is False
+    assert machine("evaluate", *arguments)["facts"]["protocol"]["repeat_supports"] is False
     machine("train", *store, "--run-dir", tmp_path / "run", "--steps", "1", "--boundary", "ignore", *QUICK)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["boundary"] == "ignore"
 
@@ -181,7 +233,7 @@ def test_choices_that_move_scores_are_recorded(job: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("baseline", ["cosine", "location", "untrained"])
 def test_baselines(job: Path, baseline: str) -> None:
     result = machine("evaluate", "--baseline", baseline, "--store", job / "s.zarr", "--episodes", "5")
-    assert result["protocol"]["method"]["name"] == baseline
+    assert result["facts"]["method"]["name"] == baseline
     assert 0 <= result["scores"][0]["miou"] <= 100
 
 

@@ -1,0 +1,240 @@
+"""One pass gives every policy, fewer shots and every fusion; a protocol says which is the headline."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from hsnet.errors import ConfigError, DataError
+from hsnet.fused import FusedHSNet
+from hsnet.fusion import foreground, fuse
+from hsnet.model import HSNet, resize_logits
+from pipeline.evaluate import evaluate, score
+from pipeline.features import load_batch
+from pipeline.manifest import Planned, make, of_protocol
+from pipeline.manifest import resolve as resolve_manifest
+from pipeline.protocols import FUSIONS, POLICIES, Policy, resolve
+from pipeline.result_rows import COUNTS, count_columns
+from pipeline.segmenters import CosineSegmenter, LearnedSegmenter
+from pipeline.transfer import canonical_name, unseen_classes
+
+
+def learner():
+    torch.manual_seed(0)
+    model = HSNet((4, 2, 2), (4, 8, 16)).eval()
+    with torch.no_grad():
+        model.decode_fine[-1].bias.zero_()
+        model.decode_fine[-1].weight.mul_(10)
+    return LearnedSegmenter(model)
+
+
+def run(source, make_segmenter=learner, *, fold=0, fusions=(), dataset=None, manifests=(), **choices):
+    choices = {"shots": (1,), "episodes": 12, **choices}
+    return evaluate(
+        make_segmenter,
+        lambda: source,
+        source.index,
+        fold=fold,
+        protocol=resolve(**choices),
+        fusions=fusions,
+        dataset=dataset,
+        manifests=manifests,
+    )
+
+
+class Stretched:
+    """A data set whose masks are larger than the network's size and not square, with an ignored border."""
+
+    def __init__(self, source):
+        self.source = source
+        self.index = source.index
+
+    def label(self, image):
+        small = self.source.labels([image])[0].numpy()
+        large = small[np.arange(90) * 64 // 90][:, np.arange(120) * 64 // 120]
+        large[:3] = self.index.ignore_label
+        return large.astype(np.uint8)
+
+
+@pytest.fixture
+def with_ignore(tiny_source):
+    class WithIgnore:
+        index = replace(tiny_source.index, has_ignore=True)
+
+        def __getattr__(self, name):
+            return getattr(tiny_source, name)
+
+    return WithIgnore()
+
+
+def test_all_policies_come_from_one_pass(with_ignore):
+    data = Stretched(with_ignore)
+    passes = []
+
+    class Counting:
+        def __init__(self):
+            self.inner = learner()
+
+        def answer(self, batch, joint=()):
+            passes.append(batch.size)
+            return self.inner.answer(batch, joint)
+
+    rows = run(with_ignore, Counting, dataset=data, shots=(1, 3), fusions=FUSIONS).rows.to_pylist()
+    assert sum(passes) == 12, "every episode is predicted once"
+    assert len(rows) == 12 * 2 * 4
+    numbers = {name: number for number, name in enumerate(with_ignore.index.images)}
+    for row in rows:
+        area = {
+            policy: row[f"union_background{policy.suffix}"] + row[f"intersection{policy.suffix}"] for policy in POLICIES
+        }
+        assert area[Policy("network", False)] == 64 * 64
+        assert area[Policy("original", False)] == 90 * 120
+        assert area[Policy("original", True)] == 87 * 120
+        target = with_ignore.labels([numbers[row["query"]]])[0] == row["class_id"] + 1
+        assert row["object_pixels"] == int(target.sum())
+
+
+def test_an_original_size_count_by_hand(with_ignore):
+    """Logits go straight from the learner's size to the photo's: no detour over the network's."""
+    data = Stretched(with_ignore)
+    result = run(with_ignore, dataset=data, shots=(2,), episodes=3, resolution="original")
+    planned = of_protocol(resolve(shots=(2,), episodes=3), with_ignore.index, 0)[0]
+    episode = resolve_manifest(planned.manifest, with_ignore.index)[1]
+    batch = load_batch(with_ignore, [episode])
+    logits = FusedHSNet(learner().model)(batch.query, batch.support, batch.support_mask)
+    mask = fuse(logits[:, None], (90, 120))[0].numpy()
+    label = data.label(episode.query)
+    valid, truth = label != 255, label == episode.class_id + 1
+    row = result.rows.to_pylist()[1]
+    assert [row[name] for name in count_columns(Policy("original", True))] == [
+        int((valid & ~mask & ~truth).sum()),
+        int((valid & mask & truth).sum()),
+        int((valid & ~(mask & truth)).sum()),
+        int((valid & (mask | truth)).sum()),
+    ]
+    assert result.scores[0] == score(
+        result.rows, 2, with_ignore.index.split(0, "test").class_ids, Policy("original", True)
+    )
+
+
+def test_every_fusion_is_the_one_it_says(tiny_source):
+    result = run(tiny_source, shots=(1, 3), episodes=4, fusions=FUSIONS)
+    planned = of_protocol(resolve(shots=(1, 3), episodes=4), tiny_source.index, 0)[0]
+    episode = resolve_manifest(planned.manifest, tiny_source.index)[2]
+    batch = load_batch(tiny_source, [episode])
+    fused = FusedHSNet(learner().model)
+    contexts = fused.encode(batch.query, batch.support, batch.support_mask)
+    logits = fused.decode(contexts)
+    wanted = {name: fuse(logits[:, None], (64, 64), name) for name in ("vote", "logits", "probabilities")}
+    wanted["joint"] = foreground(resize_logits(fused.joint(contexts[:, None]), (64, 64)))
+    rows = {(row["shots"], row["fusion"], row["episode"]): row for row in result.rows.to_pylist()}
+    for fusion, mask in wanted.items():
+        # Other episodes in a pass may turn a pixel whose logits tie.
+        inside = int((mask & batch.target).sum())
+        assert abs(rows[3, fusion, 2]["intersection"] - inside) <= 2, fusion
+    for episode_number in range(4):
+        alone = {tuple(rows[1, fusion, episode_number][name] for name in COUNTS) for fusion in FUSIONS}
+        assert len(alone) == 1, "one support is its own answer however it is combined"
+    three = {tuple(rows[3, fusion, number][name] for number in range(4) for name in COUNTS) for fusion in FUSIONS}
+    assert len(three) > 2
+
+
+def test_the_protocol_decides_the_headline(tiny_source):
+    votes = run(tiny_source, shots=(3,), fusions=FUSIONS)
+    means = run(tiny_source, shots=(3,), fusions=FUSIONS, fusion="probabilities")
+    strict = run(tiny_source, shots=(3,), tau=0.9)
+    ids = tiny_source.index.split(0, "test").class_ids
+    assert votes.scores[0] == score(means.rows, 3, ids, fusion="vote")
+    assert means.scores[0] == score(votes.rows, 3, ids, fusion="probabilities")
+    assert strict.scores != votes.scores
+    assert means.facts["protocol"]["fusion"] == "probabilities"
+    assert means.facts["protocol_digest"] != votes.facts["protocol_digest"]
+
+
+def test_several_seeds_are_several_sets_of_episodes(tiny_source):
+    both = run(tiny_source, seeds=(0, 7), episodes=5)
+    alone = run(tiny_source, seeds=(7,), episodes=5)
+    assert both.scores[0].episodes == 10
+    second = [row for row in both.rows.drop_columns(["seconds"]).to_pylist() if row["seed"] == 7]
+    assert second == alone.rows.drop_columns(["seconds"]).to_pylist()
+    assert len(set(both.rows["manifest"].to_pylist())) == 2
+    assert set(both.rows["manifest"].to_pylist()) == set(both.facts["manifests"])
+
+
+def test_a_manifest_gives_the_rows_of_its_protocol(tiny_source):
+    manifest = make(tiny_source.index, 0, 3, episodes=12, seed=4)
+    from_file = run(tiny_source, manifests=[Planned((1, 3), 4, manifest)])
+    drawn = run(tiny_source, shots=(1, 3), seeds=(4,))
+    assert from_file.rows.drop_columns(["seconds"]) == drawn.rows.drop_columns(["seconds"])
+    assert {manifest.first(k).digest for k in (1, 3)} == set(from_file.rows["manifest"].to_pylist())
+    other = replace(manifest, data="sha256:" + "0" * 64)
+    with pytest.raises(DataError, match="manifest is of another data set"):
+        run(tiny_source, manifests=[Planned((3,), 4, other)])
+
+
+def test_rows_carry_the_digests(tiny_source):
+    result = evaluate(
+        learner,
+        lambda: tiny_source,
+        tiny_source.index,
+        fold=0,
+        protocol=resolve(episodes=3),
+        store="sha256:s",
+        checkpoint="c",
+    )
+    assert {(row["store"], row["checkpoint"]) for row in result.rows.to_pylist()} == {("sha256:s", "c")}
+    assert all(row["seconds"] > 0 for row in result.rows.to_pylist())
+
+
+def test_what_cannot_be_scored_is_refused_before_work(tiny_source, with_ignore):
+    with pytest.raises(ConfigError, match="original size need the photos' own masks"):
+        run(tiny_source, resolution="original")
+    with pytest.raises(DataError, match="not the one behind the features"):
+        run(tiny_source, dataset=Stretched(with_ignore))
+    with pytest.raises(ConfigError, match="fusion must be one of"):
+        run(tiny_source, fusions=("median",))
+    with pytest.raises(ConfigError, match="cosine baseline answers each support by itself"):
+        run(tiny_source, lambda: CosineSegmenter(0.5), shots=(2,), fusions=("joint",))
+
+
+@pytest.mark.parametrize("step", [1, 3, 25])
+def test_other_episodes_in_a_pass_hardly_matter(tiny_source, monkeypatch, step):
+    """The rule is fixed (so rows repeat to the pixel); what it is moves only pixels whose logits tie to rounding."""
+    usual = run(tiny_source, shots=(1, 2)).rows.to_pylist()
+    monkeypatch.setattr("pipeline.evaluate._step", lambda block: step)
+    for mine, other in zip(usual, run(tiny_source, shots=(1, 2)).rows.to_pylist(), strict=True):
+        assert all(abs(mine[name] - other[name]) <= 2 for name in COUNTS)
+        assert {name: mine[name] for name in ("episode", "query", "supports", "object_pixels", "manifest")} == {
+            name: other[name] for name in ("episode", "query", "supports", "object_pixels", "manifest")
+        }
+
+
+def test_names_of_pascal_and_coco_are_matched():
+    for pascal, coco in (
+        ("aeroplane", "airplane"),
+        ("motorbike", "motorcycle"),
+        ("sofa", "couch"),
+        ("tvmonitor", "tv"),
+        ("diningtable", "dining table"),
+        ("pottedplant", "potted plant"),
+    ):
+        assert canonical_name(pascal) == canonical_name(coco)
+    assert canonical_name("cow") != canonical_name("dog")
+
+
+def test_only_unseen_classes_are_tested(tiny_source):
+    index = tiny_source.index
+    names = list(index.classes.values())
+    found = unseen_classes(index, [names[0].upper(), "zebra"], fold=3)
+    assert names[0] in found.left_out
+    assert names[0] not in found.tested
+    split = found.index.split(3, "test")
+    assert split.entries, "photos of every fold's test list"
+    assert {index.classes[c] for c in split.class_ids} == set(found.tested)
+    listed = {entry for fold in index.folds for entry in index.split(fold, "test").entries}
+    assert set(split.entries) == {entry for entry in listed if index.classes[entry[1]] != names[0]}
+    assert found.index.digest != index.digest
+    assert unseen_classes(index, [names[0]], 3).index.digest == found.index.digest
+    with pytest.raises(ConfigError, match=r"No class of .* is new to this head"):
+        unseen_classes(index, names)
