@@ -210,7 +210,17 @@ def _evaluate(
             device=device,
             store=source.store.identity,
             checkpoint=str(method.facts.get("checkpoint", "")),
-            facts={"method": method.facts, "recipe": source.recipe.to_dict(), "notes": notes},
+            facts={
+                "method": method.facts,
+                "recipe": source.recipe.to_dict(),
+                "notes": notes,
+                # Where a report may look for photos and head; what they are is said by the digests.
+                "paths": {
+                    "store": str(source.store.root),
+                    "checkpoint": checkpoint_path and str(checkpoint_path.absolute()),
+                    "data_root": data_root and str(data_root.absolute()),
+                },
+            },
             on_event=progress.update,
         )
     classes = index.classes
