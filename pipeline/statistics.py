@@ -138,8 +138,8 @@ def resample(
             samples[:, :, place] = totals[:, place]
             continue
         flat = own.transpose(1, 0, 2, 3).reshape(n, -1).astype(np.float64)
-        for rows, weights in _weights(("bootstrap", seed, int(class_id)), resamples, n):
-            drawn = (weights @ flat) * (n / (n - 1))
+        for rows, drawn_often in weights(("bootstrap", seed, int(class_id)), resamples, n):
+            drawn = (drawn_often @ flat) * (n / (n - 1))
             samples[rows, :, place] = drawn.reshape(-1, methods, 2, 2)
     return Resampled(totals, samples, units)
 
@@ -156,7 +156,7 @@ def _units(counts: Counts, groups: Sequence[object] | None) -> Counts:
     return summed
 
 
-def _weights(key: tuple[object, ...], resamples: int, n: int) -> Iterator[tuple[slice, Floats]]:
+def weights(key: tuple[object, ...], resamples: int, n: int) -> Iterator[tuple[slice, Floats]]:
     """How often each of n units is drawn, n - 1 draws in all: blocks (rows, (rows, n)) of all resamples."""
     stream, step = philox(*key), max(1, _CHUNK // n)
     for first in range(0, resamples, step):

@@ -1,0 +1,543 @@
+"""The analyze stage: scores with intervals, spreads and paired tests, from rows alone.
+
+Every figure is made of the rows of `pipeline.results`; nothing is predicted. A mean never comes without its interval.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hsnet.errors import ConfigError, DataError
+from pipeline import statistics
+from pipeline.protocols import Policy
+from pipeline.results import (
+    Cell,
+    Results,
+    cell,
+    read_results,
+    require_one_configuration,
+    require_same_episodes,
+    require_same_rows,
+)
+from pipeline.statistics import Interval, interval
+
+SECTIONS = ("class", "size", "support", "seed")
+UNITS = ("episode", "query")
+SIZE_EDGES = (0.0, 0.01, 0.05, 0.15, 0.35, 1.0)
+"""Bins of the object's share of the squashed query photo; fixed, so that tables of different data can be compared."""
+LEAST_USES = 5
+"""Episodes in which a support photo must occur before it is said to be good or bad."""
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A score of some of the episodes: a class, a size, a seed."""
+
+    name: str
+    episodes: int
+    value: Interval | None
+    """None where there is no episode: a class then counts as 0, a size is left out."""
+    classes: int = 1
+    """Classes with an episode, the mean being over them."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How several seeds differ."""
+
+    parts: tuple[Part, ...]
+    deviation: float
+    """Standard deviation of the seeds' mIoU, points."""
+    expected: float
+    """What one seed's interval makes one expect: its standard error, mean over the seeds."""
+
+
+@dataclass(frozen=True)
+class Support:
+    """How much the choice of support moves an episode's IoU, told by queries that were seen with several."""
+
+    queries: int
+    """Queries seen with two or more different supports."""
+    episodes: int
+    within: Interval
+    """Standard deviation of IoU between episodes of one query, points: what another support changes."""
+    between: float
+    """Standard deviation of IoU between all episodes of a class, points: what anything changes."""
+    photos: int
+    """Support photos that occur in at least LEAST_USES episodes (1-shot only)."""
+    best: tuple[Part, ...]
+    worst: tuple[Part, ...]
+    """Mean IoU with that photo as the support minus the mean of its class, points. The ends of many: chance is in
+    them, too."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number of shots, way to combine them, and policy: of a fold, or the mean over folds."""
+
+    policy: Policy
+    shots: int
+    fusion: str
+    fold: int | None
+    """None for the mean over several folds."""
+    seeds: tuple[int, ...]
+    episodes: int
+    queries: int
+    """Different query photos of a class, summed over classes."""
+    miou: Interval
+    fb_iou: Interval | None
+    """None if no background was counted."""
+    needed: int | None
+    """Episodes at which the interval of mIoU would be about plus and minus half a point; None if it cannot be told."""
+    classes: tuple[Part, ...] = ()
+    sizes: tuple[Part, ...] = ()
+    support: Support | None = None
+    spread: Spread | None = None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first set minus the one it is compared against, on the same episodes."""
+
+    policy: Policy
+    shots: int
+    fusion: str
+    fusion_against: str
+    fold: int | None
+    episodes: int
+    miou: Interval
+    p: float
+    """Two-sided, of the hypothesis that swapping the two on any episode would change nothing."""
+    fb_iou: Interval | None
+    needed: int | None
+    classes: tuple[Part, ...] = ()
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Everything that was asked for."""
+
+    files: tuple[Results, ...]
+    against: tuple[Results, ...]
+    unit: str
+    scores: tuple[Score, ...]
+    scores_against: tuple[Score, ...]
+    differences: tuple[Difference, ...]
+    notes: tuple[str, ...]
+
+
+def analyze(
+    paths: Sequence[Path],
+    against: Sequence[Path] = (),
+    *,
+    policies: Sequence[Policy] = (),
+    fusions: Sequence[str] = (),
+    fusion_against: str | None = None,
+    sections: Collection[str] = ("class",),
+    unit: str = "episode",
+    seed: int = 0,
+) -> Analysis:
+    """Scores of one configuration with intervals, and its paired differences from another.
+
+    Args:
+        paths: rows of one configuration: one file, or several folds, seeds and numbers of shots of it.
+        against: rows of another one on the same episodes.
+        policies: which pixels; empty: the protocol's own.
+        fusions: ways to combine supports; empty: the protocol's own for one shot, all there are for more.
+        fusion_against: compare with this way to combine supports, of `against`, or of the same rows.
+        sections: of SECTIONS.
+        unit: what is drawn again: "episode" (other episodes of these photos) or "query" (other photos too).
+        seed: of the resampling.
+
+    Raises:
+        DataError: a file cannot be read, files do not belong together, or the policy's counts are not there.
+        ConfigError: an unknown section, unit, policy or fusion.
+    """
+    if not paths:
+        raise ConfigError("There are no rows to analyze.")
+    odd = set(sections) - set(SECTIONS)
+    if odd or unit not in UNITS:
+        raise ConfigError(f"Sections are {', '.join(SECTIONS)}; units are {', '.join(UNITS)}: not {odd or unit}.")
+    files = [read_results(path) for path in paths]
+    others = [read_results(path) for path in against]
+    require_one_configuration(files)
+    if others:
+        require_one_configuration(others)
+        require_same_episodes(files, others)
+    chosen = list(policies) or [files[0].protocol.policy]
+    for policy in chosen:
+        for one in (*files, *others):
+            if policy not in one.policies:
+                raise DataError(
+                    f"{one.path} has no counts at {policy}: it was evaluated without the photos' own masks. Evaluate "
+                    f"again with --data-root, or choose another --policy."
+                )
+    maker = _Maker(unit, seed, frozenset(sections))
+    scores = maker.scores(files, chosen, fusions)
+    differences: list[Difference] = []
+    if others or fusion_against:
+        differences = maker.differences(files, others or files, chosen, fusions, fusion_against)
+    return Analysis(
+        tuple(files),
+        tuple(others),
+        unit,
+        tuple(scores),
+        tuple(maker.scores(others, chosen, fusions)) if others else (),
+        tuple(differences),
+        _notes(files, scores, unit),
+    )
+
+
+class _Maker:
+    """Makes scores and differences with one unit, seed and set of sections."""
+
+    def __init__(self, unit: str, seed: int, sections: frozenset[str]) -> None:
+        self.unit, self.seed, self.sections = unit, seed, sections
+
+    def scores(self, files: Sequence[Results], policies: Sequence[Policy], fusions: Sequence[str]) -> list[Score]:
+        found: list[Score] = []
+        folds = sorted({one.fold for one in files})
+        for policy in policies:
+            for shots, fusion in _cases(files, fusions):
+                made = [
+                    (own, self._resampled(own))
+                    for fold in folds
+                    if (own := cell(files, fold, shots, fusion, policy)) is not None
+                ]
+                if not made:
+                    continue
+                size = files[0].image_size
+                each = [self._score(policy, shots, fusion, [one], size) for one in made]
+                if len(made) > 1:
+                    found.append(self._score(policy, shots, fusion, made, size))
+                found += each
+        return found
+
+    def _resampled(self, own: Cell, counts: NDArray[np.int64] | None = None) -> statistics.Resampled:
+        return statistics.resample(
+            own.counts[None] if counts is None else counts,
+            own.classes,
+            own.class_ids,
+            seed=self._key(own.fold),
+            groups=self._groups(own),
+        )
+
+    def _key(self, fold: int) -> int:
+        return self.seed * 10_000 + fold  # folds are drawn apart even where they share a class
+
+    def _groups(self, own: Cell) -> tuple[str, ...] | None:
+        return own.queries if self.unit == "query" else None
+
+    def _score(
+        self,
+        policy: Policy,
+        shots: int,
+        fusion: str,
+        made: Sequence[tuple[Cell, statistics.Resampled]],
+        image_size: int | None,
+    ) -> Score:
+        miou = _mean_interval([drawn.miou() for _, drawn in made])
+        fb = _mean_interval([drawn.fb_iou() for _, drawn in made])
+        cells = [own for own, _ in made]
+        episodes = sum(map(len, cells))
+        single = len(made) == 1
+        sections = self.sections
+        return Score(
+            policy=policy,
+            shots=shots,
+            fusion=fusion,
+            fold=cells[0].fold if single else None,
+            seeds=tuple(sorted({int(s) for own in cells for s in own.seeds})),
+            episodes=episodes,
+            queries=sum(len(set(zip(own.classes.tolist(), own.queries, strict=True))) for own in cells),
+            miou=miou,
+            fb_iou=None if np.isnan(fb.value) else fb,
+            needed=statistics.episodes_for(miou, episodes),
+            classes=_class_parts(*made[0]) if single and "class" in sections else (),
+            sizes=self._sizes(cells, image_size) if "size" in sections else (),
+            support=_support(cells, shots, self.seed) if "support" in sections else None,
+            spread=self._spread(cells[0]) if single and "seed" in sections else None,
+        )
+
+    def _sizes(self, cells: Sequence[Cell], image_size: int | None) -> tuple[Part, ...]:
+        """mIoU over the classes that have episodes with objects of a size, all folds together."""
+        if image_size is None:
+            return ()
+        shares = [own.object_pixels / image_size**2 for own in cells]
+        bins = [("0 px (vanished when squashed)", [share == 0 for share in shares])]
+        for low, high in pairwise(SIZE_EDGES):
+            inside = [(share > low) & (share <= high) for share in shares]
+            bins.append((f"{100 * low:g} to {100 * high:g} %", inside))
+        parts = []
+        for name, masks in bins:
+            taken = [_only(own, mask) for own, mask in zip(cells, masks, strict=True) if mask.any()]
+            episodes = sum(map(len, taken))
+            if not episodes:
+                if not name.startswith("0 px"):
+                    parts.append(Part(name, 0, None, 0))
+                continue
+            values, samples, classes = 0.0, np.zeros(statistics.RESAMPLES), 0
+            for own in taken:
+                drawn = self._resampled(own)
+                value, sample = drawn.class_iou()
+                values, samples = values + value[0].sum(), samples + sample[:, 0].sum(1)
+                classes += len(own.class_ids)
+            parts.append(Part(name, episodes, interval(values / classes, samples / classes), classes))
+        return tuple(parts)
+
+    def _spread(self, own: Cell) -> Spread | None:
+        seeds = sorted({int(seed) for seed in own.seeds})
+        if len(seeds) < 2:
+            return None
+        parts, errors = [], []
+        for seed in seeds:
+            one = _only(own, own.seeds == seed, own.class_ids)
+            values, samples = self._resampled(one).miou()
+            parts.append(Part(f"seed {seed}", len(one), interval(values[0], samples[:, 0]), len(own.class_ids)))
+            errors.append(samples[:, 0].std())
+        found = [part.value.value for part in parts if part.value is not None]
+        return Spread(tuple(parts), float(np.std(found, ddof=1)), float(np.mean(errors)))
+
+    def differences(
+        self,
+        files: Sequence[Results],
+        against: Sequence[Results],
+        policies: Sequence[Policy],
+        fusions: Sequence[str],
+        fusion_against: str | None,
+    ) -> list[Difference]:
+        found: list[Difference] = []
+        folds = sorted({one.fold for one in files})
+        for policy in policies:
+            for shots, fusion in _cases(files, fusions):
+                other = fusion_against or (fusion if len(fusions) or shots > 1 else against[0].protocol.fusion)
+                if against is files and other == fusion:
+                    continue
+                pairs = []
+                for fold in folds:
+                    mine, theirs = cell(files, fold, shots, fusion, policy), cell(against, fold, shots, other, policy)
+                    if mine is not None and theirs is not None:
+                        require_same_rows(mine, theirs, f"Fold {fold}, {shots}-shot")
+                        pairs.append((mine, theirs))
+                made = [self._pair(mine, theirs) for mine, theirs in pairs]
+                if not made:
+                    continue
+                cells = [mine for mine, _ in pairs]
+                each = [
+                    self._difference(policy, shots, fusion, other, [one], [own])
+                    for one, own in zip(made, cells, strict=True)
+                ]
+                if len(made) > 1:
+                    found.append(self._difference(policy, shots, fusion, other, made, cells))
+                found += each
+        if not found:
+            raise DataError(
+                f"Nothing can be paired: there are no rows of a number of shots and fusion in both. Fusions are "
+                f"{', '.join(files[0].fusions)} and {', '.join(against[0].fusions)}."
+            )
+        return found
+
+    def _pair(self, mine: Cell, theirs: Cell) -> tuple[statistics.Resampled, float, Floats]:
+        counts = np.stack([mine.counts, theirs.counts])
+        real, swapped = statistics.swapped_differences(
+            counts, mine.classes, mine.class_ids, seed=self._key(mine.fold), groups=self._groups(mine)
+        )
+        return self._resampled(mine, counts), real, swapped
+
+    def _difference(
+        self,
+        policy: Policy,
+        shots: int,
+        fusion: str,
+        other: str,
+        made: Sequence[tuple[statistics.Resampled, float, Floats]],
+        cells: Sequence[Cell],
+    ) -> Difference:
+        miou = _mean_interval([_apart(*drawn.miou()) for drawn, _, _ in made])
+        fb = _mean_interval([_apart(*drawn.fb_iou()) for drawn, _, _ in made])
+        episodes = sum(map(len, cells))
+        classes: tuple[Part, ...] = ()
+        if len(made) == 1 and "class" in self.sections:
+            values, samples = made[0][0].class_iou()
+            classes = _parts(cells[0], values[0] - values[1], samples[:, 0] - samples[:, 1])
+        return Difference(
+            policy=policy,
+            shots=shots,
+            fusion=fusion,
+            fusion_against=other,
+            fold=cells[0].fold if len(made) == 1 else None,
+            episodes=episodes,
+            miou=miou,
+            p=statistics.p_value(
+                float(np.mean([real for _, real, _ in made])), np.mean([s for _, _, s in made], axis=0)
+            ),
+            fb_iou=None if np.isnan(fb.value) else fb,
+            needed=statistics.episodes_for(miou, episodes),
+            classes=classes,
+        )
+
+
+def _cases(files: Sequence[Results], fusions: Sequence[str]) -> list[tuple[int, str]]:
+    """(shots, fusion) to look at. With one support all fusions answer alike: the protocol's own stands for them."""
+    there = {(k, fusion) for one in files for k in one.shots for fusion in one.fusions}
+    known = sorted({fusion for _, fusion in there})
+    odd = set(fusions) - set(known)
+    if odd:
+        raise ConfigError(f"No rows of fusion '{min(odd)}': {files[0].path} has {', '.join(known)}.")
+    own = files[0].protocol.fusion
+    order = sorted(known, key=lambda name: (name != own, name))
+    shots = sorted({k for k, _ in there})
+    return [
+        (k, fusion)
+        for k in shots
+        for fusion in order
+        if (k, fusion) in there and (fusion in fusions if fusions else k > 1 or fusion == own)
+    ]
+
+
+def _apart(values: Floats, samples: Floats) -> tuple[Floats, Floats]:
+    """The first method minus the second, as one method."""
+    return values[:1] - values[1:2], samples[:, :1] - samples[:, 1:2]
+
+
+def _mean_interval(made: Sequence[tuple[Floats, Floats]]) -> Interval:
+    """The mean over folds, each drawn by itself."""
+    value = float(np.mean([values[0] for values, _ in made]))
+    samples = np.mean([samples[:, 0] for _, samples in made], axis=0)
+    return interval(value, samples) if np.isfinite(value) else Interval(value, value, value)
+
+
+def _only(own: Cell, mask: NDArray[np.bool_], class_ids: tuple[int, ...] = ()) -> Cell:
+    """Some of the episodes, with the classes they have or those given."""
+    places = np.flatnonzero(mask)
+    classes = own.classes[places]
+    return Cell(
+        own.fold,
+        class_ids or tuple(sorted({int(c) for c in classes})),
+        own.names,
+        classes,
+        own.seeds[places],
+        own.numbers[places],
+        tuple(own.queries[place] for place in places),
+        tuple(own.supports[place] for place in places),
+        own.object_pixels[places],
+        own.counts[places],
+    )
+
+
+def _class_parts(own: Cell, drawn: statistics.Resampled) -> tuple[Part, ...]:
+    values, samples = drawn.class_iou()
+    return _parts(own, values[0], samples[:, 0])
+
+
+def _parts(own: Cell, values: Floats, samples: Floats) -> tuple[Part, ...]:
+    """One part per class; (C,) and (R, C)."""
+    counts = [int((own.classes == class_id).sum()) for class_id in own.class_ids]
+    return tuple(
+        Part(own.names[class_id], n, interval(values[place], samples[:, place]) if n else None)
+        for place, (class_id, n) in enumerate(zip(own.class_ids, counts, strict=True))
+    )
+
+
+def _support(cells: Sequence[Cell], shots: int, seed: int) -> Support | None:
+    """None if no query was seen with two supports."""
+    groups: dict[tuple[int, int, str], dict[tuple[str, ...], float]] = {}
+    names = {class_id: name for own in cells for class_id, name in own.names.items()}
+    for own in cells:
+        iou = 100 * own.counts[:, 0, 1] / np.maximum(own.counts[:, 1, 1], 1)
+        for class_id, query, supports, value in zip(
+            own.classes.tolist(), own.queries, own.supports, iou.tolist(), strict=True
+        ):
+            # The same supports again are the same episode again, not another support.
+            groups.setdefault((own.fold, class_id, query), {})[tuple(sorted(supports))] = value
+    several = [np.array(list(group.values())) for group in groups.values() if len(group) > 1]
+    if not several:
+        return None
+    squares = np.array([[((g - g.mean()) ** 2).sum(), len(g) - 1] for g in several])
+    samples = np.full(statistics.RESAMPLES, _root(squares.sum(0)))
+    if len(several) > 1:
+        for rows, weights in statistics.weights(("support", seed), statistics.RESAMPLES, len(several)):
+            samples[rows] = _root(weights @ squares)
+    by_class: dict[tuple[int, int], list[float]] = {}
+    for (fold, class_id, _), group in groups.items():
+        by_class.setdefault((fold, class_id), []).extend(group.values())
+    spread = [[((np.array(v) - np.mean(v)) ** 2).sum(), len(v) - 1] for v in by_class.values()]
+    parts = _support_photos(groups, by_class, names) if shots == 1 else []
+    return Support(
+        queries=len(several),
+        episodes=sum(map(len, several)),
+        within=interval(float(_root(squares.sum(0))), samples),
+        between=float(_root(np.sum(spread, axis=0))),
+        photos=len(parts),
+        best=tuple(reversed(parts[-3:])),
+        worst=tuple(parts[:3]),
+    )
+
+
+def _root(totals: Floats) -> Floats:
+    """Sum of squares and degrees of freedom (..., 2) -> standard deviation (...)."""
+    root: Floats = np.sqrt(totals[..., 0] / np.maximum(totals[..., 1], 1))
+    return root
+
+
+def _support_photos(
+    groups: dict[tuple[int, int, str], dict[tuple[str, ...], float]],
+    by_class: dict[tuple[int, int], list[float]],
+    names: Mapping[int, str],
+) -> list[Part]:
+    """Support photos with enough uses, from the worst to the best."""
+    from scipy import stats
+
+    apart: dict[tuple[int, int, str], list[float]] = {}
+    means = {key: float(np.mean(values)) for key, values in by_class.items()}
+    for (fold, class_id, _), group in groups.items():
+        for (photo,), value in group.items():
+            apart.setdefault((fold, class_id, photo), []).append(value - means[fold, class_id])
+    parts = []
+    for (_, class_id, photo), values in apart.items():
+        if len(values) >= LEAST_USES:
+            mean = float(np.mean(values))
+            half = float(stats.t.ppf((1 + statistics.LEVEL) / 2, len(values) - 1) * np.std(values, ddof=1))
+            half /= len(values) ** 0.5
+            parts.append(Part(f"{names[class_id]}: {photo}", len(values), Interval(mean, mean - half, mean + half)))
+    return sorted(parts, key=lambda part: part.value.value if part.value else 0.0)
+
+
+def _notes(files: Sequence[Results], scores: Sequence[Score], unit: str) -> tuple[str, ...]:
+    notes = [str(note) for one in files[:1] for note in one.facts.get("notes") or ()]
+    head = scores[0]
+    names = {c: name for one in files for c, name in one.classes.items()}
+    tested = {c for one in files for c in one.table["class_id"].unique().to_pylist()}
+    empty = sorted(set(names) - tested)
+    if empty:
+        shown = ", ".join(f"'{names[c]}'" for c in empty[:5])
+        more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+        notes.append(f"No episode of {shown}{more}: a class without one counts as IoU 0.")
+    counts = Counter((one.fold, c) for one in files for c in _one_case(one))
+    if 0 < min(counts.values()) < 10:
+        notes.append(
+            f"A class has only {min(counts.values())} episodes. With fewer than 10, intervals of mIoU hold the truth "
+            f"in about 90 to 94 % of cases, not in 95."
+        )
+    if unit == "episode" and head.queries < 0.6 * head.episodes:
+        notes.append(
+            f"{head.episodes:,} episodes have {head.queries:,} different queries: the intervals are about other "
+            f"episodes of these photos. --resample query makes them about other photos, too."
+        )
+    return tuple(notes)
+
+
+def _one_case(one: Results) -> list[int]:
+    """Class ids of the episodes of one number of shots and fusion."""
+    table = one.table.select(["shots", "fusion", "class_id"]).to_pydict()
+    case = table["shots"][0], table["fusion"][0]
+    return [c for k, f, c in zip(*table.values(), strict=True) if (k, f) == case]
