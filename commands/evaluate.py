@@ -281,16 +281,14 @@ def _transfer(
 
 def _tested_fold(method: Method, source: FeatureSource, fold: int | None) -> int:
     """The fold to test a trained head on: its own unless another is asked for. Warns if it knows the classes."""
-    from pipeline.methods import classes_seen
+    from pipeline.methods import classes_seen, tested_fold
 
-    trained_on = method.facts["trained_on"]
-    if fold is None:
-        fold = trained_on["fold"] if trained_on else 0
+    fold = tested_fold(method) if fold is None else fold
     seen = [source.index.classes[class_id] for class_id in classes_seen(method, source, fold)]
     if seen:
         click.echo(
             f"Warning: the head was trained on {len(seen)} of the classes tested here ({', '.join(seen[:5])}): it held "
-            f"out fold {trained_on['fold']}, not fold {fold}. This is no few-shot result.",
+            f"out fold {tested_fold(method)}, not fold {fold}. This is no few-shot result.",
             err=True,
         )
     return fold

@@ -156,8 +156,7 @@ def compare_scores(
     tables: list[pa.Table] = []
     for number, (source, make) in enumerate(zip(pair, (make_source, make_against), strict=True)):
         method = methods.trained(checkpoint, source, device)
-        trained_on = method.facts["trained_on"]
-        fold = (trained_on["fold"] if trained_on else 0) if fold is None else fold
+        fold = methods.tested_fold(method) if fold is None else fold
 
         def report(now: int, _: int, before: int = number * episodes) -> None:
             if on_event:

@@ -59,6 +59,12 @@ def trained(path: Path, source: FeatureSource, device: str = "cpu", arithmetic: 
     return Method(partial(_load, checkpoint.path.absolute(), device, arithmetic), facts)
 
 
+def tested_fold(method: Method) -> int:
+    """The fold that a head held out, on which it is tested unless another is asked for; 0 if it does not say."""
+    trained_on = method.facts.get("trained_on")
+    return int(trained_on["fold"]) if trained_on else 0
+
+
 def names_seen(method: Method, trained_on: DatasetIndex | None = None, fold: int | None = None) -> tuple[str, ...]:
     """Names of the classes that a head was trained on.
 

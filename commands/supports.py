@@ -1,0 +1,111 @@
+"""`hsnet supports`: which photos make good supports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from commands.groups import on_interrupt
+from commands.options import (
+    ANY_PATH,
+    Whole,
+    address_option,
+    arithmetic_option,
+    common_options,
+    device_option,
+    options,
+    seed_option,
+    store_option,
+    workers_option,
+)
+from commands.steps import emit, open_runner, pick_device, store_source
+from pipeline.terminal import Progress, printable, set_up_logging, table
+
+
+@click.command(short_help="Which photos make good supports.")
+@click.option("--checkpoint", "checkpoint_path", type=ANY_PATH, metavar="C", required=True, help="Checkpoint or run.")
+@store_option
+@click.option("--fold", type=Whole(0), help="Of the classes. [default: the one the checkpoint was trained for, or 0]")
+@click.option("--class", "classes", multiple=True, metavar="NAME", help="Only this class. May be repeated.")
+@click.option("--candidates", type=Whole(), default=20, show_default=True, help="Supports tried per class.")
+@click.option("--queries", type=Whole(), default=20, show_default=True, help="Queries each is tried on.")
+@click.option("--out", type=ANY_PATH, metavar="PAIRS.parquet", help="Write the counts of every pair.")
+@options(seed_option, arithmetic_option, workers_option, address_option, device_option)
+@common_options
+def supports(
+    checkpoint_path: Path,
+    store: Path,
+    fold: int | None,
+    classes: tuple[str, ...],
+    candidates: int,
+    queries: int,
+    out: Path | None,
+    seed: int,
+    arithmetic: str,
+    workers: int,
+    address: str | None,
+    device: str,
+    as_json: bool,
+    quiet: bool,
+) -> Any:
+    """Try many supports on the same queries: how much the choice matters per class, and which support to take.
+
+    The gain of the suggested support is measured on queries that it was not chosen on.
+
+    \b
+    Example:
+      hsnet supports --checkpoint runs/mine --store mine.zarr --class cup
+    """
+    set_up_logging(quiet)
+    on_interrupt("No result was written.")
+    from pipeline import methods
+    from pipeline.result_rows import require_writable, write_rows
+    from pipeline.support_choice import choose_supports
+
+    if out is not None:
+        require_writable(out)
+    device = pick_device(device, address)
+    make_source = store_source(store)
+    source = make_source()
+    method = methods.trained(checkpoint_path, source, device, arithmetic)
+    fold = methods.tested_fold(method) if fold is None else fold
+    with open_runner(workers, address, device) as runner, Progress("supports", "queries", quiet) as progress:
+        found = choose_supports(
+            method.make,
+            make_source,
+            source.index,
+            fold=fold,
+            classes=classes,
+            candidates=candidates,
+            queries=queries,
+            seed=seed,
+            skipped=tuple(source.skipped),
+            runner=runner,
+            device=device,
+            on_event=progress.update,
+        )
+    lines = [
+        [
+            printable(one.name),
+            f"{one.mean:.1f}",
+            f"{one.spread:.1f}",
+            f"{one.supports[0].iou:.1f}  {printable(one.supports[0].image)}",
+            f"{one.supports[-1].iou:.1f}  {printable(one.supports[-1].image)}",
+            "-" if one.gain is None else f"{one.gain:+.1f}",
+        ]
+        for one in found.classes
+    ]
+    head = ["class", "mean IoU", "spread", "best support", "worst support", "gain"]
+    text = (
+        f"{table(lines, head)}\n\n"
+        f"{candidates} supports on {queries} queries a class, where there are so many. spread: standard deviation over "
+        f"supports. gain: of the best support over the mean one, on queries it was not chosen on."
+    )
+    result = emit({"fold": fold, "classes": found.classes, "pairs": out}, text, as_json)
+    if out is not None:
+        import pyarrow as pa
+
+        write_rows(out, pa.Table.from_pylist(list(found.pairs)))
+    return result
