@@ -6,6 +6,8 @@ import os
 import pickle
 import re
 import shutil
+from collections import namedtuple
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,20 +16,24 @@ import torch
 import zarr
 from PIL import Image
 
-from hsnet.errors import DataError, StoreError
+import pipeline.store as store_module
+from hsnet.errors import DataError, StoreError, StoreIncomplete, StoreMismatch
 from hsnet.model import HSNet
+from pipeline.attributes import read_facts
 from pipeline.compare import compare
 from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.datasets.shapes import Shapes
 from pipeline.evaluate import evaluate
 from pipeline.extract import extract
 from pipeline.features import StoreSource
-from pipeline.growth import Grown
+from pipeline.growth import Grown, grow
 from pipeline.ownership import OWNER
+from pipeline.plan import plan_growth
 from pipeline.protocols import resolve
 from pipeline.resident import keep
 from pipeline.segmenters import LearnedSegmenter
-from pipeline.shards import shard_file
+from pipeline.shards import marker_file, shard_file
+from pipeline.states import Placement
 from pipeline.store import FeatureStore
 from pipeline.verify import verify
 
@@ -323,15 +329,14 @@ def kill_at(monkeypatch, moment: int) -> list[str]:
     return made
 
 
-@pytest.mark.parametrize("moment", range(40))
+@pytest.mark.parametrize("moment", [*range(0, 180, 15), 187, 1000])
 def test_killed_at_any_step_the_old_state_is_whole_and_the_next_run_finishes(
     path, made, fresh, squeezenet, monkeypatch, moment
 ):
-    """Every fourth step of extraction; test_grow_steps counts those of the growth itself one by one."""
     before = data_files(path)
     photos = Photos(MORE)
     with monkeypatch.context() as patch:
-        changes = kill_at(patch, moment if moment < 30 else 30 + 10 * (moment - 30))
+        changes = kill_at(patch, moment)
         try:
             run(photos, squeezenet, path)
             done = True
@@ -341,10 +346,279 @@ def test_killed_at_any_step_the_old_state_is_whole_and_the_next_run_finishes(
     assert {name: after[name] for name in before} == before
     store = FeatureStore.open(path)
     if done:
-        assert len(changes) > 60
+        assert 180 < len(changes) < 1000
     else:
         assert store.index == Photos().index
         assert contents(store) == contents(FeatureStore.open(made))
     run(Photos(MORE), squeezenet, path)
     assert contents(FeatureStore.open(path)) == contents(FeatureStore.open(fresh))
     assert not list(path.rglob("*.partial"))
+
+
+def test_each_step_of_a_growth_alone(path, made, monkeypatch):
+    """Killed after every single change of a name, the store opens, and the same growth can be made after it."""
+    before, right, moment = data_files(path), contents(FeatureStore.open(made)), 0
+    photos = Photos(MORE)
+    while True:
+        copy = Path(shutil.copytree(path, path.with_name(f"{moment}.zarr")))
+        with monkeypatch.context() as patch:
+            changes = kill_at(patch, moment)
+            with suppress(Killed):
+                grow(copy, FeatureStore.open(made).recipe, photos.index)
+                break
+        assert contents(FeatureStore.open(copy)) == right
+        grow(copy, FeatureStore.open(made).recipe, photos.index)
+        assert contents(FeatureStore.open(copy)) == right
+        begun = FeatureStore.open(copy, require_complete=False, index_digest=photos.index.digest)
+        assert begun.missing_shards() == (3, 4, 5, 6)
+        shutil.rmtree(copy)
+        moment += 1
+    # Two new arrays, then the attributes, then four longer arrays.
+    assert changes.count("rename") == 2
+    assert changes[-5:] == ["replace"] * 5
+    assert {name: one[0] for name, one in data_files(copy).items() if name in before} == {
+        name: one[0] for name, one in before.items()
+    }
+
+
+def test_a_photo_taken_out_before_it_was_ever_extracted(path, squeezenet):
+    """The unfinished growth is given up; what it had finished is kept where the next one wants the same."""
+    before, broken = data_files(path), MORE[15]
+    with pytest.raises(DataError, match=re.escape(f"'{broken}'")):
+        run(Photos(MORE, broken=(broken,)), squeezenet, path)
+    assert FeatureStore.open(path).info()["images_to_come"] == 13
+    kept = tuple(image for image in MORE if image != broken)
+    photos = Photos(kept)
+    run(photos, squeezenet, path)
+    assert len(photos.read) == 12 - SHARD, "the first new shard was done, and has the same images"
+    store = FeatureStore.open(path)
+    assert store.index == photos.index
+    run(Photos(kept), squeezenet, path.with_name("fresh.zarr"))
+    assert contents(store) == contents(FeatureStore.open(path.with_name("fresh.zarr")))
+    after = data_files(path)
+    assert {name: after[name] for name in before} == before
+    assert sorted(p.name for p in path.glob("index*")) == ["index", "index-2"]
+    assert not marker_file(path, 6).exists()
+
+
+def test_an_unfinished_growth_that_grows_again(path, fresh, squeezenet):
+    half = tuple(sorted({*FIRST, *MORE[5:17]}))
+    with pytest.raises(DataError):
+        run(Photos(half, broken=(MORE[15],)), squeezenet, path)
+    begun = data_files(path)
+    run(Photos(MORE), squeezenet, path)
+    after = data_files(path)
+    assert {name: after[name] for name in begun} == begun
+    store = FeatureStore.open(path)
+    assert contents(store) == contents(FeatureStore.open(fresh))
+    assert len(store.info()["growths"]) == 3
+
+
+def test_a_given_up_growth_is_given_up_at_every_step(path, made, monkeypatch):
+    """The arrays are shortened and made longer again: at no step is the old state out of reach."""
+    recipe, right, moment = FeatureStore.open(made).recipe, contents(FeatureStore.open(made)), 0
+    grow(path, recipe, Photos(MORE).index)
+    fewer = Photos(MORE[:20]).index
+    while True:
+        copy = Path(shutil.copytree(path, path.with_name(f"{moment}.zarr")))
+        with monkeypatch.context() as patch:
+            kill_at(patch, moment)
+            with suppress(Killed):
+                grow(copy, recipe, fewer)
+                break
+        assert contents(FeatureStore.open(copy)) == right
+        grow(copy, recipe, fewer)
+        assert FeatureStore.open(copy, require_complete=False, index_digest=fewer.digest).shards == 6
+        assert contents(FeatureStore.open(copy)) == right
+        shutil.rmtree(copy)
+        moment += 1
+    assert moment > 12
+    assert zarr.open_array(str(copy / "level0"), mode="r").shape[0] == 12 + 10
+
+
+def test_a_store_that_was_not_finished_grows_and_is_finished(tmp_path, fresh, squeezenet):
+    path = tmp_path / "s.zarr"
+    with pytest.raises(DataError):
+        run(Photos(broken=(FIRST[5],)), squeezenet, path)
+    run(Photos(MORE), squeezenet, path)
+    assert contents(FeatureStore.open(path)) == contents(FeatureStore.open(fresh))
+
+
+def test_a_store_that_grows_while_it_is_opened(path, squeezenet, monkeypatch):
+    """The attributes are read before the arrays: in between, another process may have made these longer."""
+    real, times = store_module.read_index, []
+
+    def grown_meanwhile(*arguments):
+        if not times:
+            times.append(grow(path, recipe, Photos(MORE).index))
+        return real(*arguments)
+
+    recipe = FeatureStore.open(path).recipe
+    monkeypatch.setattr(store_module, "read_index", grown_meanwhile)
+    assert FeatureStore.open(path).index == Photos().index
+    assert times
+
+
+# -- refused ---------------------------------------------------------------------------------------------------
+
+MANY = {**CLASSES, **{n: f"class {n}" for n in range(2, 260)}}
+
+
+@pytest.mark.parametrize(
+    ("photos", "field", "text"),
+    [
+        (Photos(MORE[1:]), "image in the data set", "stored 'photos/000.jpg', wanted 'not there'"),
+        (Photos(MORE[3:]), "image in the data set", "stored 'photos/000.jpg and 1 more', wanted 'not there'"),
+        (Photos(MORE, {0: "cat", 1: "horse"}), "class 1", "stored 'dog', wanted 'horse'"),
+        (Photos(MORE, {0: "cat"}, lists=1), "class 1", "stored 'dog', wanted 'not there'"),
+        (Photos(MORE, MANY), "label type", "stored 'uint8', wanted 'uint16'"),
+        (Photos(MORE, MANY), "ignore label", "stored 255, wanted 65535"),
+        (Photos(MORE, has_ignore=True), "ignore label in use", "stored False, wanted True"),
+        (Photos(MORE, name="pascal"), "data set", "stored 'folder', wanted 'pascal'"),
+    ],
+)
+def test_a_data_set_that_has_not_only_grown_is_refused(path, squeezenet, photos, field, text):
+    before = data_files(path), (path / "zarr.json").read_bytes()
+    with pytest.raises(StoreMismatch, match=rf"(?s){field} +{text}.*Put back.*Nothing was changed") as caught:
+        run(photos, squeezenet, path)
+    assert field in caught.value.differences
+    assert photos.read == []
+    assert (data_files(path), (path / "zarr.json").read_bytes()) == before
+
+
+def test_a_store_does_not_shrink_to_what_it_was(path, squeezenet):
+    run(Photos(MORE), squeezenet, path)
+    with pytest.raises(StoreMismatch, match=r"photos/001.jpg and 12 more"):
+        run(Photos(), squeezenet, path)
+
+
+def test_another_recipe_is_named_with_the_other_data_set(path, squeezenet):
+    with pytest.raises(StoreMismatch, match=r"(?s)precision.*data set"):
+        extract(Photos(MORE), squeezenet, "squeezenet1_1", SIZE, "float32", path)
+    assert read_facts(path).states[1:] == ()
+
+
+def test_only_a_growth_is_planned_and_nothing_is_written(path, squeezenet):
+    recipe = FeatureStore.open(path).recipe
+    assert plan_growth(path, recipe, Photos().index) is None
+    plan = plan_growth(path, recipe, Photos(MORE).index)
+    assert (plan.images, plan.images_done, plan.shards, plan.shards_done) == (23, 10, 7, 3)
+    each = plan.bytes_needed / 13
+    assert read_facts(path).states[1:] == ()
+    with pytest.raises(DataError):
+        run(Photos(MORE, broken=(MORE[15],)), squeezenet, path)
+    assert plan_growth(path, recipe, Photos(MORE).index).bytes_needed == pytest.approx(each * 9)
+
+
+def test_too_small_a_disk_is_told_before_the_store_is_touched(path, squeezenet, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1000))
+    with pytest.raises(StoreError, match=r"bytes more for 13 images; 1,000 are free"):
+        run(Photos(MORE), squeezenet, path)
+    assert read_facts(path).states[1:] == ()
+
+
+@pytest.mark.parametrize("name", ["replace", "rename"])
+def test_a_disk_that_refuses_is_told(path, squeezenet, monkeypatch, name):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, full)
+        with pytest.raises(StoreError, match=r"cannot be made ready for more images: .*No space left.*Mend the cause"):
+            run(Photos(MORE), squeezenet, path)
+    assert FeatureStore.open(path).index == Photos().index
+    run(Photos(MORE), squeezenet, path)
+
+
+def test_a_store_that_is_being_written_does_not_grow(path, squeezenet):
+    recipe = FeatureStore.open(path).recipe
+    with FeatureStore.open(path).writing(), pytest.raises(StoreError, match="is being written by"):
+        grow(path, recipe, Photos(MORE).index)
+    assert read_facts(path).states[1:] == ()
+
+
+# -- damage ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda a: a.pop("growth"), "attributes are damaged"),
+        (lambda a: a.update(format=1), "damaged|does not belong"),
+        (lambda a: a.update(growth={}), "attributes are damaged"),
+        (lambda a: a["growth"].pop(), "attributes are damaged"),
+        (lambda a: a["growth"].reverse(), "attributes are damaged"),
+        (lambda a: a["growth"].append(a["growth"][0]), "attributes are damaged"),
+        (lambda a: a["growth"][0].update(images=10**12), "attributes are damaged"),
+        (lambda a: a["growth"][0].update(images=11), "does not fit|rows"),
+        (lambda a: a["growth"][0].update(digest=a["dataset"]["digest"]), "attributes are damaged"),
+        (lambda a: a["growth"][1].update(index="../index-1"), "attributes are damaged"),
+        (lambda a: a["dataset"].update(row="../row-1"), "attributes are damaged"),
+        (lambda a: a["dataset"].update(images=24), "attributes are damaged"),
+        (lambda a: [s.update(images=24) for s in (a["growth"][1], a["dataset"])], "does not belong"),
+        (lambda a: [s.update(index="index-7", row="row-7") for s in (a["growth"][1], a["dataset"])], "cannot be read"),
+    ],
+)
+def test_changed_attributes_of_a_grown_store_are_an_error(path, squeezenet, change, text):
+    run(Photos(MORE), squeezenet, path)
+    values = json.loads((path / "zarr.json").read_text())
+    facts = values["attributes"]["hsnet_store"]
+    change(facts)
+    (path / "zarr.json").write_text(json.dumps(values))
+    with pytest.raises(StoreError, match=text):
+        FeatureStore.open(path)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        lambda rows: rows[::-1].copy() * 0,
+        lambda rows: rows + 1,
+        lambda rows: rows[:-1].copy(),
+        lambda rows: np.concatenate([rows, [99]]),
+        lambda rows: np.where(rows == 12, 10, rows),
+        lambda rows: rows.astype(np.int32),
+        lambda rows: -rows,
+    ],
+)
+def test_changed_rows_are_an_error(path, squeezenet, rows):
+    run(Photos(MORE), squeezenet, path)
+    stored = zarr.open_array(str(path / "row-1"), mode="r")[:]
+    shutil.rmtree(path / "row-1")
+    zarr.create_array(str(path / "row-1"), data=rows(stored))
+    with pytest.raises(StoreError, match="'row-1'"):
+        FeatureStore.open(path)
+
+
+def test_rows_of_other_images_make_their_shards_missing(path, squeezenet):
+    """A mapping that is possible but another: markers name their images, so that nothing is mistaken."""
+    run(Photos(MORE), squeezenet, path)
+    stored = zarr.open_array(str(path / "row-1"), mode="r")[:]
+    stored[[0, 2]] = stored[[2, 0]]
+    shutil.rmtree(path / "row-1")
+    zarr.create_array(str(path / "row-1"), data=stored)
+    with pytest.raises(StoreIncomplete):
+        FeatureStore.open(path)
+
+
+@pytest.mark.parametrize("rows", [10, 11, 13, 10**15])
+def test_arrays_of_another_length_are_still_refused(path, squeezenet, rows):
+    run(Photos(MORE), squeezenet, path)
+    file = path / "level1" / "zarr.json"
+    values = json.loads(file.read_text())
+    values["shape"][0] = rows
+    file.write_text(json.dumps(values))
+    with pytest.raises(StoreError, match="does not fit"):
+        FeatureStore.open(path)
+
+
+def test_placement():
+    rows = np.array([4, 0, 5, 1, 8, 2])
+    placement = Placement([3, 2, 1], 4, rows)
+    assert [placement.row(i) for i in range(6)] == rows.tolist()
+    assert [placement.images_in(n) for n in range(3)] == [(1, 3, 5), (0, 2), (4,)]
+    assert Placement([3, 0, 3], 2, np.array([0, 1, 2, 4, 5, 6])).shards == 4
+    for wrong in ([4, 0, 5, 1, 8, 3], [4, 0, 5, 1, 8], [0, 1, 2, 3, 4, 5]):
+        with pytest.raises(ValueError, match="do not fit"):
+            Placement([3, 2, 1], 4, np.array(wrong))
