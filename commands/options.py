@@ -67,6 +67,22 @@ class Bytes(click.ParamType):
         return number
 
 
+class Share(click.ParamType):
+    """A part of the whole: 1% or 0.01."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value).strip()
+        try:
+            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            self.fail(f"'{value}' is not a share such as 1% or 0.01", param, ctx)
+        if not 0 < share <= 1:
+            self.fail(f"'{value}' is not above 0% and at most 100%", param, ctx)
+        return share
+
+
 class Integers(click.ParamType):
     """Positive whole numbers, separated by commas."""
 

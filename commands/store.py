@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from commands.groups import OrderedGroup
 from commands.options import (
     ANY_PATH,
     DATASETS,
+    Share,
     Whole,
     address_option,
     common_options,
@@ -31,6 +33,8 @@ from pipeline.terminal import Progress, fact_lines, printable, set_up_logging, s
 
 if TYPE_CHECKING:
     from pipeline.features import FeatureSource
+    from pipeline.recompute import Recomputation
+    from pipeline.verify import Verification
 
 
 @click.group(cls=OrderedGroup)
@@ -74,17 +78,81 @@ def store_info(path: Path, as_json: bool) -> None:
 
 @store.command("verify", short_help="Read everything and name what is damaged.")
 @click.argument("path", type=ANY_PATH, metavar="S.zarr")
+@click.option("--recompute", "share", type=Share(), metavar="SHARE", help="Run the backbone again, such as over 1%.")
+@click.option("--dataset", type=click.Choice(DATASETS), help="What --recompute reads photos from.")
+@options(data_root_option, splits_option, data_option, weights_option)
+@click.option("--seed", type=Whole(0), default=0, show_default=True, help="Of the images that are recomputed.")
+@options(workers_option, address_option, device_option)
 @common_options
 @click.pass_context
-def store_verify(ctx: click.Context, path: Path, as_json: bool, quiet: bool) -> None:
+def store_verify(
+    ctx: click.Context,
+    path: Path,
+    share: float | None,
+    dataset: str | None,
+    data_root: Path | None,
+    splits: Path | None,
+    data_options: tuple[str, ...],
+    weights: str | None,
+    seed: int,
+    workers: int,
+    address: str | None,
+    device: str,
+    as_json: bool,
+    quiet: bool,
+) -> None:
     """Read every chunk of a store, compare all checksums and name what is damaged. Exit code 1 if anything is.
+
+    With --recompute, a share of the images goes through the backbone again and is compared with what is stored: a photo
+    that was changed since is found, too. That takes the data set and the weights that the store was made from.
 
     \b
     Example:
-      hsnet store verify voc.zarr
+      hsnet store verify voc.zarr --recompute 1% --dataset pascal --data-root VOC2012
     """
     set_up_logging(quiet)
+    if share is not None and dataset is None:
+        raise click.UsageError("--recompute reads photos again: say of which data set, with --dataset and its options.")
     found = _verify(path, quiet)
+    if share is not None and dataset is not None:
+        found = replace(
+            found,
+            recomputed=_recompute(
+                path, share, dataset, data_root, splits, data_options, weights, seed, workers, address, device, quiet
+            ),
+        )
+    emit(found, _verification_text(found), as_json)
+    if found.damage or (found.recomputed and found.recomputed.different):
+        ctx.exit(1)
+
+
+def _recompute(
+    path: Path,
+    share: float,
+    dataset: str,
+    data_root: Path | None,
+    splits: Path | None,
+    data_options: tuple[str, ...],
+    weights: str | None,
+    seed: int,
+    workers: int,
+    address: str | None,
+    device: str,
+    quiet: bool,
+) -> Recomputation:
+    from pipeline.recompute import recompute
+    from pipeline.store import FeatureStore
+    from pipeline.weights import load_weights
+
+    opened = FeatureStore.open(path, require_complete=False)
+    data = open_data(dataset, data_root, splits, data_options, quiet)
+    loaded = load_weights(opened.recipe.backbone, weights)
+    device = pick_device(device, address)
+    with open_runner(workers, address, device) as runner, Progress("recompute", "images", quiet) as progress:
+        return recompute(opened, data, loaded, share, seed, runner, device, progress.update)
+
+
+def _verification_text(found: Verification) -> str:
     lines = [
         f"{printable(found.path)}: {found.images} images, {size_text(found.bytes)} read; "
         + (f"{len(found.damaged_shards)} of {found.shards} shards are damaged" if found.damage else "no damage")
@@ -98,9 +166,24 @@ def store_verify(ctx: click.Context, path: Path, as_json: bool, quiet: bool) -> 
         lines.append(f"... and {len(found.damage) - 20} more; --json lists all.")
     if found.damage:
         lines.append("Mend it with `hsnet store repair` and the options of the `hsnet extract` that made it.")
-    emit(found, "\n".join(lines), as_json)
-    if found.damage:
-        ctx.exit(1)
+    again = found.recomputed
+    if again is not None:
+        close = f", {again.close} within {again.tolerance:g} (1 - cosine, at most {again.largest:.1g})"
+        lines.append(
+            f"{again.images} images recomputed: {again.equal} the same bit for bit"
+            + (close if again.close else "")
+            + (f", {len(again.different)} different" if again.different else "")
+        )
+        for other in again.different[:20]:
+            lines.append(f"shard {other.shard}, image '{printable(other.image)}': {printable(other.reason)}")
+        if len(again.different) > 20:
+            lines.append(f"... and {len(again.different) - 20} more; --json lists all.")
+        if again.different:
+            lines.append(
+                "These photos or masks, the weights or the program changed since. To have them extracted anew, delete "
+                "their markers and run the same `hsnet extract` again, or extract into a new store."
+            )
+    return "\n".join(lines)
 
 
 @store.command(
@@ -121,7 +204,7 @@ def store_repair(**options: Any) -> Any:
     return run_extraction(**options, dry_run=False, damaged=found.damaged_shards)
 
 
-def _verify(path: Path, quiet: bool) -> Any:
+def _verify(path: Path, quiet: bool) -> Verification:
     from pipeline.store import FeatureStore
     from pipeline.verify import verify
 

@@ -49,3 +49,17 @@ def test_damage_is_found_named_and_mended(tmp_path):
     assert mended.exit_code == 0, mended.output
     assert json.loads(mended.stdout)["written_shards"] == 1
     assert fingerprints(store) == before
+
+
+def test_recomputed_images_that_differ_are_named(tmp_path):
+    store = tmp_path / "s.zarr"
+    shapes = EXTRACT[1:7]
+    made = run("extract", *EXTRACT, "--store", store)
+    assert made.exit_code == 0, made.output
+    again = run("store", "verify", store, "--recompute", "5%", "--dataset", "shapes", *shapes, "--quiet")
+    assert again.exit_code == 0, again.output
+    assert "7 images recomputed: 7 the same bit for bit" in again.output
+    unsaid = run("store", "verify", store, "--recompute", "5%")
+    assert (unsaid.exit_code, "--dataset" in unsaid.output) == (2, True)
+    for share in ("0%", "101%", "few", "nan"):
+        assert run("store", "verify", store, "--recompute", share).exit_code == 2
