@@ -16,11 +16,13 @@ from pathlib import Path
 
 from hsnet.errors import ConfigError, DataError, StoreError
 from pipeline.attributes import read_facts
+from pipeline.bucket import address, location
 from pipeline.datasets import Dataset
 from pipeline.fitting import Fitting, fit_codec, nominal_recipe, sample_size
 from pipeline.growth import grow, make_current
 from pipeline.plan import Planned, plan_growth, plan_new, plan_store
 from pipeline.recipe import CODED, Recipe
+from pipeline.remote import is_free, is_store, root_of
 from pipeline.runner import Runner, SerialRunner, in_groups
 from pipeline.shard_worker import ShardDone, ShardWorker
 from pipeline.store import SHARD_IMAGES, FeatureStore
@@ -104,14 +106,14 @@ def extract(
     emit = on_event or (lambda event: None)
     recipe = wanted_recipe(Recipe.of(backbone, weights.sha256, image_size, precision), bytes_per_image, path)
     recipe.require_trainable()
-    if not Path(path).exists():  # before anything is made
-        _require_space(path, plan_new(dataset.index, recipe, Path(path), shard_images))
-    growing = plan_growth(Path(path), recipe, dataset.index) if _is_store(path) else None
+    if is_free(path):  # before anything is made
+        _require_space(path, plan_new(dataset.index, recipe, path, shard_images))
+    growing = plan_growth(path, recipe, dataset.index) if is_store(path) else None
     if growing is not None:
         _require_space(path, growing)
-        grow(Path(path), recipe, dataset.index)
+        grow(root_of(path), recipe, dataset.index)
     codec = None
-    if bytes_per_image is not None and not _is_store(path):
+    if bytes_per_image is not None and not is_store(path):
         emit(Fitting(sample_size(recipe, dataset.index)))
         codec, recipe = fit_codec(dataset, weights, recipe, bytes_per_image, device, on_error == "skip")
     store = FeatureStore.create(path, recipe, dataset.index, shard_images, codec)
@@ -122,7 +124,7 @@ def extract(
         plan = replace(plan_store(store), grown=None if growing is None else growing.grown)
         emit(plan)
         _require_space(path, plan)
-        make_worker = partial(ShardWorker, dataset, weights, Path(path).absolute(), token, recipe, on_error, device)
+        make_worker = partial(ShardWorker, dataset, weights, location(path), token, recipe, on_error, device)
         runner = runner or SerialRunner()
         tasks = in_groups(missing, lambda: reports[-1].seconds if reports else None, TASK_SECONDS, runner.workers)
         for _, made in runner.map(make_worker, tasks):
@@ -140,7 +142,7 @@ def extract(
     seconds = time.monotonic() - start
     images = sum(report.images for report in reports)
     return ExtractSummary(
-        path=str(path),
+        path=store.path if address(path) else str(path),
         images=len(store.index.images),
         skipped=tuple(store.index.images[i] for i in store.skipped),
         written_shards=len(reports),
@@ -163,18 +165,14 @@ def wanted_recipe(exact: Recipe, bytes_per_image: int | None, path: str | Path) 
     """
     if bytes_per_image is None:
         return exact
-    stored = read_facts(Path(path)).recipe.coding if _is_store(path) else None
+    stored = read_facts(root_of(path)).recipe.coding if is_store(path) else None
     if stored is None:
         return nominal_recipe(exact, bytes_per_image)
     return replace(exact, precision=CODED, coding=replace(stored, bytes_per_image=bytes_per_image))
 
 
-def _is_store(path: str | Path) -> bool:
-    return (Path(path) / "zarr.json").is_file()
-
-
 def _require_space(path: str | Path, plan: Planned) -> None:
-    if plan.bytes_needed > plan.bytes_free:
+    if plan.bytes_free is not None and plan.bytes_needed > plan.bytes_free:
         raise StoreError(
             f"{path} needs {plan.bytes_needed:,} bytes more for {plan.images - plan.images_done:,} images; "
             f"{plan.bytes_free:,} are free there. Free some space, or choose another place, a smaller precision "

@@ -26,6 +26,7 @@ from pipeline.datasets.index import DatasetIndex
 from pipeline.layout import array_layouts
 from pipeline.ownership import sole_writer
 from pipeline.recipe import Recipe, difference_lines
+from pipeline.remote import named, publish, remove_remote_arrays, remove_remote_shard
 from pipeline.shards import remove_shard, sweep_partials
 from pipeline.states import Placement, State, StoreFacts, row_ranges
 
@@ -72,7 +73,7 @@ def grow(root: Path, recipe: Recipe, index: DatasetIndex) -> None:
     Raises:
         StoreMismatch, StoreError: as `growth`; another process is writing the store, or the disk refused.
     """
-    with sole_writer(root):
+    with named(root), sole_writer(root):
         if growth(root, recipe, index) is None:
             return
         try:
@@ -96,6 +97,7 @@ def make_current(root: Path, digest: str) -> None:
         return
     try:
         write_facts(root, replace(facts, current=place))
+        publish(root)
     except OSError as error:
         raise StoreError(
             f"{root}: all new images are there, but the store cannot be told so: {error}. Run the same command again."
@@ -136,20 +138,26 @@ def _grow(root: Path, facts: StoreFacts, index: DatasetIndex) -> None:
         after = replace(facts, states=states)
         before = read_placement(root, facts, kept)
         write_state(root, new, index, _rows(old, before, index, row_ranges(after.counts, facts.shard_images)[-1]))
+        publish(root)
         dropped = facts.states[kept + 1 :]
         if dropped:
             # Before the attributes: they must always list a state as long as the arrays are.
             for layout in layouts:
                 layout.resize(root, facts.rows(kept))
             for shard in range(_shards(after), _shards(facts)):
+                remove_remote_shard(root, shard, names)
                 remove_shard(root, shard, names)
+        publish(root)
         write_facts(root, after)
+        publish(root)
         facts = after
         for state in dropped:
+            remove_remote_arrays(root, [state.index, state.row])
             shutil.rmtree(root / state.index, ignore_errors=True)
             shutil.rmtree(root / state.row, ignore_errors=True)
     for layout in layouts:
         layout.resize(root, facts.rows(len(facts.states) - 1))
+    publish(root)
 
 
 def _base(root: Path, facts: StoreFacts, index: DatasetIndex) -> tuple[int, DatasetIndex]:

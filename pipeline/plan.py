@@ -6,10 +6,12 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pipeline.bucket import address, local_path
 from pipeline.datasets.index import DatasetIndex
 from pipeline.growth import Grown, growth
 from pipeline.layout import image_nbytes
 from pipeline.recipe import Recipe
+from pipeline.remote import mirror_at, named, root_of
 from pipeline.store import SHARD_IMAGES, FeatureStore
 
 
@@ -24,7 +26,8 @@ class Planned:
     shards_done: int
     bytes_needed: int
     """For what is missing, at most: label maps count as if they did not compress."""
-    bytes_free: int
+    bytes_free: int | None
+    """On the store's disk; nobody knows how much a bucket takes."""
     grown: Grown | None = None
     """What the data set has more than the one that the store was finished for."""
 
@@ -39,18 +42,20 @@ def plan_store(store: FeatureStore) -> Planned:
         shards=store.shards,
         shards_done=store.shards - len(missing),
         bytes_needed=to_do * image_nbytes(store.recipe, store.index),
-        bytes_free=shutil.disk_usage(store.root).free,
+        bytes_free=None if mirror_at(store.root) else shutil.disk_usage(store.root).free,
     )
 
 
-def plan_growth(path: Path, recipe: Recipe, index: DatasetIndex) -> Planned | None:
+def plan_growth(path: str | Path, recipe: Recipe, index: DatasetIndex) -> Planned | None:
     """What it takes to bring a store to a data set that has grown; None if it has not. Writes nothing.
 
     Raises:
         StoreMismatch: the data set has not only grown.
         StoreError: the store cannot be read.
     """
-    grown = growth(path, recipe, index)
+    root = root_of(path)
+    with named(root):
+        grown = growth(root, recipe, index)
     if grown is None:
         return None
     current = FeatureStore.open(path, require_complete=False)
@@ -67,7 +72,7 @@ def plan_growth(path: Path, recipe: Recipe, index: DatasetIndex) -> Planned | No
     )
 
 
-def plan_new(index: DatasetIndex, recipe: Recipe, path: Path, shard_images: int = SHARD_IMAGES) -> Planned:
+def plan_new(index: DatasetIndex, recipe: Recipe, path: str | Path, shard_images: int = SHARD_IMAGES) -> Planned:
     """What making a new store at `path` takes. Nothing has to be known of the weights but their network.
 
     Raises:
@@ -75,12 +80,13 @@ def plan_new(index: DatasetIndex, recipe: Recipe, path: Path, shard_images: int 
     """
     recipe.require_trainable()
     images = len(index.images)
-    folder = next(place for place in path.absolute().parents if place.exists())
+    remote = address(path) is not None
+    folder = Path() if remote else next(place for place in local_path(path).absolute().parents if place.exists())
     return Planned(
         images=images,
         images_done=0,
         shards=-(-images // shard_images),
         shards_done=0,
         bytes_needed=images * image_nbytes(recipe, index),
-        bytes_free=shutil.disk_usage(folder).free,
+        bytes_free=None if remote else shutil.disk_usage(folder).free,
     )

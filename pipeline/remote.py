@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+import time
 import uuid
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -27,8 +28,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from hsnet.errors import ConfigError, StoreError
-from pipeline.bucket import Bucket, Entry
+from hsnet.errors import ConfigError, HSNetError, StoreError
+from pipeline.bucket import Bucket, Entry, address, local_path
 from pipeline.lease import OWNER, holds
 from pipeline.shards import MARKERS, marker_file, shard_file, sum_file
 
@@ -87,12 +88,15 @@ class Mirror:
 
     def sync(self) -> bool:
         """Bring metadata and markers here as they are in the bucket now; whether there is a store."""
-        # The root is read first: what it names was uploaded before it.
-        root = self._fetch(ROOT)
-        if root is None:
-            return False
-        found = self._list()
         with self._lock("sync"):
+            # The root is read first: what it names was uploaded before it.
+            root = self._fetch(ROOT)
+            if root is None:
+                with self._lock("metadata", wait=False) as free:
+                    if free:
+                        (self.root / ROOT).unlink(missing_ok=True)
+                return False
+            found = self._list()
             known = self._etags()
             # While a process of this machine writes, its metadata here may be ahead of the bucket's.
             with self._lock("metadata", wait=False) as free:
@@ -133,6 +137,19 @@ class Mirror:
             self.root.mkdir(mode=0o700)
             (self.folder / "etags.json").unlink(missing_ok=True)
             shutil.rmtree(old)
+
+    def require_free(self) -> None:
+        """Raises StoreError if something else than a store, or than remains of one, is at the address."""
+        names = self.foreign()
+        if names:
+            raise StoreError(
+                f"{self.url} is not a feature store: it has no {ROOT}, but '{names[0]}'. Give the address of a store "
+                f"made by `hsnet extract`, or a new one to make one. Nothing was changed."
+            )
+
+    def named(self, text: str) -> str:
+        """A text that names the address where it names the local folder."""
+        return text.replace(str(self.root), self.url)
 
     @contextmanager
     def writing_metadata(self) -> Iterator[None]:
@@ -247,7 +264,7 @@ class Mirror:
                 self._download(missing)
             yield
 
-    def again(self, wanted: Iterable[Wanted]) -> None:
+    def discard(self, wanted: Iterable[Wanted]) -> None:
         """Throw shard files away: what is read next comes from the bucket."""
         for one in wanted:
             with self._lock(f"{one.number:06d}.fetch"):
@@ -401,7 +418,8 @@ class Mirror:
     def _use(self, number: int) -> Iterator[None]:
         path = self.folder / "locks" / f"{number:06d}.use"
         with _locked(path, shared=True):
-            os.utime(path)
+            now = time.time_ns()  # the kernel's own stamp is some milliseconds coarse
+            os.utime(path, ns=(now, now))
             yield
 
     @contextmanager
@@ -426,6 +444,93 @@ class Mirror:
             f"{self.url}: the cache {self.folder} cannot be written: {error}. {free:,} bytes are free there. Free some "
             f"space, set {CACHE} to another folder or {CACHE_BYTES} to a smaller bound. The bucket was not changed."
         )
+
+
+_MIRRORS: dict[str, Mirror] = {}
+
+
+def mirror_of(path: str | Path) -> Mirror | None:
+    """The mirror of a store, one in this process; None for a path of this machine."""
+    url = address(path)
+    if url is None:
+        return None
+    mirror = Mirror(url)
+    return _MIRRORS.setdefault(str(mirror.root), mirror)
+
+
+def mirror_at(root: Path) -> Mirror | None:
+    """The mirror whose local folder this is: functions that are given a folder need not know whose it is."""
+    return _MIRRORS.get(str(root))
+
+
+def root_of(path: str | Path) -> Path:
+    """The folder of a store: itself, or the local one of an address, with its metadata as they are now.
+
+    Raises:
+        StoreError: there is no store at the address, or it cannot be reached.
+    """
+    mirror = mirror_of(path)
+    if mirror is None:
+        return local_path(path)
+    if not mirror.sync():
+        mirror.require_free()
+        raise StoreError(f"There is no feature store at {path}. Make one with `hsnet extract ... --store {path}`.")
+    return mirror.root
+
+
+def is_store(path: str | Path) -> bool:
+    """Whether a store, finished or not, is there."""
+    mirror = mirror_of(path)
+    return (local_path(path) / ROOT).is_file() if mirror is None else mirror.bucket.head(ROOT) is not None
+
+
+def is_free(path: str | Path) -> bool:
+    """Whether nothing is there yet."""
+    mirror = mirror_of(path)
+    if mirror is None:
+        return not local_path(path).exists()
+    return mirror.bucket.head(ROOT) is None and not mirror.foreign()
+
+
+def resync(root: Path) -> Path:
+    """Bring the metadata and markers of a mirror's folder up to date; any other folder is as it is."""
+    mirror = mirror_at(root)
+    if mirror is not None:
+        mirror.sync()
+    return root
+
+
+def publish(root: Path) -> None:
+    """Upload the metadata that changed in a folder, if it is one of a mirror. Raises StoreError."""
+    mirror = mirror_at(root)
+    if mirror is not None:
+        mirror.publish()
+
+
+def remove_remote_shard(root: Path, number: int, arrays: Iterable[str]) -> None:
+    """Delete a shard in the bucket, if the folder is one of a mirror. Raises StoreError."""
+    mirror = mirror_at(root)
+    if mirror is not None:
+        mirror.remove(number, arrays)
+
+
+def remove_remote_arrays(root: Path, names: Iterable[str]) -> None:
+    """Delete arrays of metadata in the bucket, if the folder is one of a mirror. Raises StoreError."""
+    mirror = mirror_at(root)
+    if mirror is not None:
+        mirror.bucket.delete([key for name in names if name for key in mirror.bucket.objects(name)])
+
+
+@contextmanager
+def named(root: Path) -> Iterator[None]:
+    """Errors raised inside the block name the address, not the local folder of its mirror."""
+    try:
+        yield
+    except HSNetError as error:
+        mirror = mirror_at(root)
+        if mirror is not None:
+            error.args = tuple(mirror.named(str(text)) for text in error.args)
+        raise
 
 
 def cache_folder() -> Path:

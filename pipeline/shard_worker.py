@@ -97,7 +97,14 @@ class ShardWorker:
     """Makes a few shards per call. Built once per process, because the backbone and the store take time to load."""
 
     def __init__(
-        self, dataset: Dataset, weights: Weights, path: Path, token: str, recipe: Recipe, on_error: str, device: str
+        self,
+        dataset: Dataset,
+        weights: Weights,
+        path: str | Path,
+        token: str,
+        recipe: Recipe,
+        on_error: str,
+        device: str,
     ) -> None:
         self.dataset = dataset
         self.token = token
@@ -192,9 +199,9 @@ class ShardWorker:
         for done in shard.encoding:
             done.result()
         if not still_owned(self.store.root, self.token):
-            raise StoreError(f"{self.store.root} is being written by another run now. This one stopped.")
+            raise StoreError(f"{self.store.path} is being written by another run now. This one stopped.")
         self.store.write_shard(
-            shard.number, shard.levels, np.stack(shard.labels), shard.sizes, shard.classes, shard.skipped
+            shard.number, shard.levels, np.stack(shard.labels), shard.sizes, shard.classes, shard.skipped, self.token
         )
 
     def _read(self, image: int) -> _Photo:

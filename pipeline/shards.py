@@ -83,13 +83,13 @@ def _text(values: Mapping[str, object]) -> str:
 
 
 def read_marker(
-    root: Path, number: int, store: str, images: tuple[str, ...], files: tuple[str, ...]
+    root: Path, number: int, store: str, images: tuple[str, ...], files: tuple[str, ...], look: bool = True
 ) -> ShardFacts | None:
     """Facts of a shard, or None when it is not complete.
 
     Not complete means: no marker, a marker that cannot be understood or belongs to another store or other images, or
     an array file that is absent or of another length. Contents are not read here; every chunk carries a checksum that
-    is verified when the chunk is read.
+    is verified when the chunk is read. Without `look` the array files are taken to be there: in an object store.
     """
     path = marker_file(root, number)
     try:
@@ -110,7 +110,9 @@ def read_marker(
             skipped={str(image): str(reason) for image, reason in values["skipped"].items()},
             files={str(name): (int(f["bytes"]), str(f["crc32"])) for name, f in values["files"].items()},
         )
-        sizes = {name: shard_file(root, name, number).stat().st_size for name in files}
+        sizes = {
+            name: shard_file(root, name, number).stat().st_size if look else facts.files[name][0] for name in files
+        }
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     whole = (

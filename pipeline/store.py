@@ -19,7 +19,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from pipeline.layout import ZSTD_LEVEL, ArrayLayout, array_layouts, calm_zarr, o
 from pipeline.metadata import sync_folder
 from pipeline.ownership import sole_writer
 from pipeline.recipe import Recipe, difference_lines
+from pipeline.remote import Wanted, is_store, mirror_at, mirror_of, named, resync, root_of
 from pipeline.shards import (
     MARKERS,
     ShardFacts,
@@ -54,6 +55,8 @@ from pipeline.states import State, StoreFacts
 from pipeline.transform import TransformCodec
 
 SHARD_IMAGES = 16
+MAPPED_OF_MIRROR = 32
+"""Shard files of a bucket's store that stay mapped; see `pipeline.chunks.OPEN_SHARDS`."""
 
 
 class FeatureStore:
@@ -68,6 +71,8 @@ class FeatureStore:
     def __init__(self, root: Path, facts: StoreFacts, place: int, writable: bool) -> None:
         calm_zarr()
         self.root = root
+        self._mirror = mirror_at(root)
+        self.path = str(root) if self._mirror is None else self._mirror.url
         self.recipe = facts.recipe
         self.index = read_index(root, facts.states[place])
         self.shard_images = facts.shard_images
@@ -82,7 +87,8 @@ class FeatureStore:
         rows = {facts.rows(later) for later in range(facts.current, len(facts.states))}
         metadata = [layout.check(root, rows) for layout in self._layouts]
         self._arrays = [open_array(root, layout.name, writable) for layout in self._layouts]
-        shards = OpenShards()
+        # A file that is evicted takes its place on the disk until it is unmapped.
+        shards = OpenShards() if self._mirror is None else OpenShards(MAPPED_OF_MIRROR)
         self._readers = [
             ChunkReader(partial(shard_file, root.resolve(), layout.name), self.shard_images, layout.compressed, shards)
             if reads(stored, layout.compressed)
@@ -91,7 +97,7 @@ class FeatureStore:
         ]
         self._memory = Buffers()
         self._facts: dict[int, ShardFacts] = {}
-        self.refresh()
+        self._read_markers()
 
     @classmethod
     def create(
@@ -112,11 +118,13 @@ class FeatureStore:
             StoreMismatch: a store of another recipe or data set is there.
             StoreError: something else is there, or the folder cannot be written.
         """
-        root = Path(path)
         if not 1 <= shard_images <= 4096:
             raise ConfigError(f"Images per shard must be 1 to 4096, got {shard_images}.")
         if not index.images:
             raise DataError(f"Data set {index.name} has no images: nothing to store.")
+        if mirror_of(path) is not None and not is_store(path):
+            _build_remote(path, recipe, index, shard_images, codec)
+        root = root_of(path)
         if not root.exists() or (root.is_dir() and not any(root.iterdir())):
             try:
                 _build(root, recipe, index, shard_images, codec)
@@ -147,7 +155,7 @@ class FeatureStore:
             StoreIncomplete: counts the missing shards and names the command that adds them.
             StoreError: not a store, damaged, or written by a newer version.
         """
-        store = cls._open(Path(path), recipe, index_digest, writable=writable)
+        store = cls._open(root_of(path), recipe, index_digest, writable=writable)
         missing = store.missing_shards()
         if require_complete and missing:
             raise StoreIncomplete(
@@ -160,16 +168,17 @@ class FeatureStore:
 
     @classmethod
     def _open(cls, root: Path, recipe: Recipe | None, digest: str | None, writable: bool) -> FeatureStore:
-        while True:
-            facts = read_facts(root)
-            try:
-                return cls(root, facts, _place(root, facts, recipe, digest), writable)
-            except StoreMismatch:
-                raise
-            except StoreError:
-                if read_facts(root) == facts:
+        with named(root):
+            while True:
+                facts = read_facts(root)
+                try:
+                    return cls(root, facts, _place(root, facts, recipe, digest), writable)
+                except StoreMismatch:
                     raise
-                # It grew between the reading of one file and the next.
+                except StoreError:
+                    if read_facts(resync(root)) == facts:
+                        raise
+                    # It grew between the reading of one file and the next.
 
     # -- what there is -----------------------------------------------------------------------------------------
 
@@ -205,13 +214,22 @@ class FeatureStore:
 
     def refresh(self) -> None:
         """Read all markers again."""
-        for number in range(self.shards):
-            self.is_done(number)
+        resync(self.root)
+        self._read_markers()
 
     def is_done(self, number: int) -> bool:
-        """Look on disk whether a shard is complete now."""
+        """Look on disk, or in the bucket, whether a shard is complete now."""
+        if self._mirror is not None:
+            self._mirror.fetch_marker(number)
+        return self._read_marker(number)
+
+    def _read_markers(self) -> None:
+        for number in range(self.shards):
+            self._read_marker(number)
+
+    def _read_marker(self, number: int) -> bool:
         images = tuple(self.index.images[i] for i in self.images_in(number))
-        facts = read_marker(self.root, number, self.identity, images, self._names)
+        facts = read_marker(self.root, number, self.identity, images, self._names, look=self._mirror is None)
         self._facts.pop(number, None)
         if facts is not None:
             self._facts[number] = facts
@@ -243,7 +261,7 @@ class FeatureStore:
         """Facts for people and machines, as JSON values."""
         images_done = sum(len(facts.images) for facts in self._facts.values())
         return {
-            "path": str(self.root),
+            "path": self.path,
             "format": self.recipe.format,
             "dataset": self.index.name,
             "dataset_digest": self.index.digest,
@@ -288,8 +306,9 @@ class FeatureStore:
             if out is not None
             else [self._memory.empty((len(images), *layout.image_shape), layout.dtype) for layout in self._layouts[:-1]]
         )
-        for level, buffer in enumerate(buffers):
-            self._read(level, images, buffer)
+        with self._present(self._names[:-1], images):  # all levels are fetched at once
+            for level, buffer in enumerate(buffers):
+                self._read(level, images, buffer)
         return buffers
 
     def labels(self, images: Sequence[int]) -> NDArray[Any]:
@@ -317,23 +336,58 @@ class FeatureStore:
         if buffer.shape != (len(images), *layout.image_shape) or buffer.dtype != layout.dtype:
             raise ValueError(f"out for '{layout.name}' has another shape or type: {buffer.dtype}{buffer.shape}.")
         first: dict[int, int] = {}
-        for row, image in enumerate(map(int, images)):
-            if image in first:
-                buffer[row] = buffer[first[image]]
-                continue
-            first[image] = row
-            facts, _ = self._locate(image)
-            if self.index.images[image] in facts.skipped:
-                raise StoreError(
-                    f"Image '{self.index.images[image]}' has no features in {self.root}: it was skipped at extraction "
-                    f"({facts.skipped[self.index.images[image]]}). Leave it out of the episodes."
-                )
-            try:
-                self._read_chunk(number, image, buffer[row])
-            except FileNotFoundError as error:
-                raise self._damage(layout, image, "the chunk is not there, nor is its file") from error
-            except Exception as error:  # zarr's errors on damaged data have no common base
-                raise self._damage(layout, image, str(error) or repr(error)) from error
+        with self._present([layout.name], images):
+            for row, image in enumerate(map(int, images)):
+                if image in first:
+                    buffer[row] = buffer[first[image]]
+                    continue
+                first[image] = row
+                facts, _ = self._locate(image)
+                if self.index.images[image] in facts.skipped:
+                    raise StoreError(
+                        f"Image '{self.index.images[image]}' has no features in {self.path}: it was skipped at "
+                        f"extraction ({facts.skipped[self.index.images[image]]}). Leave it out of the episodes."
+                    )
+                try:
+                    self._read_chunk(number, image, buffer[row])
+                except StoreError:
+                    raise
+                except FileNotFoundError as error:
+                    raise self._damage(layout, image, "the chunk is not there, nor is its file") from error
+                except Exception as error:  # zarr's errors on damaged data have no common base
+                    raise self._damage(layout, image, str(error) or repr(error)) from error
+
+    @contextmanager
+    def _present(self, names: Sequence[str], images: Sequence[int]) -> Iterator[None]:
+        """Inside the block the images' shards are on this machine: no work unless the store is in a bucket."""
+        if self._mirror is None:
+            yield
+            return
+        located = [self._locate(image)[0] for image in sorted(set(map(int, images)))]
+        shards = {facts.number: facts for facts in located}.values()
+        with named(self.root), self._mirror.present([Wanted(n, s.number, *s.files[n]) for s in shards for n in names]):
+            yield
+
+    @property
+    def remote(self) -> bool:
+        """Whether it is in an object store, and only mirrored on this machine."""
+        return self._mirror is not None
+
+    def shown(self, path: Path) -> str:
+        """A file of the store for people: as an address if it is in an object store."""
+        return str(path) if self._mirror is None else self._mirror.named(str(path))
+
+    def fetch_anew(self, number: int, name: str) -> None:
+        """Read a shard file of a bucket from there, whatever is on this machine; nothing to do on a disk.
+
+        Raises:
+            StoreError: it is not there, or not what its marker says.
+        """
+        if self._mirror is not None:
+            wanted = [Wanted(name, number, *self.facts(number).files[name])]
+            self._mirror.discard(wanted)
+            with self._mirror.present(wanted):
+                pass
 
     def read_chunk(self, name: str, image: int) -> NDArray[Any]:
         """One image of one array, verified. Errors as `features`."""
@@ -343,6 +397,16 @@ class FeatureStore:
         return out[0]
 
     def _read_chunk(self, number: int, image: int, out: NDArray[Any]) -> None:
+        try:
+            self._read_here(number, image, out)
+        except Exception:
+            if self._mirror is None:
+                raise
+            # The copy on this machine may be what is damaged.
+            self.fetch_anew(self.shard_of(image), self._names[number])
+            self._read_here(number, image, out)
+
+    def _read_here(self, number: int, image: int, out: NDArray[Any]) -> None:
         reader, layout = self._readers[number], self._layouts[number]
         if reader is not None and out.flags.c_contiguous:
             reader.read(self.row(image), out)
@@ -356,14 +420,14 @@ class FeatureStore:
 
     def _locate(self, image: int) -> tuple[ShardFacts, int]:
         if not 0 <= image < len(self.index.images):
-            raise StoreError(f"{self.root} has images 0 to {len(self.index.images) - 1}, asked for {image}.")
+            raise StoreError(f"{self.path} has images 0 to {len(self.index.images) - 1}, asked for {image}.")
         number, row = divmod(self.row(image), self.shard_images)
         facts = self._facts.get(number)
         if facts is None:
             # zarr would return fill values without an error.
             raise StoreIncomplete(
-                f"Image '{self.index.images[image]}' is in shard {number} of {self.root}, which is missing. "
-                f"Run the same `hsnet extract ... --store {self.root}` again: it makes only what is missing.",
+                f"Image '{self.index.images[image]}' is in shard {number} of {self.path}, which is missing. "
+                f"Run the same `hsnet extract ... --store {self.path}` again: it makes only what is missing.",
                 [number],
             )
         return facts, row
@@ -371,7 +435,7 @@ class FeatureStore:
     def _damage(self, layout: ArrayLayout, image: int, what: str) -> StoreError:
         number = self.shard_of(image)
         return StoreError(
-            f"{self.root}: array '{layout.name}' is damaged at image '{self.index.images[image]}' "
+            f"{self.path}: array '{layout.name}' is damaged at image '{self.index.images[image]}' "
             f"(file {shard_file(self.root, layout.name, number)}): {what}. Nothing of it was used. Delete "
             f"{marker_file(self.root, number)} and run the same `hsnet extract` again: it makes this shard anew."
         )
@@ -387,14 +451,19 @@ class FeatureStore:
         Raises:
             StoreError: another process is writing it.
         """
-        with sole_writer(self.root) as token:
+        with named(self.root), sole_writer(self.root) as token:
             sweep_partials(self.root, self._names)
             self.refresh()
+            if self._mirror is not None:
+                shards = self._facts.values()
+                self.drop(self._mirror.absent(Wanted(n, s.number, *s.files[n]) for s in shards for n in self._names))
             yield token
 
     def drop(self, numbers: Iterable[int]) -> None:
         """Delete shards, to be made anew. Inside `writing`."""
         for number in list(numbers):
+            if self._mirror is not None:
+                self._mirror.remove(number, self._names)
             remove_shard(self.root, number, self._names)
             self._facts.pop(number, None)
 
@@ -406,6 +475,7 @@ class FeatureStore:
         sizes: Sequence[tuple[int, int]],
         classes: Sequence[Sequence[int]],
         skipped: Mapping[int, str] | None = None,
+        token: str | None = None,
     ) -> ShardFacts:
         """Write one whole shard and commit it; whatever was there of it is deleted first.
 
@@ -416,6 +486,8 @@ class FeatureStore:
             sizes: n original (height, width), pixels.
             classes: n lists of the class ids in the full-size masks.
             skipped: image number -> reason, for images without features.
+            token: what `writing` gave. Uploading takes long: a writer that has lost a bucket's store by then must not
+                commit.
 
         Raises:
             StoreError: shapes or types do not fit, or the disk refused (full, read-only); says how much was needed
@@ -426,8 +498,25 @@ class FeatureStore:
         found = [(array.shape, array.dtype.name) for array in data]
         wanted = [((len(images), *layout.image_shape), layout.dtype.name) for layout in self._layouts]
         if found != wanted or not len(sizes) == len(classes) == len(images):
-            raise StoreError(f"Shard {number} of {self.root} wants arrays {wanted}, got {found}. Nothing was written.")
+            raise StoreError(f"Shard {number} of {self.path} wants arrays {wanted}, got {found}. Nothing was written.")
         self._facts.pop(number, None)
+        remaking = nullcontext() if self._mirror is None else self._mirror.remaking(number, sum(a.nbytes for a in data))
+        with named(self.root), remaking:
+            facts = self._write_files(number, images, data, sizes, classes, skipped or {})
+            if self._mirror is not None:
+                self._mirror.upload(number, [Wanted(name, number, *facts.files[name]) for name in self._names], token)
+        self._facts[number] = facts
+        return facts
+
+    def _write_files(
+        self,
+        number: int,
+        images: Sequence[int],
+        data: Sequence[NDArray[Any]],
+        sizes: Sequence[tuple[int, int]],
+        classes: Sequence[Sequence[int]],
+        skipped: Mapping[int, str],
+    ) -> ShardFacts:
         try:
             # An existing shard must go first: zarr 3.1 reads it before overwriting, and fails if it is damaged.
             remove_shard(self.root, number, self._names)
@@ -443,13 +532,12 @@ class FeatureStore:
                 images=tuple(self.index.images[i] for i in images),
                 sizes=tuple((int(height), int(width)) for height, width in sizes),
                 classes=tuple(tuple(sorted(map(int, present))) for present in classes),
-                skipped={self.index.images[i]: reason for i, reason in sorted((skipped or {}).items())},
+                skipped={self.index.images[i]: reason for i, reason in sorted(skipped.items())},
                 files=files,
             )
             write_marker(self.root, facts)
         except OSError as error:
             raise self._refusal(number, sum(array.nbytes for array in data), error) from error
-        self._facts[number] = facts
         return facts
 
     def _refusal(self, number: int, needed: int, error: OSError) -> StoreError:
@@ -467,7 +555,7 @@ class FeatureStore:
         return tuple(layout.name for layout in self._layouts)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return FeatureStore.open, (str(self.root), self.recipe, False, self.index.digest)
+        return FeatureStore.open, (self.path, self.recipe, False, self.index.digest)
 
 
 def _write_array(
@@ -497,6 +585,24 @@ def _place(root: Path, facts: StoreFacts, recipe: Recipe | None, digest: str | N
         f"Nothing was changed.",
         differences,
     )
+
+
+def _build_remote(
+    path: str | Path, recipe: Recipe, index: DatasetIndex, shard_images: int, codec: TransformCodec | None
+) -> None:
+    """Make the skeleton here and upload it, by one process at a time: arrays of two recipes must not mix."""
+    mirror = mirror_of(path)
+    assert mirror is not None
+    with sole_writer(mirror.root):
+        if is_store(path):
+            return  # another process made it in the meantime
+        mirror.require_free()
+        mirror.clear()
+        try:
+            _build(mirror.root, recipe, index, shard_images, codec)
+        except OSError as error:
+            raise StoreError(f"Cannot make the store {path} in {mirror.root}: {error}.") from error
+        mirror.publish()
 
 
 def _build(root: Path, recipe: Recipe, index: DatasetIndex, shard_images: int, codec: TransformCodec | None) -> None:

@@ -149,3 +149,54 @@ def s3(s3_server, tmp_path, monkeypatch) -> Iterator[S3Server]:
     s3_server.seen.clear()
     yield s3_server
     s3_server.faults = Faults()
+
+
+class Photos:
+    """Random photos of many sizes, in memory, two classes in two folds."""
+
+    def __init__(self, count: int = 11) -> None:
+        from pipeline.datasets.index import DatasetIndex, Split
+
+        entries = tuple((i, i % 2) for i in range(count))
+        lists = {0: {"trn": Split(entries), "val": Split(entries), "test": Split(entries)}}
+        names = tuple(f"photos/{i}.jpg" for i in range(count))
+        self.index = DatasetIndex("folder", {0: "cat", 1: "dog"}, names, lists)
+        self.read: list[int] = []
+
+    def image(self, i: int):
+        import numpy as np
+        from PIL import Image
+
+        self.read.append(i)
+        return Image.fromarray(np.random.default_rng(i).integers(0, 256, (50 + i, 90 - i, 3), np.uint8))
+
+    def label(self, i: int):
+        import numpy as np
+
+        label = np.zeros((50 + i, 90 - i), np.uint8)
+        label[10:40, 10:30] = i % 2 + 1
+        return label
+
+
+@pytest.fixture
+def photos() -> Photos:
+    return Photos()
+
+
+@pytest.fixture(scope="session")
+def weights():
+    from pipeline.weights import load_weights
+
+    return load_weights("squeezenet1_1")
+
+
+@pytest.fixture
+def run(weights):
+    """Extracts photos at 32 px, four to a shard."""
+    from pipeline.extract import extract
+
+    def call(photos, path, **options):
+        options = {"precision": "int8", "shard_images": 4, **options}
+        return extract(photos, weights, "squeezenet1_1", 32, path=path, **options)
+
+    return call

@@ -1,0 +1,318 @@
+"""A store in a bucket: the same bytes as on a disk, whatever fails on the way."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hsnet.errors import StoreError, StoreIncomplete, StoreMismatch
+from pipeline import remote
+from pipeline.remote import Mirror, Wanted, mirror_of
+from pipeline.store import FeatureStore
+from pipeline.verify import verify
+
+URL = "s3://bucket/a/x.zarr"
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def objects(s3) -> dict[str, bytes]:
+    return {key.removeprefix("a/x.zarr/"): data for key, data in s3.objects().items()}
+
+
+def contents(store) -> list[np.ndarray]:
+    images = range(len(store.index.images))
+    return [*store.features(images), store.labels(images)]
+
+
+def same(one, other) -> None:
+    for a, b in zip(contents(one), contents(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture
+def local(photos, run, tmp_path) -> Path:
+    run(photos, tmp_path / "x.zarr")
+    photos.read.clear()
+    return tmp_path / "x.zarr"
+
+
+def forget_cache(monkeypatch, tmp_path) -> None:
+    """As if on another machine."""
+    monkeypatch.setenv("HSNET_CACHE", str(tmp_path / f"cache-{len(list(tmp_path.iterdir()))}"))
+
+
+def test_objects_are_the_files_of_a_local_store(s3, photos, run, local, tmp_path, monkeypatch):
+    summary = run(photos, URL)
+    assert (summary.path, summary.written_shards, summary.written_images) == (URL, 3, 11)
+    assert objects(s3) == files(local)
+    forget_cache(monkeypatch, tmp_path)
+    store = FeatureStore.open(URL)
+    same(store, FeatureStore.open(local))
+    assert store.info() | {"path": ""} == FeatureStore.open(local).info() | {"path": ""}
+    assert store.info()["path"] == URL
+    photos.read.clear()
+    assert run(photos, f"{URL}/").written_shards == 0
+    assert photos.read == []
+
+
+def test_only_what_is_read_is_fetched_and_only_once(s3, photos, run, tmp_path, monkeypatch):
+    run(photos, URL)
+    forget_cache(monkeypatch, tmp_path)
+    store = FeatureStore.open(URL)
+    s3.seen.clear()
+    store.labels([0, 1, 5])
+    assert sorted(s3.seen) == ["GET /bucket/a/x.zarr/label/c/0/0/0", "GET /bucket/a/x.zarr/label/c/1/0/0"]
+    s3.seen.clear()
+    store.labels([0, 1, 5])
+    again = FeatureStore.open(URL)
+    again.labels([0, 1, 5])
+    assert not [one for one in s3.seen if ("/c/" in one and "index" not in one) or "_done/0" in one], "no marker either"
+
+
+def test_a_store_can_be_handed_to_another_process(s3, photos, run):
+    run(photos, URL)
+    store = FeatureStore.open(URL)
+    copy = pickle.loads(pickle.dumps(store))
+    assert copy.path == URL
+    same(store, copy)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_failures_and_slowness_end_well(s3, photos, run, local, seed, tmp_path, monkeypatch):
+    s3.misbehave(seed)
+    run(photos, URL)
+    forget_cache(monkeypatch, tmp_path)
+    store = FeatureStore.open(URL)
+    same(store, FeatureStore.open(local))
+    assert verify(store).damage == ()
+    assert {"error", "refuse", "lose", "cut", "slow"} <= set(s3.faults.done)
+    s3.faults = type(s3.faults)()
+    assert objects(s3) == files(local)
+
+
+@pytest.mark.parametrize("stop", [1, 5, 8, 14])
+def test_a_broken_upload_is_gone_on_with(s3, photos, run, local, monkeypatch, stop):
+    """The upload number `stop` fails for good: nothing counts that is not whole, and the next run finishes."""
+    put, done = remote.Bucket.put, []
+
+    def failing(self, key, data):
+        if "/c/" in key or "_done" in key:
+            done.append(key)
+            if len(done) == stop:
+                raise StoreError("the line is cut")
+        put(self, key, data)
+
+    monkeypatch.setattr(remote.Bucket, "put", failing)
+    with pytest.raises(StoreError, match="the line is cut"):
+        run(photos, URL)
+    monkeypatch.setattr(remote.Bucket, "put", put)
+    there = {key for key in objects(s3) if key.startswith("_done")}
+    assert len(there) == (stop - 1) // 5
+    run(photos, URL)
+    assert objects(s3) == files(local)
+
+
+@pytest.mark.parametrize("after", ["level0/c/1/0/0/0/0", "label/c/1/0/0", "_done/000001.json"])
+def test_a_killed_extraction_is_gone_on_with(s3, photos, run, local, after, tmp_path):
+    """SIGKILL before an object of the second shard is written."""
+    code = f"""
+import os, signal, sys
+sys.path[:0] = {sys.path!r}
+from pipeline import remote
+from pipeline.extract import extract
+from pipeline.weights import load_weights
+import importlib.util
+spec = importlib.util.spec_from_file_location("conf", {str(Path(__file__).with_name("conftest.py"))!r})
+conf = importlib.util.module_from_spec(spec); sys.modules["conf"] = conf; spec.loader.exec_module(conf)
+put = remote.Bucket.put
+def killed(self, key, data):
+    if key == {after!r}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    put(self, key, data)
+remote.Bucket.put = killed
+weights = load_weights("squeezenet1_1")
+extract(conf.Photos(), weights, "squeezenet1_1", 32, path={URL!r}, precision="int8", shard_images=4)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert "_done/000000.json" in objects(s3)
+    assert "_done/000001.json" not in objects(s3)
+    with pytest.raises(StoreIncomplete, match=rf"2 of 3 shards .*--store {URL}"):
+        FeatureStore.open(URL)
+    summary = run(photos, URL)
+    assert (summary.written_shards, summary.reused_shards) == (2, 1)
+    assert sorted(photos.read) == list(range(4, 11))
+    assert objects(s3) == files(local)
+
+
+def test_a_flipped_byte_is_found_named_and_mended(s3, photos, run, local, tmp_path, monkeypatch):
+    run(photos, URL)
+    key = "a/x.zarr/level1/c/1/0/0/0/0"
+    right = s3.objects()[key]
+    s3.change(key, right[:100] + bytes([right[100] ^ 1]) + right[101:])
+    found = verify(FeatureStore.open(URL))  # what is in the cache is right: the bucket is what is verified
+    assert [(one.shard, one.array) for one in found.damage] == [(1, "level1")]
+    assert found.path == URL
+    assert found.damage[0].file == f"{URL}/level1/c/1/0/0/0/0"
+    forget_cache(monkeypatch, tmp_path)
+    store = FeatureStore.open(URL)
+    store.features([0])
+    with pytest.raises(StoreError, match=rf"{URL}: array 'level1' is damaged in shard 1 .*CRC-32 .*Nothing of it"):
+        store.features([0, 4])
+    assert run(photos, URL, damaged=found.damaged_shards).written_shards == 1
+    assert objects(s3) == files(local)
+    same(FeatureStore.open(URL), FeatureStore.open(local))
+
+
+def test_a_download_that_arrives_damaged_is_repeated(s3, photos, run, tmp_path, monkeypatch):
+    run(photos, URL)
+    forget_cache(monkeypatch, tmp_path)
+    read, times = remote.Bucket.get_range, []
+
+    def flipping(self, key, start, end):
+        data = bytearray(read(self, key, start, end))
+        times.append(key)
+        if len(times) == 1:
+            data[7] ^= 1
+        return bytes(data)
+
+    monkeypatch.setattr(remote.Bucket, "get_range", flipping)
+    FeatureStore.open(URL).labels([0])
+    assert len(times) == 2
+
+
+def test_a_damaged_copy_in_the_cache_is_fetched_again(s3, photos, run, local):
+    run(photos, URL)
+    path = mirror_of(URL).root / "level0/c/0/0/0/0/0"
+    path.write_bytes(path.read_bytes()[:50] + b"????" + path.read_bytes()[54:])
+    same(FeatureStore.open(URL), FeatureStore.open(local))
+
+
+@pytest.mark.parametrize("key", ["level0/c/2/0/0/0/0", "label/c/2/0/0", "_done/000002.json"])
+def test_a_deleted_object_is_named_and_made_again(s3, photos, run, local, key, tmp_path, monkeypatch):
+    run(photos, URL)
+    s3.delete(f"a/x.zarr/{key}")
+    forget_cache(monkeypatch, tmp_path)
+    if key.startswith("_done"):
+        with pytest.raises(StoreIncomplete):
+            FeatureStore.open(URL)
+    else:
+        with pytest.raises(StoreError, match=r"shard 2 .*it is not there"):
+            contents(FeatureStore.open(URL))
+    assert run(photos, URL).written_shards == 1
+    assert objects(s3) == files(local)
+
+
+def test_another_store_at_the_address_never_gets_the_old_ones_shards(s3, photos, run, local, tmp_path, monkeypatch):
+    run(photos, URL)
+    before = FeatureStore.open(URL)
+    contents(before)
+    # Another machine replaces it, by one whose last image differs: same recipe, same data set, other bytes.
+    other, cache = type(photos)(), os.environ["HSNET_CACHE"]
+    other.image = lambda i, image=other.image: image(i).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    run(other, tmp_path / "other.zarr")
+    for key in list(s3.objects()):
+        s3.delete(key)
+    forget_cache(monkeypatch, tmp_path)
+    run(other, URL)
+    monkeypatch.setenv("HSNET_CACHE", cache)
+    after = FeatureStore.open(URL)
+    same(after, FeatureStore.open(tmp_path / "other.zarr"))
+    with pytest.raises(AssertionError):
+        same(after, FeatureStore.open(local))
+
+
+def test_a_second_writer_is_refused_and_another_recipe_too(s3, photos, run):
+    run(photos, URL)
+    store = FeatureStore.open(URL, writable=True)
+    with store.writing(), pytest.raises(StoreError, match=rf"{URL} is being written by process {os.getpid()} on"):
+        run(photos, URL)
+    with pytest.raises(StoreMismatch, match=rf"{URL} was extracted with another recipe"):
+        run(photos, URL, precision="float16")
+    assert not [key for key in s3.objects() if "_owner" in key]
+
+
+def test_a_writer_that_lost_the_store_commits_nothing(s3, photos, run, monkeypatch):
+    run(photos, URL)
+    store = FeatureStore.open(URL, writable=True)
+    levels, labels = store.features(range(4)), store.labels(range(4))
+    with store.writing() as token:
+        s3.change("a/x.zarr/_owner.json", b'{"token": "another"}')
+        with pytest.raises(StoreError, match="is being written by another run now"):
+            store.write_shard(0, levels, labels, [(1, 1)] * 4, [[0]] * 4, token=token)
+    assert "a/x.zarr/_done/000000.json" not in s3.objects()
+
+
+def test_the_cache_keeps_its_bound_and_what_was_used_last(s3, photos, run, tmp_path, monkeypatch, local):
+    one = sum(FeatureStore.open(local).facts(0).files[name][0] for name in ("level0", "level1", "level2"))
+    monkeypatch.setenv("HSNET_CACHE_BYTES", str(2 * one + 5000))
+    run(photos, URL)
+    mirror = mirror_of(URL)
+
+    def cached() -> set[int]:
+        return {number for _, _, _, number in remote._cached(mirror.folder.parent)}
+
+    assert len(cached()) <= 2, "shards that are uploaded need not stay"
+    store = FeatureStore.open(URL)
+    store.features([0]), store.features([4]), store.features([0]), store.features([8])
+    assert cached() == {0, 2}
+    assert sum(size for _, size, _, _ in remote._cached(mirror.folder.parent)) <= 2 * one + 5000
+    same(store, FeatureStore.open(local))  # all at once: more than the bound, none of it evicted in use
+
+
+def test_a_shard_in_use_is_not_evicted(s3, photos, run, monkeypatch):
+    run(photos, URL)
+    store, mirror = FeatureStore.open(URL), mirror_of(URL)
+    wanted = Wanted("level0", 0, *store.facts(0).files["level0"])
+    monkeypatch.setenv("HSNET_CACHE_BYTES", "1")
+    with mirror.present([wanted]):
+        Mirror(URL)._make_room(1)
+        assert {number for _, _, _, number in remote._cached(mirror.folder.parent)} == {0}
+    Mirror(URL)._make_room(1)
+    assert remote._cached(mirror.folder.parent) == []
+
+
+def test_a_store_in_a_bucket_grows(s3, photos, run, local, tmp_path, monkeypatch):
+    run(photos, URL)
+    before = objects(s3)
+    more = type(photos)(15)
+    run(more, local)
+    reader = FeatureStore.open(URL)
+    summary = run(more, URL)
+    assert (summary.images, summary.written_images) == (15, 4)
+    assert objects(s3) == files(local)
+    assert {key for key in before if before[key] != objects(s3)[key]} == {
+        "zarr.json", "label/zarr.json", "level0/zarr.json", "level1/zarr.json", "level2/zarr.json",
+    }  # fmt: skip
+    assert len(contents(reader)[0]) == 11
+    forget_cache(monkeypatch, tmp_path)
+    same(FeatureStore.open(URL), FeatureStore.open(local))
+
+
+def test_nothing_there_and_something_else_there_are_told_apart(s3, photos, run):
+    with pytest.raises(StoreError, match=rf"There is no feature store at {URL}"):
+        FeatureStore.open(URL)
+    s3.change("a/x.zarr/letters/anna.txt", b"dear")
+    for action in (lambda: FeatureStore.open(URL), lambda: run(photos, URL)):
+        with pytest.raises(StoreError, match=r"is not a feature store: it has no zarr.json, but 'letters'"):
+            action()
+    assert set(s3.objects()) == {"a/x.zarr/letters/anna.txt"}
+
+
+def test_damaged_metadata_name_the_address(s3, photos, run):
+    run(photos, URL)
+    s3.change("a/x.zarr/zarr.json", b"{")
+    with pytest.raises(StoreError, match=rf"{URL}/zarr.json is damaged") as caught:
+        FeatureStore.open(URL)
+    assert "cache" not in str(caught.value)
