@@ -59,7 +59,8 @@ def store_info(path: Path, as_json: bool) -> None:
     """
     from pipeline.store import FeatureStore
 
-    info = FeatureStore.open(path, require_complete=False).info()
+    opened = FeatureStore.open(path, require_complete=False)
+    info = {**opened.info(), "notes": list(opened.index.notes)}
     recipe, each = info["recipe"], info["bytes_per_image"]
     done = "complete" if info["complete"] else f"{info['shards_missing']} missing: run the same extract again"
     facts = {
@@ -73,7 +74,8 @@ def store_info(path: Path, as_json: bool) -> None:
         "bytes": size_text(info["bytes"]) + (f", {size_text(each)} per image" if each else ""),
         "skipped": f"{len(info['skipped'])} unreadable images",
     }
-    emit(info, fact_lines(facts), as_json)
+    notes = [f"Note: {printable(note)}" for note in info["notes"]]
+    emit(info, "\n".join([fact_lines(facts), *notes]), as_json)
 
 
 @store.command("verify", short_help="Read everything and name what is damaged.")
@@ -305,6 +307,61 @@ def _comparison_text(result: Any) -> str:
         }
     head = ["error of correlations", "mean", "p99", "largest", "their spread"]
     return f"{table(rows, head)}\n\n{fact_lines(facts)}"
+
+
+@store.command("export-sample", short_help="A small store of some of its images, to pass on.")
+@click.argument("path", type=ANY_PATH, metavar="S.zarr")
+@click.argument("target", type=ANY_PATH, metavar="SMALL.zarr")
+@click.option("--images", type=Whole(), default=32, show_default=True, help="How many at most, drawn for all lists.")
+@click.option("--image", "ids", multiple=True, metavar="ID", help="Exactly this image instead. May be repeated.")
+@click.option("--class", "classes", multiple=True, metavar="NAME", help="Draw for this class only. May be repeated.")
+@click.option("--fold", type=Whole(0), help="Draw for the lists of this fold only. [default: all folds]")
+@click.option("--shots", type=Whole(), default=1, show_default=True, help="Supports that an episode shall have.")
+@click.option("--seed", type=Whole(0), default=0, show_default=True, help="Same seed, same sample.")
+@common_options
+def store_export_sample(
+    path: Path,
+    target: Path,
+    images: int,
+    ids: tuple[str, ...],
+    classes: tuple[str, ...],
+    fold: int | None,
+    shots: int,
+    seed: int,
+    as_json: bool,
+    quiet: bool,
+) -> Any:
+    """Write a small, whole store of some of a store's images, for a bug report, a test or a notebook.
+
+    It holds their features, label maps, names and lists, but no photos, and works wherever the big one does: with
+    train, evaluate, verify and plain zarr. Images are drawn so that episodes can be drawn from them; scores on
+    them are no results of the data set.
+
+    \b
+    Example:
+      hsnet store export-sample voc.zarr bug.zarr --images 24 --fold 0
+    """
+    set_up_logging(quiet)
+    if ids and (classes or fold is not None):
+        raise click.UsageError("--image names exactly what is taken; --class and --fold are for images that are drawn.")
+    from pipeline.export import export_sample
+    from pipeline.store import FeatureStore
+
+    opened = FeatureStore.open(path, require_complete=False)
+    result = export_sample(opened, target, images, ids=ids, classes=classes, fold=fold, shots=shots, seed=seed)
+    rows = [
+        [
+            f"fold {one.fold}, {one.role}",
+            *map(str, (len(one.classes), one.entries, one.classes_left_out, one.entries_left_out)),
+        ]
+        for one in result.lists
+    ]
+    text = (
+        f"{printable(result.path)}: {result.images} images, {size_text(result.bytes)}; "
+        f"{result.images_left_out} images left out\n\n"
+        + table(rows, ["list", "classes", "entries", "classes left out", "entries left out"])
+    )
+    return emit(result, text, as_json)
 
 
 def _coding_text(coding: Mapping[str, Any] | None) -> str:

@@ -63,3 +63,21 @@ def test_recomputed_images_that_differ_are_named(tmp_path):
     assert (unsaid.exit_code, "--dataset" in unsaid.output) == (2, True)
     for share in ("0%", "101%", "few", "nan"):
         assert run("store", "verify", store, "--recompute", share).exit_code == 2
+
+
+def test_a_sample_can_be_evaluated(tmp_path):
+    store, small = tmp_path / "s.zarr", tmp_path / "small.zarr"
+    assert run("extract", *EXTRACT, "--store", store).exit_code == 0
+    made = run("store", "export-sample", store, small, "--images", "20", "--fold", "0")
+    assert made.exit_code == 0, made.output
+    assert "20 images" in made.stdout
+    assert "108 images left out" in made.stdout
+    for command in (["info", small], ["verify", small, "--quiet"]):
+        shown = run("store", *command)
+        assert shown.exit_code == 0, shown.output
+    scored = run("evaluate", "--baseline", "cosine", "--store", small, "--fold", "0", "--episodes", "5")
+    assert scored.exit_code == 0, scored.output
+    again = run("store", "export-sample", store, small)
+    assert (again.exit_code, "there already" in again.output) == (1, True)
+    both = run("store", "export-sample", store, tmp_path / "x", "--image", "a", "--fold", "0")
+    assert both.exit_code == 2
