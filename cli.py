@@ -10,6 +10,7 @@ import os
 
 import click
 
+from commands.analyze import analyze
 from commands.checkpoint import checkpoint
 from commands.demo import demo
 from commands.doctor import doctor
@@ -20,7 +21,9 @@ from commands.groups import Commands
 from commands.plan import plan
 from commands.predict import predict
 from commands.prepare import prepare
+from commands.report import report
 from commands.store import store
+from commands.supports import supports
 from commands.train import train
 from pipeline.terminal import set_up_logging
 
@@ -30,7 +33,7 @@ SECTIONS = {
     "Data": (prepare,),
     "Store": (plan, extract, store),
     "Model": (train, checkpoint),
-    "Use": (episodes, evaluate, predict),
+    "Use": (episodes, evaluate, analyze, report, supports, predict),
     "Machine": (doctor, demo),
 }
 """The commands in the order of the pipeline, under the headings of --help."""

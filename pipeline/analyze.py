@@ -6,7 +6,7 @@ Every figure is made of the rows of `pipeline.results`; nothing is predicted. A 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -26,28 +26,15 @@ from pipeline.results import (
     require_same_episodes,
     require_same_rows,
 )
-from pipeline.statistics import Interval, interval
+from pipeline.statistics import Interval, Part, interval
+from pipeline.support_spread import Support, spread_by_support
 
 SECTIONS = ("class", "size", "support", "seed")
 UNITS = ("episode", "query")
 SIZE_EDGES = (0.0, 0.01, 0.05, 0.15, 0.35, 1.0)
 """Bins of the object's share of the squashed query photo; fixed, so that tables of different data can be compared."""
-LEAST_USES = 5
-"""Episodes in which a support photo must occur before it is said to be good or bad."""
 
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Part:
-    """A score of some of the episodes: a class, a size, a seed."""
-
-    name: str
-    episodes: int
-    value: Interval | None
-    """None where there is no episode: a class then counts as 0, a size is left out."""
-    classes: int = 1
-    """Classes with an episode, the mean being over them."""
 
 
 @dataclass(frozen=True)
@@ -59,25 +46,6 @@ class Spread:
     """Standard deviation of the seeds' mIoU, points."""
     expected: float
     """What one seed's interval makes one expect: its standard error, mean over the seeds."""
-
-
-@dataclass(frozen=True)
-class Support:
-    """How much the choice of support moves an episode's IoU, told by queries that were seen with several."""
-
-    queries: int
-    """Queries seen with two or more different supports."""
-    episodes: int
-    within: Interval
-    """Standard deviation of IoU between episodes of one query, points: what another support changes."""
-    between: float
-    """Standard deviation of IoU between all episodes of a class, points: what anything changes."""
-    photos: int
-    """Support photos that occur in at least LEAST_USES episodes (1-shot only)."""
-    best: tuple[Part, ...]
-    worst: tuple[Part, ...]
-    """Mean IoU with that photo as the support minus the mean of its class, points. The ends of many: chance is in
-    them, too."""
 
 
 @dataclass(frozen=True)
@@ -264,12 +232,12 @@ class _Maker:
             needed=statistics.episodes_for(miou, episodes),
             classes=_class_parts(*made[0]) if single and "class" in sections else (),
             sizes=self._sizes(cells, image_size) if "size" in sections else (),
-            support=_support(cells, shots, self.seed) if "support" in sections else None,
+            support=spread_by_support(cells, shots, self.seed) if "support" in sections else None,
             spread=self._spread(cells[0]) if single and "seed" in sections else None,
         )
 
     def _sizes(self, cells: Sequence[Cell], image_size: int | None) -> tuple[Part, ...]:
-        """mIoU over the classes that have episodes with objects of a size, all folds together."""
+        """mIoU over the classes with two or more episodes whose objects have a size, all folds together."""
         if image_size is None:
             return ()
         shares = [own.object_pixels / image_size**2 for own in cells]
@@ -279,11 +247,12 @@ class _Maker:
             bins.append((f"{100 * low:g} to {100 * high:g} %", inside))
         parts = []
         for name, masks in bins:
-            taken = [_only(own, mask) for own, mask in zip(cells, masks, strict=True) if mask.any()]
-            episodes = sum(map(len, taken))
+            taken = [_varying(own, mask) for own, mask in zip(cells, masks, strict=True)]
+            episodes, everything = sum(map(len, taken)), sum(int(mask.sum()) for mask in masks)
+            if not everything and name.startswith("0 px"):
+                continue
             if not episodes:
-                if not name.startswith("0 px"):
-                    parts.append(Part(name, 0, None, 0))
+                parts.append(Part(name, everything, None, 0))
                 continue
             values, samples, classes = 0.0, np.zeros(statistics.RESAMPLES), 0
             for own in taken:
@@ -368,7 +337,8 @@ class _Maker:
         classes: tuple[Part, ...] = ()
         if len(made) == 1 and "class" in self.sections:
             values, samples = made[0][0].class_iou()
-            classes = _parts(cells[0], values[0] - values[1], samples[:, 0] - samples[:, 1])
+            apart = samples[:, 0] - samples[:, 1]
+            classes = _parts(cells[0], values[0] - values[1], apart, made[0][0].units, lowest=-100)
         return Difference(
             policy=policy,
             shots=shots,
@@ -434,82 +404,26 @@ def _only(own: Cell, mask: NDArray[np.bool_], class_ids: tuple[int, ...] = ()) -
     )
 
 
+def _varying(own: Cell, mask: NDArray[np.bool_]) -> Cell:
+    """Some of the episodes, without those that are alone in their class: nothing tells how far they could be off."""
+    counts = Counter(own.classes[mask].tolist())
+    return _only(own, mask & np.array([counts[c] > 1 for c in own.classes.tolist()], dtype=bool))
+
+
 def _class_parts(own: Cell, drawn: statistics.Resampled) -> tuple[Part, ...]:
     values, samples = drawn.class_iou()
-    return _parts(own, values[0], samples[:, 0])
+    return _parts(own, values[0], samples[:, 0], drawn.units, lowest=0)
 
 
-def _parts(own: Cell, values: Floats, samples: Floats) -> tuple[Part, ...]:
-    """One part per class; (C,) and (R, C)."""
-    counts = [int((own.classes == class_id).sum()) for class_id in own.class_ids]
-    return tuple(
-        Part(own.names[class_id], n, interval(values[place], samples[:, place]) if n else None)
-        for place, (class_id, n) in enumerate(zip(own.class_ids, counts, strict=True))
-    )
-
-
-def _support(cells: Sequence[Cell], shots: int, seed: int) -> Support | None:
-    """None if no query was seen with two supports."""
-    groups: dict[tuple[int, int, str], dict[tuple[str, ...], float]] = {}
-    names = {class_id: name for own in cells for class_id, name in own.names.items()}
-    for own in cells:
-        iou = 100 * own.counts[:, 0, 1] / np.maximum(own.counts[:, 1, 1], 1)
-        for class_id, query, supports, value in zip(
-            own.classes.tolist(), own.queries, own.supports, iou.tolist(), strict=True
-        ):
-            # The same supports again are the same episode again, not another support.
-            groups.setdefault((own.fold, class_id, query), {})[tuple(sorted(supports))] = value
-    several = [np.array(list(group.values())) for group in groups.values() if len(group) > 1]
-    if not several:
-        return None
-    squares = np.array([[((g - g.mean()) ** 2).sum(), len(g) - 1] for g in several])
-    samples = np.full(statistics.RESAMPLES, _root(squares.sum(0)))
-    if len(several) > 1:
-        for rows, weights in statistics.weights(("support", seed), statistics.RESAMPLES, len(several)):
-            samples[rows] = _root(weights @ squares)
-    by_class: dict[tuple[int, int], list[float]] = {}
-    for (fold, class_id, _), group in groups.items():
-        by_class.setdefault((fold, class_id), []).extend(group.values())
-    spread = [[((np.array(v) - np.mean(v)) ** 2).sum(), len(v) - 1] for v in by_class.values()]
-    parts = _support_photos(groups, by_class, names) if shots == 1 else []
-    return Support(
-        queries=len(several),
-        episodes=sum(map(len, several)),
-        within=interval(float(_root(squares.sum(0))), samples),
-        between=float(_root(np.sum(spread, axis=0))),
-        photos=len(parts),
-        best=tuple(reversed(parts[-3:])),
-        worst=tuple(parts[:3]),
-    )
-
-
-def _root(totals: Floats) -> Floats:
-    """Sum of squares and degrees of freedom (..., 2) -> standard deviation (...)."""
-    root: Floats = np.sqrt(totals[..., 0] / np.maximum(totals[..., 1], 1))
-    return root
-
-
-def _support_photos(
-    groups: dict[tuple[int, int, str], dict[tuple[str, ...], float]],
-    by_class: dict[tuple[int, int], list[float]],
-    names: Mapping[int, str],
-) -> list[Part]:
-    """Support photos with enough uses, from the worst to the best."""
-    from scipy import stats
-
-    apart: dict[tuple[int, int, str], list[float]] = {}
-    means = {key: float(np.mean(values)) for key, values in by_class.items()}
-    for (fold, class_id, _), group in groups.items():
-        for (photo,), value in group.items():
-            apart.setdefault((fold, class_id, photo), []).append(value - means[fold, class_id])
+def _parts(own: Cell, values: Floats, samples: Floats, units: NDArray[np.int64], lowest: float) -> tuple[Part, ...]:
+    """One part per class; (C,), (R, C) and (C,). A class with a single unit could be anything from `lowest` to 100."""
     parts = []
-    for (_, class_id, photo), values in apart.items():
-        if len(values) >= LEAST_USES:
-            mean = float(np.mean(values))
-            half = float(stats.t.ppf((1 + statistics.LEVEL) / 2, len(values) - 1) * np.std(values, ddof=1))
-            half /= len(values) ** 0.5
-            parts.append(Part(f"{names[class_id]}: {photo}", len(values), Interval(mean, mean - half, mean + half)))
-    return sorted(parts, key=lambda part: part.value.value if part.value else 0.0)
+    for place, class_id in enumerate(own.class_ids):
+        value: Interval | None = interval(values[place], samples[:, place])
+        if units[place] < 2:
+            value = Interval(float(values[place]), lowest, 100.0) if units[place] else None
+        parts.append(Part(own.names[class_id], int((own.classes == class_id).sum()), value))
+    return tuple(parts)
 
 
 def _notes(files: Sequence[Results], scores: Sequence[Score], unit: str) -> tuple[str, ...]:
@@ -526,7 +440,7 @@ def _notes(files: Sequence[Results], scores: Sequence[Score], unit: str) -> tupl
     if 0 < min(counts.values()) < 10:
         notes.append(
             f"A class has only {min(counts.values())} episodes. With fewer than 10, intervals of mIoU hold the truth "
-            f"in about 90 to 94 % of cases, not in 95."
+            f"in about 90 to 94 % of cases, not in 95; a class with a single one adds nothing to them."
         )
     if unit == "episode" and head.queries < 0.6 * head.episodes:
         notes.append(

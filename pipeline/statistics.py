@@ -50,6 +50,18 @@ class Interval:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A score of some of the episodes: a class, a size, a seed."""
+
+    name: str
+    episodes: int
+    value: Interval | None
+    """None where there is no episode: a class then counts as 0, a size is left out."""
+    classes: int = 1
+    """Classes with an episode, the mean being over them."""
+
+
+@dataclass(frozen=True)
 class Resampled:
     """Sums per class, as counted and as they came out when units were drawn again."""
 

@@ -147,6 +147,17 @@ def test_the_unit_of_resampling(rows_by_hand, tmp_path):
     assert not any("--resample query" in note for note in by_query.notes)
 
 
+def test_what_cannot_vary_has_no_narrow_interval(rows_by_hand, tmp_path):
+    """One episode of a class says little: its interval is everything, and a size leaves such a class out."""
+    file = rows_by_hand.write(tmp_path / "r.parquet", n=3, shots=(1,), fusions=("vote",))
+    other = rows_by_hand.write(tmp_path / "s.parquet", n=3, shots=(1,), fusions=("vote",), draw=1)
+    found = analyze([file], [other], sections=["class", "size"])
+    assert [(part.value.low, part.value.high) for part in found.scores[0].classes] == [(0, 100)] * 3
+    assert [(part.value.low, part.value.high) for part in found.differences[0].classes] == [(-100, 100)] * 3
+    assert all(part.value is None for part in found.scores[0].sizes)
+    assert sum(part.episodes for part in found.scores[0].sizes) == 3
+
+
 # --- paired ----------------------------------------------------------------------------------------------------
 
 
