@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -20,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,7 @@ from hsnet.errors import DataError, StoreError
 from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.extract import ExtractSummary, extract
 from pipeline.ownership import OWNER
+from pipeline.restore import needs_restoring, restore_metadata
 from pipeline.shards import marker_file, shard_file
 from pipeline.store import FeatureStore
 from pipeline.weights import load_weights
@@ -552,3 +555,35 @@ def test_a_second_extraction_is_refused_and_disturbs_nothing(program, quiet, tmp
 def test_what_is_deleted_is_made_again_and_nothing_else(whole, quiet, harm, missing):
     harm(whole)
     finish(whole, quiet, missing)
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda path: os.truncate(path / "zarr.json", 300),
+        lambda path: (path / "zarr.json").write_text(""),
+        lambda path: (path / "zarr.json").unlink(),
+        lambda path: os.truncate(path / "level1" / "zarr.json", 100),
+        lambda path: os.truncate(path / "index" / "c" / "0", 40),
+        lambda path: [shutil.rmtree(path / "index"), (path / "label" / "zarr.json").unlink()],
+    ],
+    ids=["cut", "empty", "deleted", "of an array", "index", "several"],
+)
+def test_attributes_that_are_cut_are_refused_and_restored_without_extracting_again(whole, quiet, harm):
+    harm(whole)
+    before = fingerprints(whole)
+    with pytest.raises(StoreError, match=re.escape(str(whole))):
+        run(Photos(), whole)
+    assert fingerprints(whole) == before
+    assert needs_restoring(whole)
+    recipe = FeatureStore.open(quiet).recipe
+    for other in (Photos(), replace(recipe, image_size=96), replace(recipe, precision="float32")):
+        if isinstance(other, Photos):
+            other.index = replace(other.index, images=tuple(f"x/{i}.jpg" for i in range(COUNT)))
+        wrong = (recipe, other.index) if isinstance(other, Photos) else (other, Photos().index)
+        with pytest.raises(StoreError, match="Nothing was changed"):
+            restore_metadata(whole, *wrong)
+    assert fingerprints(whole) == before
+    assert restore_metadata(whole, recipe, Photos().index)
+    assert needs_restoring(whole) is None
+    finish(whole, quiet, set())
