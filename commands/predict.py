@@ -10,6 +10,7 @@ import click
 from commands.groups import Failure, on_interrupt
 from commands.options import ANY_PATH, common_options, device_option, options, weights_option
 from commands.steps import emit, pick_device
+from pipeline.protocols import FUSIONS
 from pipeline.terminal import Progress, printable, set_up_logging, time_text
 
 
@@ -33,6 +34,20 @@ from pipeline.terminal import Progress, printable, set_up_logging, time_text
     help="A photo, or a folder of photos. May be repeated.",
 )
 @click.option("--out", type=ANY_PATH, metavar="DIR", required=True, help="Where masks and overlays are written.")
+@click.option(
+    "--fusion",
+    type=click.Choice(FUSIONS),
+    default="vote",
+    show_default=True,
+    help="How several supports make one mask: the published vote, the mean of what each says, or one joint answer.",
+)
+@click.option(
+    "--tau",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.5,
+    show_default=True,
+    help="Share of votes, or probability, from which a pixel is object: higher marks less.",
+)
 @options(weights_option, device_option)
 @common_options
 def predict(
@@ -40,6 +55,8 @@ def predict(
     supports: tuple[str, ...],
     queries: tuple[Path, ...],
     out: Path,
+    fusion: str,
+    tau: float,
     weights: str | None,
     device: str,
     as_json: bool,
@@ -71,6 +88,8 @@ def predict(
             pairs,
             photos,
             out,
+            fusion=fusion,
+            tau=tau,
             device=pick_device(device),
             on_event=progress.update,
         )

@@ -22,8 +22,8 @@ from torch import Tensor
 from hsnet.backbone import FrozenBackbone
 from hsnet.errors import ConfigError, DataError, HSNetError
 from hsnet.fused import FusedHSNet
-from hsnet.model import HSNet, predict_mask, resize_logits
-from hsnet.vote import vote
+from hsnet.fusion import foreground, fuse
+from hsnet.model import HSNet, resize_logits
 from pipeline import render
 from pipeline.checkpoint import Checkpoint
 from pipeline.datasets.images import PHOTO_SUFFIXES, network_image, read_photo, resize_label
@@ -100,8 +100,13 @@ class Predictor:
         return EncodedSupport(self.encode(support.photo), mask[None].to(self.device))
 
     @torch.inference_mode()
-    def segment(self, photo: Image.Image, supports: Sequence[EncodedSupport]) -> NDArray[np.bool_]:
+    def segment(
+        self, photo: Image.Image, supports: Sequence[EncodedSupport], fusion: str = "vote", tau: float = 0.5
+    ) -> NDArray[np.bool_]:
         """Mask (H, W) of the photo at its own size: one prediction per support, voted as published.
+
+        Other ways to combine supports, and their threshold, are those of `hsnet.fusion.fuse`, and "joint"
+        (`FusedHSNet.joint`).
 
         Logits go from the learner's size straight to the photo's (bilinear, aligned corners) and are cut there, as
         the published code does for original image sizes: no detour over the network size.
@@ -109,10 +114,12 @@ class Predictor:
         query = self.encode(photo)
         size = (photo.height, photo.width)
         # One support after the other: memory stays that of one shot, whatever the number of supports.
-        votes = [
-            predict_mask(resize_logits(self.learner(query, support.levels, support.mask), size)) for support in supports
-        ]
-        mask: NDArray[np.bool_] = vote(torch.stack(votes))[0].cpu().numpy().astype(bool)
+        contexts = torch.stack([self.learner.encode(query, support.levels, support.mask) for support in supports])
+        if fusion == "joint":
+            found = foreground(resize_logits(self.learner.joint(contexts), size), tau)
+        else:
+            found = fuse(torch.stack([self.learner.decode(context) for context in contexts]), size, fusion, tau)
+        mask: NDArray[np.bool_] = found[0].cpu().numpy().astype(bool)
         return mask
 
 
@@ -123,6 +130,8 @@ def predict(
     queries: Sequence[Path],
     out_dir: Path,
     *,
+    fusion: str = "vote",
+    tau: float = 0.5,
     device: torch.device | str = "cpu",
     on_event: Callable[[int, int], None] | None = None,
 ) -> PredictSummary:
@@ -135,6 +144,7 @@ def predict(
         queries: photo files (`list_queries`).
         out_dir: made if missing. `NAME_mask.png` and `NAME_overlay.jpg` per query, NAME from the photo's name, made
             unique when two photos share it; files of an earlier run with the same names are replaced.
+        fusion, tau: how several supports make one mask; see `Predictor.segment`.
         on_event: called with (photos done, photos in all).
 
     A query that cannot be read is logged and listed in the summary, and the others are done.
@@ -165,7 +175,7 @@ def predict(
     for done, (query, name) in enumerate(zip(queries, output_names(queries), strict=True), 1):
         try:
             photo = read_photo(query)
-            mask = predictor.segment(photo, encoded)
+            mask = predictor.segment(photo, encoded, fusion, tau)
             files = out_dir / f"{name}_mask.png", out_dir / f"{name}_overlay.jpg"
             _save(Image.fromarray(mask.astype(np.uint8) * np.uint8(255)), files[0])
             _save(render.overlay(photo, mask), files[1])

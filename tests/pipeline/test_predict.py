@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -165,6 +166,22 @@ def test_bad_supports_stop_before_anything_is_written(
     with pytest.raises(ConfigError, match="At least one support"):
         predict(checkpoint, weights, [], [photos / "b.jpg"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("fusion", ["logits", "probabilities", "joint"])
+def test_supports_may_be_combined_otherwise(
+    checkpoint: Checkpoint, weights: Weights, photos: Path, tmp_path: Path, fusion: str
+) -> None:
+    """One support is its own answer; a threshold marks less the higher it is."""
+
+    def share(folder: str, names: str, **how: Any) -> float:
+        supports = [support(photos, name) for name in names]
+        summary = predict(checkpoint, weights, supports, [photos / "b.jpg"], tmp_path / folder, **how)
+        return summary.written[0].object_share
+
+    assert share("one", "a", fusion=fusion) == share("vote", "a")
+    both = share("two", "ac", fusion=fusion)
+    assert share("more", "ac", fusion=fusion, tau=0.4) > both > share("less", "ac", fusion=fusion, tau=0.6)
 
 
 def test_query_may_be_the_support(checkpoint: Checkpoint, weights: Weights, photos: Path, tmp_path: Path) -> None:
