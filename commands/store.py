@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from commands.groups import OrderedGroup
 from commands.options import (
     ANY_PATH,
     DATASETS,
+    STORE,
     Share,
     Whole,
     address_option,
@@ -48,9 +50,9 @@ def store() -> None:
 
 
 @store.command("info", short_help="What a store holds and what is missing.")
-@click.argument("path", type=ANY_PATH, metavar="S.zarr")
+@click.argument("path", type=STORE, metavar="S.zarr")
 @json_option
-def store_info(path: Path, as_json: bool) -> None:
+def store_info(path: str | Path, as_json: bool) -> None:
     """Show what a store holds and what is missing.
 
     \b
@@ -74,12 +76,17 @@ def store_info(path: Path, as_json: bool) -> None:
         "bytes": size_text(info["bytes"]) + (f", {size_text(each)} per image" if each else ""),
         "skipped": f"{len(info['skipped'])} unreadable images",
     }
+    added = [after - before for before, after in pairwise(info["growths"])]
+    if added or info["images_to_come"]:
+        facts["grown"] = f"{info['growths'][0]} images first" + "".join(f", then {count}" for count in added)
+    if info["images_to_come"]:
+        facts["grown"] += f"; {info['images_to_come']} more not finished: run the same extract again"
     notes = [f"Note: {printable(note)}" for note in info["notes"]]
     emit(info, "\n".join([fact_lines(facts), *notes]), as_json)
 
 
 @store.command("verify", short_help="Read everything and name what is damaged.")
-@click.argument("path", type=ANY_PATH, metavar="S.zarr")
+@click.argument("path", type=STORE, metavar="S.zarr")
 @click.option("--recompute", "share", type=Share(), metavar="SHARE", help="Run the backbone again, such as over 1%.")
 @click.option("--dataset", type=click.Choice(DATASETS), help="What --recompute reads photos from.")
 @options(data_root_option, splits_option, data_option, weights_option)
@@ -89,7 +96,7 @@ def store_info(path: Path, as_json: bool) -> None:
 @click.pass_context
 def store_verify(
     ctx: click.Context,
-    path: Path,
+    path: str | Path,
     share: float | None,
     dataset: str | None,
     data_root: Path | None,
@@ -129,7 +136,7 @@ def store_verify(
 
 
 def _recompute(
-    path: Path,
+    path: str | Path,
     share: float,
     dataset: str,
     data_root: Path | None,
@@ -195,18 +202,46 @@ def _verification_text(found: Verification) -> str:
 )
 def store_repair(**options: Any) -> Any:
     """Verify a store, delete what is damaged and extract it anew. Takes the options of the `hsnet extract` that
-    made the store; whole shards stay as they are.
+    made the store; whole shards stay as they are. Attributes that are lost or damaged are written anew, too.
 
     \b
     Example:
       hsnet store repair pascal --data-root VOC2012 --backbone resnet50 --store voc.zarr
     """
     set_up_logging(options["quiet"])
+    _restore_metadata(options)
     found = _verify(options["store"], options["quiet"])
     return run_extraction(**options, dry_run=False, damaged=found.damaged_shards)
 
 
-def _verify(path: Path, quiet: bool) -> Verification:
+def _restore_metadata(options: Mapping[str, Any]) -> None:
+    """Write damaged attributes anew, so that the store can be opened."""
+    from pipeline.fitting import fit_codec
+    from pipeline.recipe import Recipe
+    from pipeline.restore import needs_restoring, restore_metadata
+    from pipeline.weights import load_weights
+
+    path = options["store"]
+    reason = needs_restoring(path)
+    if reason is None:
+        return
+    click.echo(f"{reason}\nThe store's attributes are written anew.", err=True)
+    data = open_data(
+        options["dataset"], options["data_root"], options["splits"], options["data_options"], options["quiet"]
+    )
+    loaded = load_weights(options["backbone"], options["weights"])
+    recipe = Recipe.of(options["backbone"], loaded.sha256, options["image_size"], options["precision"])
+    budget, codec = options["bytes_per_image"], None
+    if options["budget"] is not None:
+        budget = options["budget"] // max(1, len(data.index.images))
+    if budget is not None:
+        device = pick_device(options["device"], options["address"])
+        codec, recipe = fit_codec(data, loaded, recipe, budget, device, options["on_error"] == "skip")
+    for name in restore_metadata(path, recipe, data.index, codec):
+        click.echo(f"written: {printable(name)}", err=True)
+
+
+def _verify(path: str | Path, quiet: bool) -> Verification:
     from pipeline.store import FeatureStore
     from pipeline.verify import verify
 
@@ -216,8 +251,8 @@ def _verify(path: Path, quiet: bool) -> Verification:
 
 
 @store.command("compare", short_help="What a store's codec costs: correlations and mIoU.")
-@click.option("--store", "path", type=ANY_PATH, metavar="A.zarr", required=True, help="Store whose codec is judged.")
-@click.option("--against", type=ANY_PATH, metavar="B.zarr", help="Store of the same photos in another precision.")
+@click.option("--store", "path", type=STORE, metavar="A.zarr", required=True, help="Store whose codec is judged.")
+@click.option("--against", type=STORE, metavar="B.zarr", help="Store of the same photos in another precision.")
 @click.option("--dataset", type=click.Choice(DATASETS), help="Instead of --against: exact features, made on the fly.")
 @options(data_root_option, splits_option, data_option, weights_option)
 @click.option("--pairs", type=Whole(), default=32, show_default=True, help="Pairs of photos that are correlated.")
@@ -228,8 +263,8 @@ def _verify(path: Path, quiet: bool) -> Verification:
 @options(seed_option, workers_option, address_option, device_option)
 @common_options
 def store_compare(
-    path: Path,
-    against: Path | None,
+    path: str | Path,
+    against: str | Path | None,
     dataset: str | None,
     data_root: Path | None,
     splits: Path | None,
@@ -310,7 +345,7 @@ def _comparison_text(result: Any) -> str:
 
 
 @store.command("export-sample", short_help="A small store of some of its images, to pass on.")
-@click.argument("path", type=ANY_PATH, metavar="S.zarr")
+@click.argument("path", type=STORE, metavar="S.zarr")
 @click.argument("target", type=ANY_PATH, metavar="SMALL.zarr")
 @click.option("--images", type=Whole(), default=32, show_default=True, help="How many at most, drawn for all lists.")
 @click.option("--image", "ids", multiple=True, metavar="ID", help="Exactly this image instead. May be repeated.")
@@ -320,7 +355,7 @@ def _comparison_text(result: Any) -> str:
 @click.option("--seed", type=Whole(0), default=0, show_default=True, help="Same seed, same sample.")
 @common_options
 def store_export_sample(
-    path: Path,
+    path: str | Path,
     target: Path,
     images: int,
     ids: tuple[str, ...],

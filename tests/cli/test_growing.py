@@ -1,6 +1,8 @@
 """A data set that grows, from the command line: what is said, and a run that goes on with what it began with."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import cli
+from commands.steps import store_source
 
 OPTIONS = ("--data-option", "size=64", "--data-option", "val_per_class=2", "--backbone", "squeezenet1_1")
 QUICK = ("--batch-size", "4", "--validate-every", "2", "--validate-episodes", "4")
@@ -49,6 +52,7 @@ def test_growing_is_said_before_and_done_once(store: Path, tmp_path: Path) -> No
     after = machine("store", "info", store)
     assert (after["images"], after["growths"], after["complete"]) == (160, [128, 160], True)
     assert "has grown" not in invoke(*extract(store, 3)).output
+    assert re.search(r"grown +128 images first, then 32\n", invoke("store", "info", store).stdout)
 
     gone_on = invoke(*run, "--steps", "4", "--json")
     assert gone_on.exit_code == 0, gone_on.output
@@ -64,3 +68,12 @@ def test_a_data_set_that_lost_images_is_refused(store: Path) -> None:
     assert refused.exit_code == 1
     assert "image in the data set stored 'trn/00_002 and 31 more', wanted 'not there'" in refused.stderr
     assert "Put back what is gone, or extract into a new store" in refused.stderr
+
+
+def test_a_worker_that_starts_late_reads_what_the_others_read(store: Path, tmp_path: Path) -> None:
+    path = tmp_path / "s.zarr"
+    shutil.copytree(store, path)
+    images = machine("store", "info", path)["images"]
+    make_source = store_source(path)
+    machine(*extract(path, 4))
+    assert len(make_source().index.images) == images < machine("store", "info", path)["images"]

@@ -16,11 +16,13 @@ import torch
 import zarr
 from PIL import Image
 
+import pipeline.extract as extract_module
 import pipeline.store as store_module
 from hsnet.errors import DataError, StoreError, StoreIncomplete, StoreMismatch
 from hsnet.model import HSNet
 from pipeline.attributes import read_facts
 from pipeline.compare import compare
+from pipeline.datasets.folder import Folder
 from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.datasets.shapes import Shapes
 from pipeline.evaluate import evaluate
@@ -205,6 +207,55 @@ def test_plain_zarr_finds_an_image_as_the_documentation_says(path, fresh, squeez
         np.testing.assert_array_equal(group["level1"][rows[i]], other.features([names.index(MORE[i])])[1][0])
         np.testing.assert_array_equal(group["label"][rows[i]], other.labels([i])[0])
     assert group["level0"].shape[0] == 12 + 13
+
+
+def test_the_example_of_the_documentation_runs_on_both(path, fresh, squeezenet, tmp_path, monkeypatch, capsys):
+    run(Photos(MORE), squeezenet, path)
+    text = (Path(store_module.__file__).parents[1] / "docs" / "store.md").read_text()
+    program = next(part for part in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "correlation" in part)
+    for number, made in enumerate((path, fresh)):
+        (tmp_path / str(number)).mkdir()
+        shutil.copytree(made, tmp_path / str(number) / "shapes.zarr")
+        monkeypatch.chdir(tmp_path / str(number))
+        exec(program, {})
+    one, other = capsys.readouterr().out.splitlines()
+    assert one == other
+    assert one.startswith(f"{MORE[0]} against {MORE[1]} (")
+
+
+def test_a_folder_that_grows_by_photos_and_by_a_class(tmp_path, squeezenet):
+    def add(name):
+        number = int(re.sub(r"\D", "", name))
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (60, 70, 3), np.uint8)
+        mask = np.zeros((60, 70), np.uint8)
+        mask[10:40, number : 30 + number] = 255
+        Image.fromarray(pixels).save(tmp_path / "data" / f"{name}.jpg")
+        Image.fromarray(mask).save(tmp_path / "data" / f"{name}.png")
+
+    def extracted(path):
+        return run(Folder(tmp_path / "data"), squeezenet, path)
+
+    for name in ("cat/2", "cat/4", "dog/1", "dog/7"):
+        add(name)
+    path = tmp_path / "s.zarr"
+    extracted(path)
+    before = data_files(path)
+    for name in ("cat/1", "cat/3", "dog/5", "emu/1", "emu/2"):
+        add(name)
+    assert extracted(path).written_images == 5
+    after = data_files(path)
+    assert {name: after[name] for name in before} == before
+    for name in ("bat/1", "bat/2"):
+        add(name)
+    with pytest.raises(StoreMismatch, match=r"class 0 +stored 'cat', wanted 'bat'"):
+        extracted(path)
+    (tmp_path / "data" / "dataset.yaml").write_text("classes: [cat, dog, emu, bat]\n")
+    assert extracted(path).written_images == 2
+    extracted(tmp_path / "fresh.zarr")
+    store = FeatureStore.open(path)
+    assert contents(store) == contents(FeatureStore.open(tmp_path / "fresh.zarr"))
+    assert store.index.images[:2] == ("cat/1.jpg", "cat/2.jpg")
 
 
 # -- every stage ------------------------------------------------------------------------------------------------
@@ -399,6 +450,18 @@ def test_a_photo_taken_out_before_it_was_ever_extracted(path, squeezenet):
     assert {name: after[name] for name in before} == before
     assert sorted(p.name for p in path.glob("index*")) == ["index", "index-2"]
     assert not marker_file(path, 6).exists()
+
+
+def test_shards_that_a_smaller_growth_has_no_use_for_are_deleted(path, squeezenet, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(extract_module, "make_current", lambda root, digest: None)
+        run(Photos(MORE), squeezenet, path)
+    assert marker_file(path, 6).exists()
+    photos = Photos(MORE[:20])
+    run(photos, squeezenet, path)
+    assert sorted(photos.read) == [MORE[17], MORE[19]], "its two other shards are as they must be"
+    assert not marker_file(path, 6).exists()
+    assert not shard_file(path, "level0", 6).exists()
 
 
 def test_an_unfinished_growth_that_grows_again(path, fresh, squeezenet):
