@@ -12,6 +12,7 @@ from commands.groups import OrderedGroup
 from commands.options import (
     ANY_PATH,
     DATASETS,
+    STORE,
     Integers,
     Whole,
     common_options,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 dataset_options = options(
     click.argument("dataset", type=click.Choice(DATASETS), required=False),
-    click.option("--store", type=ANY_PATH, metavar="S.zarr", help="Take the data set's lists from a feature store."),
+    click.option("--store", type=STORE, metavar="S.zarr", help="Take the data set's lists from a feature store."),
     data_root_option,
     splits_option,
     data_option,
@@ -71,7 +72,7 @@ def episodes() -> None:
 @common_options
 def make(
     dataset: str | None,
-    store: Path | None,
+    store: str | Path | None,
     data_root: Path | None,
     splits: Path | None,
     data_options: Sequence[str],
@@ -154,7 +155,7 @@ def verify(
     ctx: click.Context,
     path: Path,
     dataset: str | None,
-    store: Path | None,
+    store: str | Path | None,
     data_root: Path | None,
     splits: Path | None,
     data_options: Sequence[str],
@@ -173,7 +174,7 @@ def verify(
     from pipeline.manifest_file import read
 
     manifest = read(path)
-    index, skipped = _index(dataset, store, data_root, splits, data_options, quiet)
+    index, skipped = _index(dataset, store, data_root, splits, data_options, quiet, manifest.data)
     resolve(manifest, index, skipped)
     again = redraw(manifest, index)
     found = None if again is None else difference(manifest, again)
@@ -199,7 +200,7 @@ def verify(
 def import_(
     source: Path,
     dataset: str | None,
-    store: Path | None,
+    store: str | Path | None,
     data_root: Path | None,
     splits: Path | None,
     data_options: Sequence[str],
@@ -231,13 +232,14 @@ def import_(
 
 def _index(
     dataset: str | None,
-    store: Path | None,
+    store: str | Path | None,
     data_root: Path | None,
     splits: Path | None,
     data_options: Sequence[str],
     quiet: bool,
+    digest: str | None = None,
 ) -> tuple[DatasetIndex, tuple[int, ...]]:
-    """The lists that were asked for, and the images that cannot be used."""
+    """The lists that were asked for, and the images that cannot be used; of a store that grew, the state `digest`."""
     if (dataset is None) == (store is None):
         raise click.UsageError("Give a data set (with its --data-root) or --store S.zarr, one of them.")
     if store is None:
@@ -247,9 +249,13 @@ def _index(
         raise click.UsageError(
             "--data-root, --splits and --data-option belong to a data set; --store has its own lists."
         )
+    from hsnet.errors import StoreMismatch
     from pipeline.store import FeatureStore
 
-    opened = FeatureStore.open(store, require_complete=False)
+    try:
+        opened = FeatureStore.open(store, require_complete=False, index_digest=digest)
+    except StoreMismatch:  # it never had that state: the manifest's own check says what differs
+        opened = FeatureStore.open(store, require_complete=False)
     return opened.index, tuple(opened.skipped)
 
 

@@ -14,6 +14,7 @@ from commands.options import (
     ANY_PATH,
     DATASETS,
     FILE,
+    STORE,
     Episodes,
     Integers,
     Whole,
@@ -80,7 +81,7 @@ if TYPE_CHECKING:
     "--transfer", is_flag=True, help="Test on all classes of the store's data set that the head was not trained on."
 )
 @click.option(
-    "--trained-on", type=ANY_PATH, metavar="S.zarr", help="With --transfer: the training store, if C is an older head."
+    "--trained-on", type=STORE, metavar="S.zarr", help="With --transfer: the training store, if C is an older head."
 )
 @click.option(
     "--dataset",
@@ -109,7 +110,7 @@ def evaluate(**options: Any) -> Any:
 def _evaluate(
     checkpoint_path: Path | None,
     baseline: str | None,
-    store: Path,
+    store: str | Path,
     fold: int | None,
     protocol: str,
     choices: tuple[tuple[str, Any], ...],
@@ -120,7 +121,7 @@ def _evaluate(
     manifest: Path | None,
     fusions: tuple[str, ...],
     transfer: bool,
-    trained_on: Path | None,
+    trained_on: str | Path | None,
     data_name: str | None,
     data_root: Path | None,
     splits: Path | None,
@@ -216,7 +217,7 @@ def _evaluate(
                 "notes": notes,
                 # Where a report may look for photos and head; what they are is said by the digests.
                 "paths": {
-                    "store": str(source.store.root),
+                    "store": source.store.path,
                     "checkpoint": checkpoint_path and str(checkpoint_path.absolute()),
                     "data_root": data_root and str(data_root.absolute()),
                 },
@@ -263,7 +264,7 @@ def _given(**choices: Any) -> dict[str, Any]:
 
 
 def _transfer(
-    method: Method, index: DatasetIndex, trained_on: Path | None, fold: int | None, quiet: bool
+    method: Method, index: DatasetIndex, trained_on: str | Path | None, fold: int | None, quiet: bool
 ) -> tuple[DatasetIndex, int]:
     """The store's index narrowed to what the head has not seen. Says which classes that are."""
     from pipeline.methods import names_seen

@@ -10,7 +10,7 @@ import click
 
 from commands.groups import on_interrupt
 from commands.options import (
-    ANY_PATH,
+    STORE,
     Bytes,
     Whole,
     address_option,
@@ -39,7 +39,13 @@ if TYPE_CHECKING:
 @dataset_argument
 @options(data_root_option, splits_option, data_option)
 @options(backbone_option, weights_option, image_size_option)
-@click.option("--store", type=ANY_PATH, metavar="S.zarr", required=True, help="Store to make, or to finish.")
+@click.option(
+    "--store",
+    type=STORE,
+    metavar="S.zarr",
+    required=True,
+    help="Store to make, or to finish; a path or s3://BUCKET/NAME.",
+)
 @options(precision_option, bytes_option)
 @click.option("--budget", type=Bytes(), metavar="SIZE", help="The same for all images together, such as 60GB.")
 @options(workers_option, address_option, device_option)
@@ -79,7 +85,7 @@ def run_extraction(
     backbone: str,
     weights: str | None,
     image_size: int,
-    store: Path,
+    store: str | Path,
     precision: str,
     bytes_per_image: int | None,
     budget: int | None,
@@ -160,17 +166,18 @@ def _plan_extraction(
     image_size: int,
     precision: str,
     bytes_per_image: int | None,
-    path: Path,
+    path: str | Path,
     shard_images: int,
 ) -> Any:
     """The plan of a store; weights, which may have to be downloaded, are looked at only to compare a store with."""
     from pipeline.extract import wanted_recipe
     from pipeline.plan import plan_growth, plan_new, plan_store
     from pipeline.recipe import Recipe
+    from pipeline.remote import is_free
     from pipeline.store import FeatureStore
     from pipeline.weights import load_weights
 
-    if path.exists():
+    if not is_free(path):
         exact = Recipe.of(backbone, load_weights(backbone, weights).sha256, image_size, precision)
         recipe = wanted_recipe(exact, bytes_per_image, path)
         plan = plan_growth(path, recipe, data.index)
@@ -191,7 +198,8 @@ def _plan_text(plan: Any) -> str:
         )
     else:
         grown = f"The data set's lists have changed; its {plan.grown.images_before} images stay as they are. "
+    room = "into a bucket" if plan.bytes_free is None else f"{size_text(plan.bytes_free)} free"
     return (
         f"{grown}{plan.images} images in {plan.shards} shards{there}; "
-        f"up to {size_text(plan.bytes_needed)} to write, {size_text(plan.bytes_free)} free."
+        f"up to {size_text(plan.bytes_needed)} to write, {room}."
     )

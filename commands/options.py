@@ -122,9 +122,24 @@ class Episodes(click.ParamType):
         return value if value == "reference" else int(value)
 
 
+class StorePlace(click.ParamType):
+    """A path, or the address of a store in an object store, which must not go through pathlib."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | Path:
+        from pipeline.bucket import address, local_path
+
+        try:
+            return address(value) or local_path(value)
+        except ConfigError as error:
+            self.fail(str(error), param, ctx)
+
+
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 ANY_PATH = click.Path(path_type=Path)
+STORE = StorePlace()
 
 dataset_argument = click.argument("dataset", type=click.Choice(DATASETS))
 data_root_option = click.option(
@@ -156,7 +171,7 @@ image_size_option = click.option(
     help="Side of the square that photos are squashed to, pixels.",
 )
 store_option = click.option(
-    "--store", type=ANY_PATH, metavar="S.zarr", required=True, help="Feature store made by `hsnet extract`."
+    "--store", type=STORE, metavar="S.zarr", required=True, help="Feature store made by `hsnet extract`."
 )
 fold_option = click.option(
     "--fold", type=Whole(0), default=0, show_default=True, help="Fold whose classes are held out."

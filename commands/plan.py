@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from commands.options import (
-    ANY_PATH,
+    STORE,
     Whole,
     backbone_option,
     bytes_option,
@@ -35,7 +35,7 @@ from pipeline.terminal import fact_lines, set_up_logging, size_text, time_text
 @options(data_root_option, splits_option, data_option)
 @options(backbone_option, weights_option, image_size_option, precision_option, bytes_option)
 @click.option(
-    "--store", type=ANY_PATH, metavar="S.zarr", default=Path("store.zarr"), help="Where it would lie. [default: here]"
+    "--store", type=STORE, metavar="S.zarr", default=Path("store.zarr"), help="Where it would lie. [default: here]"
 )
 @click.option("--photos", type=Whole(), default=4, show_default=True, help="How many to measure with.")
 @options(workers_option, device_option, json_option, quiet_option)
@@ -49,7 +49,7 @@ def plan(
     image_size: int,
     precision: str,
     bytes_per_image: int | None,
-    store: Path,
+    store: str | Path,
     photos: int,
     workers: int,
     device: str,
@@ -65,11 +65,15 @@ def plan(
       hsnet plan pascal --data-root VOC2012 --backbone resnet50 --workers 4
     """
     set_up_logging(quiet)
+    from pipeline.bucket import address, local_path
     from pipeline.forecast import BATCH, forecast
+    from pipeline.remote import cache_folder
     from pipeline.weights import load_weights
 
     data = open_data(dataset, data_root, splits, data_options, quiet)
-    folder = next(place for place in store.absolute().parents if place.is_dir())
+    # Of a store in a bucket the disk keeps what is being written and read.
+    lies = cache_folder() / "store" if address(store) else local_path(store)
+    folder = next(place for place in lies.absolute().parents if place.is_dir())
     found = forecast(
         data,
         load_weights(backbone, weights),

@@ -100,18 +100,22 @@ def require_ray(workers: int, address: str | None, device: str) -> None:
         raise ConfigError(f"--device {device} cannot be chosen on Ray, which hands out the GPUs. Use cpu or cuda.")
 
 
-def store_source(path: Path, data: str | None = None) -> Callable[[], StoreSource]:
+def store_source(path: str | Path, data: str | None = None) -> Callable[[], StoreSource]:
     """Opens a finished store as it is now, also if it grows; to be called once in every process that reads it.
 
     Args:
         data: digest of a data set that the store may have held before it grew, to be given that one if so.
     """
     from pipeline.attributes import read_facts
+    from pipeline.bucket import location
     from pipeline.features import StoreSource
+    from pipeline.remote import named, root_of
     from pipeline.store import FeatureStore
 
-    place = path.absolute()  # a worker may have another working directory
-    facts = read_facts(place)
+    place = location(path)  # a worker may have another working directory
+    root = root_of(place)
+    with named(root):
+        facts = read_facts(root)
     digest = facts.states[facts.current].digest
     if data is not None and facts.find(data) is not None and data != digest:
         digest = data

@@ -36,7 +36,7 @@ from pipeline.terminal import Progress, printable, set_up_logging, table
 @common_options
 def supports(
     checkpoint_path: Path,
-    store: Path,
+    store: str | Path,
     fold: int | None,
     classes: tuple[str, ...],
     candidates: int,

@@ -16,6 +16,7 @@ from commands.options import (
     ANY_PATH,
     BACKBONES,
     DATASETS,
+    STORE,
     Whole,
     address_option,
     arithmetic_option,
@@ -106,7 +107,7 @@ def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
 
 
 @click.command(short_help="Train a head on a store's features, or go on with it.")
-@click.option("--store", type=ANY_PATH, metavar="S.zarr", help="Feature store made by `hsnet extract`.")
+@click.option("--store", type=STORE, metavar="S.zarr", help="Feature store made by `hsnet extract`.")
 @fold_option
 @click.option("--run-dir", type=ANY_PATH, metavar="DIR", required=True, help="Where the run is kept; goes on if there.")
 @click.option("--steps", type=Whole(), help="Optimiser steps. [default: 10000]")
@@ -154,7 +155,7 @@ def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
 @options(weights_option, image_size_option)
 @common_options
 def train(
-    store: Path | None,
+    store: str | Path | None,
     fold: int,
     run_dir: Path,
     steps: int | None,

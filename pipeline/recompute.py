@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hsnet.backbone import FrozenBackbone, pack_levels
 from hsnet.errors import ConfigError, DataError, StoreError
+from pipeline.bucket import location
 from pipeline.codec import encode
 from pipeline.datasets import Dataset
 from pipeline.datasets.images import network_image, object_pixels, resize_label
@@ -110,9 +111,9 @@ def recompute(
         raise ConfigError(f"The share of images to recompute must be above 0 and at most 1, got {share}.")
     recipe = expected_recipe(store.recipe, weights)
     # Compares both: another data set or other weights say nothing about this store.
-    FeatureStore.open(store.root, recipe, require_complete=False, index_digest=dataset.index.digest)
+    FeatureStore.open(store.path, recipe, require_complete=False, index_digest=dataset.index.digest)
     images = sample(store, share, seed)
-    make_worker = partial(_Checker, dataset, weights, store.root.absolute(), recipe, device)
+    make_worker = partial(_Checker, dataset, weights, location(store.path), recipe, device)
     groups = [tuple(images[first : first + GROUP]) for first in range(0, len(images), GROUP)]
     checks: list[ImageCheck] = []
     for _, found in (runner or SerialRunner()).map(make_worker, groups):
@@ -149,7 +150,7 @@ def sample(store: FeatureStore, share: float, seed: int = 0) -> list[int]:
     ]
     if not there:
         store.facts(0)  # says what is missing and what to do about it
-        raise StoreError(f"{store.root} holds no image that could be read: nothing can be recomputed.")
+        raise StoreError(f"{store.path} holds no image that could be read: nothing can be recomputed.")
     order = np.argsort(Draws(store.index.digest, "recompute", seed).array(len(there)), kind="stable")
     return sorted(there[place] for place in order[: max(1, math.ceil(share * len(there)))])
 
@@ -162,7 +163,7 @@ def expected_recipe(stored: Recipe, weights: Weights) -> Recipe:
 class _Checker:
     """Recomputes images. Built once per process."""
 
-    def __init__(self, dataset: Dataset, weights: Weights, path: Path, recipe: Recipe, device: str) -> None:
+    def __init__(self, dataset: Dataset, weights: Weights, path: str | Path, recipe: Recipe, device: str) -> None:
         self.dataset = dataset
         self.device = torch.device(device)
         self.backbone = FrozenBackbone(recipe.backbone, weights.state_dict).to(self.device)
