@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 import cli
@@ -81,3 +83,17 @@ def test_a_sample_can_be_evaluated(tmp_path):
     assert (again.exit_code, "there already" in again.output) == (1, True)
     both = run("store", "export-sample", store, tmp_path / "x", "--image", "a", "--fold", "0")
     assert both.exit_code == 2
+
+
+@pytest.mark.parametrize("options", [(), ("--bytes-per-image", "60KB")], ids=["int8", "coded"])
+def test_damaged_attributes_are_restored(tmp_path, options):
+    store = tmp_path / "s.zarr"
+    assert run("extract", *EXTRACT, *options, "--store", store).exit_code == 0
+    before = fingerprints(store)
+    os.truncate(store / "zarr.json", 100)
+    other = run("store", "repair", *EXTRACT, "--precision", "float32", "--store", store)
+    assert (other.exit_code, "no shard in it says" in other.output) == (1, True)
+    mended = run("store", "repair", *EXTRACT, *options, "--store", store, "--json")
+    assert mended.exit_code == 0, mended.output
+    assert json.loads(mended.stdout)["written_shards"] == 0
+    assert fingerprints(store) == before
