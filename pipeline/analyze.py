@@ -439,8 +439,8 @@ def _notes(files: Sequence[Results], scores: Sequence[Score], unit: str) -> tupl
     counts = Counter((one.fold, c) for one in files for c in _one_case(one))
     if 0 < min(counts.values()) < 10:
         notes.append(
-            f"A class has only {min(counts.values())} episodes. With fewer than 10, intervals of mIoU hold the truth "
-            f"in about 90 to 94 % of cases, not in 95; a class with a single one adds nothing to them."
+            f"A class has only {min(counts.values())} episodes. With fewer than 10, intervals hold the truth in about "
+            f"92 % of cases, not in 95; a class with a single one adds nothing to that of the mean."
         )
     if unit == "episode" and head.queries < 0.6 * head.episodes:
         notes.append(

@@ -239,7 +239,7 @@ PROTOCOLS: dict[str, tuple[Protocol, str]] = {
         ),
         (
             replace(_HSNET, name="hsnet-original", resolution="original"),
-            "The published code's --use_original_imgsize: the same episodes, scored at the photos' own size.",
+            "The published code's use_original_imgsize: the same episodes, scored at the photos' own size.",
         ),
         (
             Protocol(name="original", resolution="original", ignore=False),

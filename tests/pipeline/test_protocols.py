@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -154,3 +155,12 @@ def test_what_a_store_cannot_give_is_said():
     assert resolve("hsnet-fss", ignore=False).departures(**{**exact, "dataset": "fss"}) == ()
     assert len(resolve("hsnet", seeds=(1,)).departures(dataset="shapes", image_size=96, has_ignore=False)) == 4
     assert resolve("original").departures(dataset="shapes", image_size=96, has_ignore=False) == ()
+
+
+def test_the_docs_list_every_protocol_with_its_reason():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "evaluation.md").read_text()
+    for name, (_, reason) in PROTOCOLS.items():
+        assert f"| `{name}` |" in text
+        assert reason in text
+    for item in fields(Protocol):
+        assert item.name == "name" or f"`{item.name}`" in text
