@@ -43,6 +43,7 @@ PIECE = 16 << 20
 PARALLEL = 8
 """Requests at a time of one process."""
 _LARGEST = 256 << 20
+_ABANDONED_S = 3600.0
 _KEPT_FREE = 1 << 30
 """Bytes of the cache's disk that are left free where no bound is given."""
 _ARRAY = re.compile(r"level\d{1,2}|label")
@@ -434,8 +435,10 @@ class Mirror:
         """Remove what killed processes of this machine were downloading."""
         for path in (self.folder / "partial").iterdir():
             pid = path.name.partition("-")[0]
-            if pid.isdecimal() and not Path("/proc", pid).exists():
-                with suppress(OSError):
+            with suppress(OSError):
+                # The age too: a cache in a shared home has downloads of other machines' processes.
+                old = time.time() - path.stat().st_mtime > _ABANDONED_S
+                if old and pid.isdecimal() and not Path("/proc", pid).exists():
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _disk(self, error: OSError) -> StoreError:
