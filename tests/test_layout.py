@@ -14,7 +14,14 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("hsnet", "pipeline", "cluster", "commands", "cli")
 """A room may import itself and the rooms before it."""
 
-AT_HOME = {"ray": ["cluster"], "click": ["commands", "cli"], "zarr": ["pipeline"], "pyarrow": ["pipeline"]}
+AT_HOME = {
+    "ray": ["cluster"],
+    "click": ["commands", "cli"],
+    "zarr": ["pipeline"],
+    "pyarrow": ["pipeline"],
+    "jinja2": ["pipeline"],
+    "matplotlib": ["pipeline"],
+}
 """Where a dependency may be imported."""
 
 MODULES = [ROOT / "cli.py", *(path for room in ROOMS[:4] for path in sorted((ROOT / room).rglob("*.py")))]
@@ -99,5 +106,6 @@ print([tuple(level.shape) for level in FrozenBackbone("squeezenet1_1", random_st
 )
 def test_nothing_heavy_is_imported_before_it_is_needed(statement):
     heavy = {"torch", "torchvision", "ray", "zarr", "numcodecs", "numpy", "scipy", "pyarrow", "PIL", "tensorboardX"}
+    heavy |= {"jinja2", "matplotlib"}
     out = run(f"{statement}\nimport sys\nprint('loaded:', [name for name in {heavy} if name in sys.modules])")
     assert out.endswith("loaded: []\n"), out[-300:]

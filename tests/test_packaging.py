@@ -48,10 +48,11 @@ def run_elsewhere(installed: Path, folder: Path, *command: str) -> str:
     return done.stdout
 
 
-def test_the_wheel_holds_the_rooms_and_the_weights_only(wheel):
-    wanted = {"cli.py", "pipeline/data/squeezenet1_1_imagenet_f16.safetensors"}
+def test_the_wheel_holds_the_rooms_the_weights_and_the_page_only(wheel):
+    wanted = {"cli.py", "pipeline/data/squeezenet1_1_imagenet_f16.safetensors", "pipeline/data/published_episodes.json"}
     for room in ROOMS:
         wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / room).rglob("*.py")}
+    wanted |= {f"pipeline/report/page/page.{suffix}" for suffix in ("html", "css", "js")}
     names = set(zipfile.ZipFile(wheel).namelist())
     about = {name for name in names if ".dist-info/" in name}
     assert names - about == wanted

@@ -1,0 +1,98 @@
+"""`hsnet report`: one page of tables, plots and pictures, from rows and runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from commands.options import (
+    ANY_PATH,
+    Whole,
+    common_options,
+    data_option,
+    data_root_option,
+    device_option,
+    options,
+    splits_option,
+)
+from commands.steps import emit, parse_data_options, pick_device
+from pipeline.terminal import Progress, fact_lines, printable, set_up_logging, size_text
+
+
+@click.command(short_help="One page of tables, plots and pictures.")
+@click.argument("runs", type=ANY_PATH, metavar="RUNS...", nargs=-1, required=True)
+@click.option("--out", type=ANY_PATH, metavar="PAGE.html", required=True, help="The page to write.")
+@click.option("--title", metavar="TEXT", help="Heading of the page. [default: data sets and backbones]")
+@click.option(
+    "--gallery", type=Whole(0), metavar="N", default=12, show_default=True, help="Episodes to show; 0 shows none."
+)
+@click.option("--gallery-shots", type=Whole(), metavar="K", help="Supports per query shown. [default: the fewest]")
+@click.option("--store", type=ANY_PATH, metavar="S.zarr", help="Where the store is, if not where the rows say.")
+@click.option("--checkpoint", type=ANY_PATH, metavar="C", help="Where the checkpoint is, if not where the rows say.")
+@options(data_root_option, splits_option, data_option)
+@click.option(
+    "--resample",
+    type=click.Choice(("episode", "query")),
+    default="episode",
+    show_default=True,
+    help="What intervals are about: other episodes of these photos, or other query photos, too.",
+)
+@click.option("--seed", type=Whole(0), default=0, show_default=True, help="Of the resampling and the random episodes.")
+@options(device_option)
+@common_options
+def report(
+    runs: tuple[Path, ...],
+    out: Path,
+    title: str | None,
+    gallery: int,
+    gallery_shots: int | None,
+    store: Path | None,
+    checkpoint: Path | None,
+    data_root: Path | None,
+    splits: Path | None,
+    data_options: tuple[str, ...],
+    resample: str,
+    seed: int,
+    device: str,
+    as_json: bool,
+    quiet: bool,
+) -> Any:
+    """Make one page that opens in any browser without a network: results with intervals beside the paper's numbers,
+    learning curves, scores by class and object size, pictures of episodes, cost, protocol and digests.
+
+    RUNS are rows of `hsnet evaluate --out` and run directories of `hsnet train`. The first rows are those the others
+    are compared with; a dozen of their episodes are predicted again and shown.
+
+    \b
+    Example:
+      hsnet report rows.parquet runs/voc-0 --out report.html
+      hsnet report new.parquet old.parquet --out report.html --store voc.zarr --checkpoint runs/voc-0
+    """
+    set_up_logging(quiet)
+    from pipeline.report.gallery import Places
+    from pipeline.report.stage import report as stage
+
+    with Progress("report", "pictures", quiet) as progress:
+        made = stage(
+            runs,
+            out,
+            title=title,
+            gallery=gallery,
+            gallery_shots=gallery_shots,
+            places=Places(store, checkpoint, data_root, splits, tuple(parse_data_options(data_options).items())),
+            unit=resample,
+            seed=seed,
+            device=pick_device(device) if gallery else "cpu",
+            on_event=progress.update,
+        )
+    lines = {
+        "page": f"{printable(made.path)} ({size_text(made.bytes)})",
+        "results": printable("; ".join(made.sets)) or "none",
+        "runs": printable("; ".join(made.runs)) or "none",
+        "gallery": f"{made.episodes_shown} episodes",
+    }
+    if made.left_out:
+        lines["left out"] = printable("; ".join(reason.splitlines()[0] for reason in made.left_out))
+    return emit(made, fact_lines(lines), as_json)

@@ -1,0 +1,11 @@
+"""The report stage: rows of evaluations and run directories -> one page that opens in any browser, without a network.
+
+inputs     rows files put into sets of one configuration; run directories
+scores     every figure, by `pipeline.analyze`
+tables     the figures as tables; published: the paper's numbers beside them
+plots      learning curves, scores by object size, as SVG
+gallery    a dozen episodes predicted again and drawn
+facts      protocol, digests, store sizes, versions
+page/      template, style and script of the page
+stage      puts it together
+"""

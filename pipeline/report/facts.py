@@ -1,0 +1,192 @@
+"""What stands below the scores: protocol, digests, the store's size, versions and machine."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from hsnet.errors import HSNetError
+from pipeline.report.gallery import open_store
+from pipeline.report.inputs import RowSet, Run
+from pipeline.report.tables import Cell, Row, Table, count_cell
+from pipeline.terminal import printable, size_text
+
+PACKAGES = ("torch", "torchvision", "numpy", "zarr", "numcodecs", "pyarrow", "pillow", "ray", "matplotlib", "Jinja2")
+DISTRIBUTION = "hsnet-pipeline"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A list of facts under a heading."""
+
+    title: str
+    items: tuple[tuple[str, str], ...]
+    codes: bool = False
+    """The values are digests."""
+
+
+def protocol_facts(sets: Sequence[RowSet]) -> list[Facts]:
+    """How each set was scored, with what departs from the protocol's name."""
+    found = []
+    for one in sets:
+        items = list(one.first.protocol.lines().items())
+        notes = [str(note) for note in one.first.facts.get("notes") or ()]
+        items += [("data set", f"{printable(one.dataset)}, folds {', '.join(map(str, one.folds))}")]
+        if one.first.facts.get("ignore"):
+            items.append(("ignore label", str(one.first.facts["ignore"])))
+        items += [("note", note) for note in notes]
+        found.append(Facts(one.label, tuple(items)))
+    return found
+
+
+def digest_facts(sets: Sequence[RowSet], runs: Sequence[Run]) -> list[Facts]:
+    """What identifies data, store, heads, episodes and protocol."""
+    found = []
+    for one in sets:
+        items = [("data", str(one.first.facts["data"])), ("store", one.first.store)]
+        for fold, digest in sorted({(file.fold, file.checkpoint) for file in one.files if file.checkpoint}):
+            items.append((f"checkpoint, fold {fold}", digest))
+        weights = (one.first.facts.get("recipe") or {}).get("weights")
+        if weights:
+            items.append((f"weights of {one.backbone}", str(weights)))
+        for file in one.files:
+            for (shots, seed), digest in sorted(file.manifests.items()):
+                items.append((f"episodes, fold {file.fold}, {shots}-shot, seed {seed}", digest))
+        items.append(("protocol", one.first.protocol.digest))
+        items += [("rows", f"{_file_digest(file.path)}  {printable(file.path.name)}") for file in one.files]
+        found.append(Facts(one.label, tuple(dict.fromkeys(items)), codes=True))
+    for run in runs:
+        items = [("data", str(run.config.get("data", "not said")))]
+        weights = (run.config.get("recipe") or {}).get("weights")
+        items += [("weights", str(weights))] if weights else []
+        found.append(Facts(f"run {run.label}", tuple(items), codes=True))
+    return found
+
+
+def run_facts(runs: Sequence[Run]) -> Table | None:
+    """How the runs were trained, and what came out."""
+    if not runs:
+        return None
+    rows = []
+    for run in runs:
+        recipe = run.config.get("recipe")
+        recipe = recipe if isinstance(recipe, dict) else {}
+        best = run.best
+        middle = sorted(run.seconds)[len(run.seconds) // 2] if run.seconds else None
+        rows.append(
+            Row(
+                (
+                    Cell(run.label),
+                    Cell(f"{recipe.get('backbone', '?')}, {recipe.get('image_size', '?')} px"),
+                    _whole(run.config.get("fold")),
+                    _whole(run.config.get("batch_size")),
+                    _whole(run.config.get("seed")),
+                    count_cell(run.steps[-1] if run.steps else None),
+                    Cell(f"{best[1]:.1f}", f"at step {best[0]:,}", best[1]) if best else Cell("not validated"),
+                    Cell("–") if middle is None else Cell(f"{middle:.2f} s", "", middle),
+                )
+            )
+        )
+    return Table(
+        "runs",
+        "Training runs",
+        ("run", "features", "held-out fold", "batch", "seed", "steps", "best validation mIoU", "median step"),
+        tuple(rows),
+        texts=2,
+        notes=(
+            "Validation mIoU is of the few episodes that a run selects its checkpoint on: a single value without an "
+            "interval, not a result.",
+        ),
+    )
+
+
+def store_table(sets: Sequence[RowSet], store: str | Path | None = None) -> tuple[Table | None, list[str]]:
+    """Bytes per image of every store, against plain float16; and why a store is not in the table.
+
+    Args:
+        store: instead of the place that the rows name.
+    """
+    rows, reasons, seen = [], [], set()
+    for one in sets:
+        if one.first.store in seen:
+            continue
+        seen.add(one.first.store)
+        said = (one.first.facts.get("paths") or {}).get("store")
+        try:
+            opened = open_store(one.first, store or said).store
+        except HSNetError as error:
+            reasons.append(f"Store of {one.label}: {printable(str(error).splitlines()[0])}")
+            continue
+        info = opened.info()
+        recipe: Mapping[str, Any] = info["recipe"]
+        plain = _plain_bytes(recipe)
+        own = info["bytes_per_image"]
+        rows.append(
+            Row(
+                (
+                    Cell(printable(Path(info["path"]).name)),
+                    Cell(f"{recipe['backbone']}, {recipe['image_size']} px"),
+                    Cell(str(recipe.get("precision"))),
+                    count_cell(info["images"]),
+                    Cell(size_text(own), "", own) if own else Cell("–"),
+                    Cell(size_text(plain), "", plain),
+                    Cell(f"{plain / own:.1f}×", "", plain / own) if own else Cell("–"),
+                    Cell(size_text(info["bytes"]), "", info["bytes"]),
+                )
+            )
+        )
+    if not rows:
+        return None, reasons
+    head = ("store", "features", "stored as", "images", "bytes per image", "as float16", "smaller by", "in all")
+    note = "Bytes per image include its label map and checksums; float16 is what the features alone would take."
+    return Table("stores", "Compression", head, tuple(rows), texts=3, notes=(note,)), reasons
+
+
+def _plain_bytes(recipe: Mapping[str, Any]) -> int:
+    """Bytes of an image's features as float16, without any coding."""
+    from hsnet.backbone import backbone_spec
+
+    spec, size = backbone_spec(str(recipe["backbone"])), int(recipe["image_size"])
+    grids = [spec.level_shape(level, (size, size))[1:3] for level in range(spec.levels)]
+    return 2 * sum(math.prod(grid) * sum(widths) for grid, widths in zip(grids, spec.channels, strict=True))
+
+
+def environment() -> Facts:
+    """Versions and machine that made the page."""
+    items = [("Python", f"{platform.python_version()} ({sys.implementation.name})")]
+    for name in (DISTRIBUTION, *PACKAGES):
+        try:
+            items.append((name, metadata.version(name)))
+        except metadata.PackageNotFoundError:
+            items.append((name, "not installed"))
+    items.append(("system", f"{platform.system()} {platform.release()}, {platform.machine()}"))
+    items.append(("processor", f"{_processor()}, {os.cpu_count()} cores"))
+    return Facts("This page was made with", tuple(items))
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown processor"
+
+
+def _file_digest(path: Path) -> str:
+    import hashlib
+
+    with path.open("rb") as stream:
+        return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _whole(value: object) -> Cell:
+    return Cell(str(value), "", value) if type(value) is int else Cell("–")

@@ -1,0 +1,232 @@
+"""What a report is made of: rows of evaluations, put into sets of one configuration, and run directories."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hsnet.errors import CheckpointError, ConfigError, DataError
+from pipeline.results import Results, differences, read_results, require_one_configuration
+
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class RowSet:
+    """Files of one configuration: folds, seeds and numbers of shots of one method on one store."""
+
+    files: tuple[Results, ...]
+    label: str
+    """Tells it from the other sets of the page."""
+
+    @property
+    def first(self) -> Results:
+        return self.files[0]
+
+    @property
+    def paths(self) -> list[Path]:
+        return [one.path for one in self.files]
+
+    @property
+    def dataset(self) -> str:
+        return str(self.first.facts["dataset"])
+
+    @property
+    def method(self) -> Mapping[str, Any]:
+        return self.first.facts.get("method") or {}
+
+    @property
+    def backbone(self) -> str:
+        return str((self.first.facts.get("recipe") or {}).get("backbone", ""))
+
+    @property
+    def folds(self) -> tuple[int, ...]:
+        return tuple(sorted({one.fold for one in self.files}))
+
+    @property
+    def shots(self) -> tuple[int, ...]:
+        return tuple(sorted({k for one in self.files for k in one.shots}))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training run wrote down."""
+
+    path: Path
+    label: str
+    config: Mapping[str, Any]
+    steps: tuple[int, ...]
+    losses: tuple[float, ...]
+    """Training loss of each step."""
+    seconds: tuple[float, ...]
+    """Of each step; empty if the run did not say."""
+    validated: tuple[int, ...]
+    """Steps after which the head was validated."""
+    miou: tuple[float, ...]
+    """Validation mIoU, percent."""
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """(step, mIoU) of the best validation; None if there was none."""
+        if not self.validated:
+            return None
+        place = max(range(len(self.miou)), key=lambda i: self.miou[i])
+        return self.validated[place], self.miou[place]
+
+
+def read_inputs(paths: Sequence[Path]) -> tuple[list[RowSet], list[Run]]:
+    """Read the rows files and run directories of a command line.
+
+    Raises:
+        DataError: nothing there, neither of the two, damaged, or the same rows twice.
+        CheckpointError: a run directory cannot be read.
+        ConfigError: no path at all.
+    """
+    if not paths:
+        raise ConfigError("A report needs rows of `hsnet evaluate --out`, run directories of `hsnet train`, or both.")
+    files: list[Results] = []
+    runs: list[Run] = []
+    for path in paths:
+        if path.is_dir():
+            runs.append(read_run(path))
+        elif path.exists():
+            files.append(read_results(path))
+        else:
+            raise DataError(f"{path} does not exist. Give rows of `hsnet evaluate --out`, or a run directory.")
+    names = _distinct([run.path for run in runs])
+    return row_sets(files), [Run(**{**vars(run), "label": name}) for run, name in zip(runs, names, strict=True)]
+
+
+def row_sets(files: Sequence[Results]) -> list[RowSet]:
+    """Files that belong together, in the order given. Raises DataError if the same episodes were given twice."""
+    sets: list[list[Results]] = []
+    for one in files:
+        home = next((own for own in sets if _belongs(one, own)), None)
+        if home is None:
+            sets.append([one])
+        else:
+            require_one_configuration([*home, one])
+            home.append(one)
+    labels = _labels(sets)
+    return [RowSet(tuple(own), label) for own, label in zip(sets, labels, strict=True)]
+
+
+def _belongs(one: Results, own: Sequence[Results]) -> bool:
+    """Of the configuration, and of the same head where the fold is there already."""
+    if differences(own[0], one):
+        return False
+    rivals = [other for other in own if other.fold == one.fold]
+    if any(other.checkpoint != one.checkpoint or _threshold(other) != _threshold(one) for other in rivals):
+        return False
+    # Another set of episodes under the same seed is another result, not more of this one.
+    return all(other.manifests.get(key, digest) == digest for other in rivals for key, digest in one.manifests.items())
+
+
+def _threshold(one: Results) -> tuple[object, ...]:
+    method = one.facts.get("method") or {}
+    return tuple(method.get(name) for name in ("threshold", "object_share", "seed", "step"))
+
+
+def _labels(sets: Sequence[Sequence[Results]]) -> list[str]:
+    """Method names where they tell the sets apart, with the data set, then the file, where they do not."""
+    plain = [method_name(own[0]) for own in sets]
+    with_data = [f"{name} on {own[0].facts['dataset']}" for name, own in zip(plain, sets, strict=True)]
+    files = _distinct([own[0].path for own in sets])
+    labels = []
+    for place, name in enumerate(plain):
+        if plain.count(name) == 1:
+            labels.append(name)
+        elif with_data.count(with_data[place]) == 1:
+            labels.append(with_data[place])
+        else:
+            labels.append(f"{name} ({files[place]})")
+    return labels
+
+
+def method_name(one: Results) -> str:
+    """What a reader calls the method of a file."""
+    method = one.facts.get("method") or {}
+    name = str(method.get("name", "unknown"))
+    known = {"trained": "HSNet", "untrained": "HSNet, untrained", "cosine": "cosine map", "location": "location only"}
+    return known.get(name, name)
+
+
+def read_run(path: Path) -> Run:
+    """Read what `hsnet train` wrote into its run directory.
+
+    Raises:
+        DataError: the folder holds no run.
+        CheckpointError: its configuration cannot be read.
+    """
+    file = path / CONFIG
+    if not file.is_file():
+        raise DataError(f"{path} is a folder without {CONFIG}: give the --run-dir of `hsnet train`, or a rows file.")
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} does not describe a run.")
+    train: list[tuple[int, float, float | None]] = []
+    val: list[tuple[int, float]] = []
+    for line in _lines(path / "metrics.jsonl"):
+        step = line["step"]
+        loss, waited = _number(line.get("train"), "loss"), _number(line.get("train"), "seconds")
+        if loss is not None:
+            train.append((step, loss, waited))
+        miou = _number(line.get("val"), "miou")
+        if miou is not None:
+            val.append((step, miou))
+    return Run(
+        path,
+        path.name,
+        config,
+        tuple(step for step, _, _ in train),
+        tuple(loss for _, loss, _ in train),
+        tuple(seconds for _, _, seconds in train if seconds is not None),
+        tuple(step for step, _ in val),
+        tuple(miou for _, miou in val),
+    )
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Lines of a metrics file; those cut short by a crash are left out."""
+    try:
+        texts = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+    found = []
+    for text in texts:
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict) and type(line.get("step")) is int:
+            found.append(line)
+    return found
+
+
+def _number(values: object, name: str) -> float | None:
+    value = values.get(name) if isinstance(values, dict) else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if abs(value) < float("inf") else None
+
+
+def _distinct(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that differ.
+
+    >>> _distinct([Path("runs/a/0"), Path("runs/b/0"), Path("c")])
+    ['a/0', 'b/0', 'c']
+    """
+    found = []
+    for place, path in enumerate(paths):
+        others = [other.parts for i, other in enumerate(paths) if i != place]
+        length = 1
+        while length < len(path.parts) and any(other[-length:] == path.parts[-length:] for other in others):
+            length += 1
+        found.append("/".join(path.parts[-length:]) or str(path))
+    return found

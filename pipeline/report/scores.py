@@ -1,0 +1,91 @@
+"""Everything the page says in figures, made by `pipeline.analyze` from the rows alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hsnet.errors import HSNetError
+from pipeline.analyze import SECTIONS, Difference, Score, analyze
+from pipeline.protocols import POLICIES, Policy
+from pipeline.report.inputs import RowSet
+
+
+@dataclass(frozen=True)
+class SetScores:
+    """One set of rows."""
+
+    rows: RowSet
+    headline: tuple[Score, ...]
+    """By the protocol's own policy and fusion, per number of shots; of every fold, and their mean if there are several.
+    With classes, sizes, supports and seeds."""
+    everything: tuple[Score, ...]
+    """Every policy and fusion of the rows, without those parts."""
+    fusions: tuple[Difference, ...]
+    """Every other way to combine supports minus the protocol's own, on the same episodes."""
+    policies: tuple[Policy, ...]
+    """Those that all files of the set have counts of."""
+    notes: tuple[str, ...]
+
+    def totals(self, scores: Sequence[Score]) -> list[Score]:
+        """One score per case: the mean over folds where there are several."""
+        several = len(self.rows.folds) > 1
+        wanted = []
+        for score in scores:
+            rivals = [s for s in scores if (s.policy, s.shots, s.fusion) == (score.policy, score.shots, score.fusion)]
+            if score.fold is None or not several or len(rivals) == 1:
+                wanted.append(score)
+        return wanted
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The first set of the page minus another one on the same episodes."""
+
+    first: RowSet
+    other: RowSet
+    differences: tuple[Difference, ...]
+    """Empty if they cannot be paired."""
+    reason: str = ""
+    """Why not."""
+
+
+def score_set(rows: RowSet, *, unit: str = "episode", seed: int = 0) -> SetScores:
+    """All scores of a set. Raises DataError or ConfigError as `pipeline.analyze.analyze`."""
+    own = rows.first.protocol.fusion
+    policies = tuple(p for p in POLICIES if all(p in one.policies for one in rows.files))
+    head = analyze(rows.paths, fusions=(own,), sections=SECTIONS, unit=unit, seed=seed)
+    everything = analyze(rows.paths, policies=policies, sections=(), unit=unit, seed=seed)
+    others = [name for name in dict.fromkeys(s.fusion for s in everything.scores) if name != own]
+    fusions = [
+        difference
+        for name in others
+        for difference in analyze(
+            rows.paths, fusions=(name,), fusion_against=own, sections=(), unit=unit, seed=seed
+        ).differences
+        if difference.shots > 1  # with one support all ways answer alike
+    ]
+    return SetScores(rows, head.scores, everything.scores, tuple(fusions), policies, head.notes)
+
+
+def compare_sets(sets: Sequence[RowSet], *, unit: str = "episode", seed: int = 0) -> list[Comparison]:
+    """The first set against every other of its data set, paired where the episodes are the same."""
+    found = []
+    for other in sets[1:]:
+        first = sets[0]
+        if first.first.facts["data"] != other.first.facts["data"]:
+            continue
+        try:
+            made = analyze(
+                first.paths,
+                other.paths,
+                fusions=(first.first.protocol.fusion,),
+                fusion_against=other.first.protocol.fusion,
+                sections=(),
+                unit=unit,
+                seed=seed,
+            )
+            found.append(Comparison(first, other, made.differences))
+        except HSNetError as error:
+            found.append(Comparison(first, other, (), str(error).splitlines()[0]))
+    return found

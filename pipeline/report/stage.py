@@ -1,0 +1,203 @@
+"""Rows and runs in, one HTML page out."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from hsnet.errors import DataError, HSNetError
+from pipeline.report import facts, plots, tables
+from pipeline.report.gallery import Gallery, Places, make_gallery
+from pipeline.report.inputs import RowSet, Run, read_inputs
+from pipeline.report.scores import Comparison, SetScores, compare_sets, score_set
+from pipeline.terminal import printable
+
+log = logging.getLogger(__name__)
+
+GALLERY = 12
+"""Episodes in the gallery."""
+
+
+@dataclass(frozen=True)
+class ReportSummary:
+    """What was written."""
+
+    path: Path
+    bytes: int
+    sets: tuple[str, ...]
+    """Labels of the sets of rows."""
+    runs: tuple[str, ...]
+    episodes_shown: int
+    left_out: tuple[str, ...]
+    """What is not on the page, and why; the page says so as well."""
+
+
+def report(
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    title: str | None = None,
+    gallery: int = GALLERY,
+    gallery_shots: int | None = None,
+    places: Places | None = None,
+    unit: str = "episode",
+    seed: int = 0,
+    device: str = "cpu",
+    on_event: Callable[[int, int], None] | None = None,
+) -> ReportSummary:
+    """Write the page.
+
+    Args:
+        paths: rows of `pipeline.evaluate`, run directories of `pipeline.train`, or both. The first rows are those
+            that the others are compared with and whose episodes are shown.
+        gallery: episodes to show; 0 leaves the gallery out.
+        gallery_shots: supports per query in the gallery; None is the smallest number there is.
+        places: where store, checkpoint and photos are, if not where the rows say.
+        unit, seed: of the resampling, see `pipeline.analyze.analyze`; the seed also draws the random episodes shown.
+        on_event: called with (pictures done, pictures in all).
+
+    A gallery that cannot be made is left out, with its reason on the page, in the log and in the summary.
+
+    Raises:
+        DataError: an input is neither rows nor a run, or damaged; or the page cannot be written.
+        ConfigError, CheckpointError: as `pipeline.report.inputs.read_inputs`.
+    """
+    if out.is_dir():
+        raise DataError(f"{out} is a folder; give the name of an HTML file. Nothing was written.")
+    row_sets, runs = read_inputs(paths)
+    sets = [score_set(one, unit=unit, seed=seed) for one in row_sets]
+    comparisons = compare_sets(row_sets, unit=unit, seed=seed) if len(row_sets) > 1 else []
+    shown, left_out = _gallery(row_sets, gallery, gallery_shots, places or Places(), seed, device, on_event)
+    stores, reasons = facts.store_table(row_sets, (places or Places()).store)
+    left_out += reasons
+    for reason in left_out:
+        log.warning("Left out of the report: %s", reason)
+    text = render_page(title, sets, comparisons, runs, shown, stores, left_out, unit)
+    _write(out, text)
+    return ReportSummary(
+        out,
+        len(text.encode()),
+        tuple(one.label for one in row_sets),
+        tuple(run.label for run in runs),
+        len(shown.episodes) if shown else 0,
+        tuple(left_out),
+    )
+
+
+def render_page(
+    title: str | None,
+    sets: Sequence[SetScores],
+    comparisons: Sequence[Comparison],
+    runs: Sequence[Run],
+    gallery: Gallery | None,
+    stores: tables.Table | None,
+    left_out: Sequence[str],
+    unit: str,
+) -> str:
+    """The page's HTML. Every name in it is escaped, and its policy forbids all but its own script and pictures."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    row_sets = [one.rows for one in sets]
+    script = _part("page.js")
+    environment = Environment(
+        loader=PackageLoader("pipeline.report", "page"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["printable"] = printable
+    shown: dict[str, Any] = {
+        "title": title or _title(sets, runs),
+        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "style": _part("page.css"),
+        "script": script,
+        # The browser runs this very script and nothing else, loads no address, and sends nothing.
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        "sets": sets,
+        "episodes": len({(f.path, s, e) for one in row_sets for f in one.files for s, e in _episodes(f)}),
+        "files": sum(len(one.files) for one in row_sets),
+        "unit": unit,
+        "notes": tables.set_notes(sets),
+        "results": tables.results_tables(sets),
+        "comparison": tables.comparison_table(comparisons),
+        "policies": tables.policy_table(sets) if sets else None,
+        "fusions": tables.fusion_table(sets),
+        "seeds": tables.seed_table(sets),
+        "supports": tables.support_table(sets),
+        "ends": [(one.rows.label, tables.best_and_worst(one)) for one in sets],
+        "classes": [table for place, one in enumerate(sets) for table in tables.class_tables(one, str(place))],
+        "sizes": [t for place, one in enumerate(sets) if (t := tables.size_table(one, str(place))) is not None],
+        "sizes_plot": plots.sizes_plot(sets),
+        "runs": facts.run_facts(runs),
+        "curves": plots.learning_curves(runs) if runs else None,
+        "unvalidated": [run.label for run in runs if not run.validated],
+        "gallery": gallery,
+        "left_out": list(left_out),
+        "cost": tables.cost_table(sets) if sets else None,
+        "stores": stores,
+        "protocols": facts.protocol_facts(row_sets),
+        "digests": facts.digest_facts(row_sets, runs),
+        "environment": facts.environment(),
+        "score_cell": tables.score_cell,
+    }
+    return environment.get_template("page.html").render(shown)
+
+
+def _gallery(
+    sets: Sequence[RowSet],
+    wanted: int,
+    shots: int | None,
+    places: Places,
+    seed: int,
+    device: str,
+    on_event: Callable[[int, int], None] | None,
+) -> tuple[Gallery | None, list[str]]:
+    """The gallery of the first set, or None with the reason."""
+    if not wanted:
+        return None, []
+    if not sets:
+        return None, ["Gallery: no rows of an evaluation were given."]
+    try:
+        return make_gallery(
+            sets[0], wanted=wanted, shots=shots, places=places, seed=seed, device=device, on_event=on_event
+        ), []
+    except HSNetError as error:
+        return None, [f"Gallery: {error}"]
+
+
+def _episodes(file: Any) -> set[tuple[int, int]]:
+    return set(zip(file.table["seed"].to_pylist(), file.table["episode"].to_pylist(), strict=True))
+
+
+def _title(sets: Sequence[SetScores], runs: Sequence[Run]) -> str:
+    data = dict.fromkeys(one.rows.dataset for one in sets)
+    backbones = dict.fromkeys(one.rows.backbone for one in sets)
+    if sets:
+        return f"Few-shot segmentation: {', '.join(data)}, {', '.join(backbones)}"
+    return f"Training: {', '.join(run.label for run in runs)}"
+
+
+def _part(name: str) -> str:
+    return files("pipeline.report").joinpath("page", name).read_text(encoding="utf-8")
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all. Raises DataError if the place cannot be written."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(text.encode("utf-8", "backslashreplace"))
+        os.replace(part, path)
+    except OSError as error:
+        if part.is_file():
+            part.unlink()
+        raise DataError(f"Cannot write {path}: {error.strerror or error}. Nothing was left there.") from error
