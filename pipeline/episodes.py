@@ -54,7 +54,8 @@ class EpisodeStream:
             as many episodes as there are classes, and each of its images once before one comes again.
 
     Raises:
-        ConfigError: no such fold, role or balance; nothing is listed; a class has fewer than `shots` + 1 images.
+        ConfigError: no such fold, role or balance; nothing is listed; a class has fewer than 2 images, or `shots` + 1
+            where supports must differ.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class EpisodeStream:
         self._balanced = balance == "class"
         if self._balanced:  # a class that lost all its images, or never had one, cannot have its share
             self._by_class = {class_id: self._by_class.get(class_id, ()) for class_id in split.class_ids}
-        _require_images(index, fold, role, self._by_class, split, shots)
+        _require_images(index, fold, role, self._by_class, split, 1 if repeat_supports else shots)
         self.class_ids = tuple(sorted(self._by_class))
         self._position = {
             (class_id, image): position

@@ -241,7 +241,7 @@ def test_what_evaluate_and_train_refuse(job: Path, tmp_path: Path) -> None:
     store = ("--store", job / "s.zarr")
     assert "fold 9" in failure("evaluate", "--baseline", "untrained", *store, "--fold", "9")
     assert "fold 9" in failure("train", *store, "--run-dir", tmp_path / "r", "--fold", "9")
-    few = failure("evaluate", "--baseline", "untrained", *store, "--shots", "3")
+    few = failure("evaluate", "--baseline", "untrained", *store, "--shots", "3", "--distinct-supports")
     assert "3" in few
     assert "class" in few
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """The episode stream's promises, and the published code's own episodes (golden f, tests/golden/README.md)."""
 
-from __future__ import annotations
+from __future__ from functools import partial
+import annotations
 
 import json
 import pickle
@@ -210,11 +211,13 @@ def test_novel_images_can_be_dropped():
 @pytest.mark.parametrize("order", ["list", "class"])
 def test_a_class_too_small_for_the_shots(order):
     index = small_index(order)
-    EpisodeStream(index, 0, "test", 6, 0)
+    distinct = partial(EpisodeStream, index, 0, "test", repeat_supports=False)
+    distinct(shots=6, seed=0)
+    EpisodeStream(index, 0, "test", 7, 0)[0]  # a support comes twice
     with pytest.raises(ConfigError, match=r"7-shot episode needs 8 images.*class 0 'class00' has 7 of 7 listed"):
-        EpisodeStream(index, 0, "test", 7, 0)
+        distinct(shots=7, seed=0)
     with pytest.raises(ConfigError, match=r"class 1 'class01' has 6 of 8 listed"):
-        EpisodeStream(index, 0, "test", 6, 0, exclude=index.split(0, "test").by_class[1][:2])
+        distinct(shots=6, seed=0, exclude=index.split(0, "test").by_class[1][:2])
     with pytest.raises(ConfigError, match="at least 1 support"):
         EpisodeStream(index, 0, "test", 0, 0)
 

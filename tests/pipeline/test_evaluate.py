@@ -242,7 +242,7 @@ def test_bad_settings_are_named(tiny_source, tmp_path):
     with pytest.raises(ConfigError, match="no fold 9"):
         run(tiny_source, fold=9)
     with pytest.raises(ConfigError, match="5-shot episode needs 6 images of its class"):
-        run(tiny_source, shots=(5,))
+        run(tiny_source, shots=(5,), repeat_supports=False)
     with pytest.raises(ConfigError, match="shots must be a whole number from 1, got 0"):
         run(tiny_source, shots=(0,))
     with pytest.raises(ConfigError, match="episodes must be a whole number from 1, got 0"):

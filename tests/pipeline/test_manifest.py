@@ -171,7 +171,9 @@ def test_the_balance_is_told():
 def test_a_protocol_s_manifests():
     index = small_index()
     (only,) = of_protocol(protocol("default", episodes=10), index, 0)
-    assert (only.shots, only.seed, only.manifest.shots) == ((1, 5), 0, 5)
+    assert (only.shots, only.seed, only.manifest.shots) == ((1,), 0, 1)
+    (several,) = of_protocol(protocol("default", episodes=10, shots=(1, 5)), index, 0)
+    assert (several.shots, several.manifest.shots) == ((1, 5), 5)
     seeds = of_protocol(protocol("seeds", episodes=10, shots=(2,)), index, 0)
     assert [plan.seed for plan in seeds] == [0, 1, 2, 3, 4]
     assert len({plan.manifest.digest for plan in seeds}) == 5
