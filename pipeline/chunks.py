@@ -133,6 +133,25 @@ class ChunkReader:
             self._finite[image] = stored
 
 
+def read_small_array(path: Path, out: NDArray[Any]) -> None:
+    """Fill `out` from the file of an array in one chunk: compressed by zstd, then its crc32c.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError, RuntimeError: it is damaged, or unpacks to another size; that is found before it is unpacked.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        most = out.nbytes + out.nbytes // 128 + 1024 + _CRC
+        if not stat.S_ISREG(status.st_mode) or not _CRC < status.st_size <= most:
+            raise ValueError(f"{path} is no file of at most {most} bytes")
+        data = np.frombuffer(file.read(most), np.uint8)
+    if google_crc32c.value(data[:-_CRC]) != int.from_bytes(data[-_CRC:].tobytes(), "little"):
+        raise ValueError("its checksum does not match")
+    _expand(data[:-_CRC], out.reshape(-1).view(np.uint8))
+
+
 def write_shard_file(path: Path, values: NDArray[Any], shard_images: int, level: int | None) -> tuple[int, str]:
     """Write a whole shard as zarr would, to the byte: beside its place, forced to disk, then renamed.
 
@@ -179,7 +198,12 @@ def write_shard_file(path: Path, values: NDArray[Any], shard_images: int, level:
 
 
 def reads(metadata: Mapping[str, Any], compressed: bool) -> bool:
-    """Whether an array is laid out, to the letter of its zarr.json, as `ChunkReader` understands it."""
+    """Whether `ChunkReader` understands an array on this machine."""
+    return sys.byteorder == "little" and laid_out(metadata, compressed)
+
+
+def laid_out(metadata: Mapping[str, Any], compressed: bool) -> bool:
+    """Whether an array is laid out, to the letter of its zarr.json, as this program writes it."""
     try:
         (sharding,) = metadata["codecs"]
         inner = sharding["configuration"]
@@ -189,8 +213,7 @@ def reads(metadata: Mapping[str, Any], compressed: bool) -> bool:
         # Types of one byte have no byte order.
         order = {} if metadata["data_type"] in ("int8", "uint8") else {"configuration": {"endian": "little"}}
         return (
-            sys.byteorder == "little"
-            and codecs == [{"name": "bytes", **order}, *([{"name": "zstd"}] * compressed), {"name": "crc32c"}]
+            codecs == [{"name": "bytes", **order}, *([{"name": "zstd"}] * compressed), {"name": "crc32c"}]
             and sharding["name"] == "sharding_indexed"
             and inner["index_location"] == "end"
             and inner["index_codecs"] == [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]

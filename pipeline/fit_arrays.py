@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import zarr
-from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from hsnet.errors import StoreError
 from pipeline.recipe import Recipe
+from pipeline.small_arrays import read_small
 from pipeline.transform import TransformCodec
 
 FOLDER = "codec"
@@ -38,13 +35,13 @@ def read_fit(root: Path, recipe: Recipe) -> TransformCodec | None:
     if recipe.coding is None:
         return None
     layers = [shape[0] for shape in recipe.level_shapes()]
-    try:
-        folder = zarr.open_group(str(root / FOLDER), mode="r", zarr_format=3)
-        arrays = {name: _whole(array) for name, array in folder.arrays()}
-    except StoreError:
-        raise
-    except Exception as error:  # zarr's errors on damaged data have no common base
-        raise StoreError(f"{root}: the fit of its codec cannot be read: {error!r}.") from error
+    # By the names that there must be: a folder may hold anything.
+    arrays = {
+        name: read_small(root / FOLDER, name, dtypes, _MOST_VALUES, dimensions)
+        for level, count in enumerate(layers)
+        for row in range(count)
+        for name, dtypes, dimensions in _parts(f"level{level}.layer{row}")
+    }
     codec = TransformCodec.from_arrays(arrays, layers)
     if codec.digest != recipe.coding.fit or codec.level_bytes != recipe.coding.level_bytes:
         raise StoreError(
@@ -55,8 +52,6 @@ def read_fit(root: Path, recipe: Recipe) -> TransformCodec | None:
     return codec
 
 
-def _whole(array: Any) -> NDArray[Any]:
-    if math.prod(array.shape) > _MOST_VALUES or array.dtype not in (np.float32, np.int32):
-        raise StoreError(f"The fit of a coded store holds {array.dtype}{array.shape} as '{array.path}'.")
-    values: NDArray[Any] = array[...]
-    return values
+def _parts(layer: str) -> list[tuple[str, list[str], int]]:
+    kinds = {"basis": ("float32", 2), "counts": ("int32", 1), "places": ("int32", 1), "levels": ("float32", 2)}
+    return [(f"{layer}.{part}", [dtype], dimensions) for part, (dtype, dimensions) in kinds.items()]

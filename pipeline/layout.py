@@ -13,6 +13,7 @@ import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from hsnet.errors import StoreError
+from pipeline.chunks import laid_out
 from pipeline.datasets.index import DatasetIndex
 from pipeline.metadata import read_json, replace_json
 from pipeline.recipe import Recipe, difference_lines
@@ -91,6 +92,12 @@ class ArrayLayout:
             raise StoreError(
                 f"{root}: array '{self.name}' does not fit the store's recipe:\n{difference_lines(pairs)}\n"
                 f"The store was changed by something else. Extract into a new store."
+            )
+        # Another layout may be fine zarr, but zarr unpacks whatever it is told to.
+        if not laid_out(stored, self.compressed):
+            raise StoreError(
+                f"{root}: array '{self.name}' is not laid out as this program writes it (codecs of the shards and of "
+                f"their index, names of the files). The store was changed by something else. Extract into a new store."
             )
         return stored
 

@@ -121,7 +121,7 @@ def test_a_damaged_fit_is_refused(tmp_path, coded):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    with pytest.raises(StoreError, match="fit of its codec cannot be read"):
+    with pytest.raises(StoreError, match=r"level0\.layer0\.\w+ cannot be read"):
         _ = FeatureStore.open(path).codec
 
 
