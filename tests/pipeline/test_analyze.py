@@ -70,6 +70,14 @@ def test_folds_are_averaged_with_an_interval(rows_by_hand, tmp_path):
     assert folds[0].miou == analyze(files[:1]).scores[0].miou
 
 
+def test_folds_are_drawn_apart_even_where_they_share_a_class(rows_by_hand, tmp_path):
+    """Own folds may. The same draws in both would make the interval of the mean as wide as that of one fold."""
+    files = [rows_by_hand.write(tmp_path / f"{f}.parquet", fold=f, shots=(1,), checkpoint=f"c{f}") for f in range(2)]
+    whole, first, second = analyze(files).scores
+    assert first.miou.value == second.miou.value
+    assert whole.miou.half_width == pytest.approx(first.miou.half_width / 2**0.5, rel=0.1)
+
+
 def test_seeds_are_pooled_and_their_spread_is_shown(rows_by_hand, tmp_path):
     together = rows_by_hand.write(tmp_path / "all.parquet", seeds=(0, 1, 2), shots=(1,), protocol="seeds")
     apart = [
@@ -118,7 +126,9 @@ def test_a_good_support_and_the_spread_by_supports_are_found(rows_by_hand, tmp_p
     assert one.support.queries == 24
     assert one.support.best[0].name == "class1: 1/3.jpg"
     assert one.support.worst[0].name == "class2: 2/5.jpg"
+    assert 15 < one.support.best[0].value.value < 40
     assert one.support.best[0].value.low > 5
+    assert -40 < one.support.worst[0].value.value < -15
     assert one.support.photos == 24
     assert one.support.within.low < one.support.within.value < one.support.within.high
     assert five.support.best == five.support.worst == ()

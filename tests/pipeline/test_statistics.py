@@ -175,6 +175,14 @@ def test_a_few_episodes_do_not_make_intervals_narrow():
     assert np.mean(variances) / np.var(values, ddof=1) == pytest.approx(1, abs=0.33)
 
 
+def test_resamples_keep_the_weight_of_a_class():
+    """FB-IoU adds classes up: one with 2 episodes must not count half of what it did when 1 of them is drawn."""
+    sizes = (2, 3, 40)
+    counts = np.concatenate([whole(population(17)[c, 0, :n]) for c, n in enumerate(sizes)])[None]
+    found = resample(counts, np.repeat(np.arange(3), sizes), range(3), resamples=4000)
+    assert found.samples.mean(0) == pytest.approx(found.totals, rel=0.05)
+
+
 @pytest.mark.parametrize("noises", [(0.05, 0.05), (0.02, 0.1)])
 def test_the_paired_test_is_wrong_as_often_as_it_says(noises):
     """300 pairs of equally good methods: p below 0.05 in about 5 %, also where one of them is noisier."""
