@@ -1,12 +1,12 @@
 """The episode stream's promises, and the published code's own episodes (golden f, tests/golden/README.md)."""
 
-from __future__ from functools import partial
-import annotations
+from __future__ import annotations
 
 import json
 import pickle
 from collections import Counter
 from dataclasses import astuple, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
