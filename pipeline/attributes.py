@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +13,11 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from hsnet.errors import ConfigError, DataError, StoreError
-from pipeline.chunks import read_small_array
 from pipeline.datasets.index import DatasetIndex
 from pipeline.layout import ZSTD_LEVEL
 from pipeline.metadata import read_json, replace_json, sync_folder
 from pipeline.recipe import FORMAT, Recipe
+from pipeline.small_arrays import read_small
 from pipeline.states import Placement, State, StoreFacts
 
 GROWN_FORMAT = 2
@@ -87,7 +85,7 @@ def write_facts(root: Path, facts: StoreFacts) -> None:
 
 def read_index(root: Path, state: State) -> DatasetIndex:
     """The index of a state. Raises StoreError if it is damaged or another one."""
-    text = _read_line(root, state.index, "uint8", LARGEST_INDEX).tobytes()
+    text = read_small(root, state.index, ["uint8"], LARGEST_INDEX).tobytes()
     try:
         index = DatasetIndex.from_json(text.decode())
     except (DataError, ValueError) as error:
@@ -106,7 +104,7 @@ def read_placement(root: Path, facts: StoreFacts, place: int) -> Placement:
     if not state.row:
         return Placement(counts, facts.shard_images)
     try:
-        return Placement(counts, facts.shard_images, _read_line(root, state.row, "int64", state.images))
+        return Placement(counts, facts.shard_images, read_small(root, state.row, ["int64"], state.images))
     except ValueError as error:
         raise StoreError(f"{root}: array '{state.row}' is damaged: {error}.") from error
 
@@ -117,43 +115,6 @@ def write_state(root: Path, state: State, index: DatasetIndex, rows: NDArray[np.
     _write_line(root, state.index, text, _INDEX_CONTENT)
     if rows is not None:
         _write_line(root, state.row, rows, _ROW_CONTENT)
-
-
-def _read_line(root: Path, name: str, dtype: str, most: int) -> NDArray[Any]:
-    """A one-dimensional array, its size known before it is read."""
-    metadata = read_json(root / name / "zarr.json")
-    shape = metadata.get("shape")
-    if not (
-        isinstance(shape, list) and len(shape) == 1 and type(shape[0]) is int and metadata.get("data_type") == dtype
-    ):
-        raise StoreError(f"{root}: array '{name}' must be a line of {dtype}, its metadata says {shape!r}.")
-    if not 0 < shape[0] <= most:
-        raise StoreError(f"{root}: array '{name}' claims {shape[0]:,} values; {most:,} is the most that is read.")
-    if not _is_ours(metadata):
-        raise StoreError(f"{root}: array '{name}' is not laid out as this program writes it. Nothing of it was read.")
-    # Not by zarr, which unpacks a chunk before it asks how large it gets.
-    values = np.empty(shape, dtype)
-    try:
-        read_small_array(root / name / "c" / "0", values)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise StoreError(f"{root}: the {name} cannot be read: {error!r}.") from error
-    return values
-
-
-def _is_ours(metadata: Mapping[str, Any]) -> bool:
-    """Whether a line is one chunk of little-endian values, compressed by zstd, then summed."""
-    try:
-        names = [codec["name"] for codec in metadata["codecs"]]
-        endian = metadata["codecs"][0].get("configuration", {}).get("endian", "little")
-        key = metadata["chunk_key_encoding"]
-        return (
-            sys.byteorder == endian == "little"
-            and names == ["bytes", "zstd", "crc32c"]
-            and metadata["chunk_grid"]["configuration"]["chunk_shape"] == metadata["shape"]
-            and key == {"name": "default", "configuration": {"separator": "/"}}
-        )
-    except (KeyError, TypeError, IndexError, AttributeError):
-        return False
 
 
 def _write_line(root: Path, name: str, values: NDArray[Any], content: str) -> None:

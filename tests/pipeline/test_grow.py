@@ -10,17 +10,19 @@ from collections import namedtuple
 from contextlib import suppress
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import pytest
 import torch
 import zarr
+from numcodecs import zstd
 from PIL import Image
 
 import pipeline.extract as extract_module
 import pipeline.store as store_module
 from hsnet.errors import DataError, StoreError, StoreIncomplete, StoreMismatch
 from hsnet.model import HSNet
-from pipeline.attributes import read_facts
+from pipeline.attributes import _write_line, read_facts
 from pipeline.compare import compare
 from pipeline.datasets.folder import Folder
 from pipeline.datasets.index import DatasetIndex, Split
@@ -194,6 +196,16 @@ def test_lists_and_classes_change_without_an_image(path, squeezenet):
     assert {name: after[name] for name in before} == before
     run(Photos(MORE, more_classes.index.classes), squeezenet, path)
     assert len(FeatureStore.open(path).index.images) == 23
+
+
+def test_a_store_of_a_single_image_grows(tmp_path, squeezenet):
+    for photos in (
+        Photos(FIRST[:1]),
+        Photos(FIRST[:1], {**CLASSES, 2: "cow"}),
+        Photos(FIRST[:2], {**CLASSES, 2: "cow"}),
+    ):
+        run(photos, squeezenet, tmp_path / "s.zarr")
+        assert FeatureStore.open(tmp_path / "s.zarr").index == photos.index
 
 
 def test_plain_zarr_finds_an_image_as_the_documentation_says(path, fresh, squeezenet):
@@ -648,8 +660,7 @@ def test_changed_attributes_of_a_grown_store_are_an_error(path, squeezenet, chan
 def test_changed_rows_are_an_error(path, squeezenet, rows):
     run(Photos(MORE), squeezenet, path)
     stored = zarr.open_array(str(path / "row-1"), mode="r")[:]
-    shutil.rmtree(path / "row-1")
-    zarr.create_array(str(path / "row-1"), data=rows(stored))
+    _write_line(path, "row-1", rows(stored), "")
     with pytest.raises(StoreError, match="'row-1'"):
         FeatureStore.open(path)
 
@@ -659,10 +670,34 @@ def test_rows_of_other_images_make_their_shards_missing(path, squeezenet):
     run(Photos(MORE), squeezenet, path)
     stored = zarr.open_array(str(path / "row-1"), mode="r")[:]
     stored[[0, 2]] = stored[[2, 0]]
-    shutil.rmtree(path / "row-1")
-    zarr.create_array(str(path / "row-1"), data=stored)
+    _write_line(path, "row-1", stored, "")
     with pytest.raises(StoreIncomplete):
         FeatureStore.open(path)
+
+
+@pytest.mark.parametrize("name", ["index", "index-1", "row-1"])
+def test_an_array_that_would_unpack_to_more_than_it_says_is_refused_before_it_is(path, squeezenet, name):
+    run(Photos(MORE), squeezenet, path)
+    digest = Photos().index.digest if name == "index" else None
+    file = path / name / "c" / "0"
+    whole = file.read_bytes()
+    bomb = zstd.compress(bytes(1 << 24), 3)
+    for text in (bomb + google_crc32c.value(bomb).to_bytes(4, "little"), whole[:-1] + bytes([whole[-1] ^ 1]), b""):
+        file.write_bytes(text)
+        with pytest.raises(StoreError, match=f"the {name} cannot be read"):
+            FeatureStore.open(path, index_digest=digest)
+    file.unlink()
+    file.symlink_to("/dev/zero")
+    with pytest.raises(StoreError, match=f"the {name} cannot be read"):
+        FeatureStore.open(path, index_digest=digest)
+    file.unlink()
+    file.write_bytes(whole)
+    metadata = path / name / "zarr.json"
+    values = json.loads(metadata.read_text())
+    values["chunk_grid"]["configuration"]["chunk_shape"] = [10**12]
+    metadata.write_text(json.dumps(values))
+    with pytest.raises(StoreError, match=f"'{name}' is not laid out as"):
+        FeatureStore.open(path, index_digest=digest)
 
 
 @pytest.mark.parametrize("rows", [10, 11, 13, 10**15])
