@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from pipeline.manifest import Planned
     from pipeline.methods import Method
     from pipeline.protocols import Protocol
+    from pipeline.statistics import Interval
 
 
 @click.command(short_help="mIoU and FB-IoU on held-out classes.")
@@ -295,13 +296,17 @@ def _tested_fold(method: Method, source: FeatureSource, fold: int | None) -> int
     return fold
 
 
+def _range(interval: Interval) -> str:
+    return f"[{interval.low:.1f}, {interval.high:.1f}]"
+
+
 def _scores_text(all_scores: Sequence[Any], classes: Mapping[int, str]) -> str:
     head = ["", *(f"{scores.shots}-shot" for scores in all_scores)]
     rows = [
-        ["mIoU", *(f"{scores.miou:.1f}" for scores in all_scores)],
-        ["FB-IoU", *(f"{scores.fb_iou:.1f}" for scores in all_scores)],
+        ["mIoU", *(f"{scores.miou:.1f} {_range(scores.miou_interval)}" for scores in all_scores)],
+        ["FB-IoU", *(f"{scores.fb_iou:.1f} {_range(scores.fb_iou_interval)}" for scores in all_scores)],
         ["episodes", *(str(scores.episodes) for scores in all_scores)],
     ]
     for c in all_scores[0].per_class:
         rows.append([f"  {classes[c]}", *(f"{scores.per_class[c]:.1f}" for scores in all_scores)])
-    return table(rows, head)
+    return f"{table(rows, head)}\n\nIn brackets: 95 % intervals, episodes drawn again within each class."

@@ -31,6 +31,7 @@ from pipeline.protocols import FUSIONS, POLICIES, Policy, Protocol
 from pipeline.result_rows import METADATA, count_columns, schema
 from pipeline.runner import Runner, SerialRunner, in_groups
 from pipeline.segmenters import Answers, Segmenter
+from pipeline.statistics import Interval, interval, resample
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -49,12 +50,14 @@ READ_AHEAD = 1
 
 @dataclass(frozen=True)
 class Scores:
-    """Results of one number of shots, in percent."""
+    """Results of one number of shots, in percent, with 95 % intervals (`pipeline.statistics`)."""
 
     shots: int
     episodes: int
     miou: float
+    miou_interval: Interval
     fb_iou: float
+    fb_iou_interval: Interval
     per_class: Mapping[int, float]
     """Class id -> IoU; a class without an episode counts as 0, as in the published evaluation."""
     episodes_per_class: Mapping[int, int]
@@ -216,11 +219,15 @@ def score(
     classes = [row["class_id"] for row in chosen]
     counts = torch.tensor([[row[name] for name in names] for row in chosen], dtype=torch.int64).view(-1, 2, 2)
     totals = sum_by_class(counts, classes, class_ids)
+    drawn_again = resample(counts[None].numpy(), classes, class_ids)
+    miou, fb_iou = mean_iou(totals), foreground_background_iou(totals)
     return Scores(
         shots,
         len(chosen),
-        mean_iou(totals),
-        foreground_background_iou(totals),
+        miou,
+        interval(miou, drawn_again.miou()[1][:, 0]),
+        fb_iou,
+        interval(fb_iou, drawn_again.fb_iou()[1][:, 0]),
         dict(zip(class_ids, class_iou(totals).tolist(), strict=True)),
         {class_id: classes.count(class_id) for class_id in class_ids},
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import os
 import shutil
 import signal
@@ -147,7 +148,8 @@ def test_evaluate_prints_a_table_writes_rows_and_speaks_json(job: Path, tmp_path
     arguments = ("--store", job / "s.zarr", "--shots", "1,2", "--episodes", "10")
     shown = invoke("evaluate", "--checkpoint", job / "run", *arguments, "--out", tmp_path / "rows.parquet")
     assert shown.exit_code == 0, shown.stderr
-    facts, table = shown.stdout.split("\n\n")
+    facts, table, note = shown.stdout.split("\n\n")
+    assert "95 % intervals" in note
     assert facts.splitlines()[0].startswith("protocol   default (sha256:")
     lines = table.splitlines()
     assert lines[0].split() == ["1-shot", "2-shot"]
@@ -155,6 +157,7 @@ def test_evaluate_prints_a_table_writes_rows_and_speaks_json(job: Path, tmp_path
     assert len(lines) == 5 + 8, "one line for each held-out class"
     rows = pq.read_table(tmp_path / "rows.parquet")
     assert len(rows) == 20
+    assert re.fullmatch(r"mIoU( +[\d.]+ \[[\d.]+, [\d.]+\]){2}", lines[2])
     result = machine("evaluate", "--checkpoint", job / "run", *arguments)
     assert [scores["shots"] for scores in result["scores"]] == [1, 2]
     assert result["facts"]["method"]["name"] == "trained"

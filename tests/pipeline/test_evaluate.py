@@ -100,6 +100,15 @@ def test_fewer_shots_come_from_the_same_pass(tiny_source):
     assert first == counted(alone.rows).to_pylist()
 
 
+def test_a_score_comes_with_its_intervals(tiny_source):
+    (scores,) = run(tiny_source).scores
+    for value, found in ((scores.miou, scores.miou_interval), (scores.fb_iou, scores.fb_iou_interval)):
+        assert found.value == value
+        assert found.low < value < found.high
+    (perfect,) = run(tiny_source, Truthful).scores
+    assert (perfect.miou_interval.low, perfect.miou_interval.high) == (100, 100)
+
+
 def test_rows_do_not_depend_on_the_order_of_work(tiny_source):
     class Backwards:
         workers = 2
