@@ -105,7 +105,5 @@ def supports(
     )
     result = emit({"fold": fold, "classes": found.classes, "pairs": out}, text, as_json)
     if out is not None:
-        import pyarrow as pa
-
-        write_rows(out, pa.Table.from_pylist(list(found.pairs)))
+        write_rows(out, found.table())
     return result

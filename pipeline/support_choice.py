@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,9 @@ from pipeline.episodes import Episode
 from pipeline.features import FeatureSource, load_batch
 from pipeline.runner import Runner, SerialRunner
 from pipeline.segmenters import Segmenter
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 SUPPORTS_AT_ONCE = 10
 """Supports of one query in a batch, which bounds memory: 20 MB of ResNet-50 features each at 400 px."""
@@ -64,6 +67,12 @@ class SupportChoice:
     pairs: tuple[Mapping[str, Any], ...]
     """One row per (class, query, support): `class_id`, `query`, `support`, `intersection`, `union` (object pixels at
     network size, ignored ones left out)."""
+
+    def table(self) -> pa.Table:
+        """The pairs as an Arrow table."""
+        import pyarrow as pa
+
+        return pa.Table.from_pylist(list(self.pairs))
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def test_fewer_shots_come_from_the_same_pass(tiny_source):
 
 
 def test_a_score_comes_with_its_intervals(tiny_source):
-    (scores,) = run(tiny_source).scores
+    (scores,) = run(tiny_source, lambda: CosineSegmenter(0.7)).scores
     for value, found in ((scores.miou, scores.miou_interval), (scores.fb_iou, scores.fb_iou_interval)):
         assert found.value == value
         assert found.low < value < found.high
