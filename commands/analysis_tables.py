@@ -213,12 +213,14 @@ def _support_rows(one: Score) -> list[list[str]]:
 def _labels(made: Sequence[Any]) -> Callable[[Any], str]:
     """What tells scores apart: only what differs between them, and always the number of shots."""
     folds, policies = {one.fold for one in made}, {one.policy for one in made}
-    fusions = {(one.fusion, getattr(one, "fusion_against", one.fusion)) for one in made}
+    fusions: dict[int, set[tuple[str, str]]] = {}  # of one support, there is mostly one
+    for one in made:
+        fusions.setdefault(one.shots, set()).add((one.fusion, getattr(one, "fusion_against", one.fusion)))
 
     def label(one: Any) -> str:
         parts = [f"{one.shots}-shot"]
         against = getattr(one, "fusion_against", one.fusion)
-        if len(fusions) > 1:
+        if len(fusions[one.shots]) > 1 or against != one.fusion:
             parts.append(one.fusion if against == one.fusion else f"{one.fusion} - {against}")
         if len(folds) > 1:
             parts.append(_fold_name(one.fold))

@@ -54,7 +54,8 @@ def test_one_line_per_score_and_only_what_differs_is_named(pair):
     assert "class0" not in text
     assert "network size, ignored pixels left out" in text
     text = invoke("analyze", pair[0], "--policy", "original-all", "--policy", "network")
-    assert "1-shot, vote, original-all" in text
+    assert "1-shot, original-all" in text
+    assert "5-shot, vote, original-all" in text
     assert "original size, every pixel; network size, ignored pixels left out" in text
 
 
