@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,8 +55,7 @@ def learning_curves(runs: Sequence[Run]) -> str:
             axes[0][0].set_ylim(0, 1.15 * float(np.quantile(losses, 0.99)) or 1.0)
         if len(runs) > 1:
             axes[0][-1].legend(loc="best")
-        figure.tight_layout(w_pad=2.5)
-        return _svg(figure, "curves", "Learning curves: " + ", ".join(run.label for run in runs))
+        return _svg(figure, "plot-curves", "Learning curves: " + ", ".join(run.label for run in runs))
 
 
 def sizes_plot(sets: Sequence[SetScores]) -> str | None:
@@ -91,8 +91,7 @@ def sizes_plot(sets: Sequence[SetScores]) -> str | None:
         axis.set_title("mIoU, percent", loc="left")
         if len(drawn) > 1:
             axis.legend(loc="best")
-        figure.tight_layout()
-        return _svg(figure, "sizes", "mIoU by object size: " + ", ".join(label for label, _ in drawn))
+        return _svg(figure, "plot-sizes", "mIoU by object size: " + ", ".join(label for label, _ in drawn))
 
 
 def smoothed(steps: Sequence[int], values: Sequence[float]) -> tuple[list[float], list[float]]:
@@ -157,7 +156,10 @@ def _svg(figure: Any, key: str, title: str) -> str:
     from markupsafe import escape
 
     stream = io.StringIO()
-    figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # the browser's fonts write the text, not matplotlib's
+        figure.tight_layout(w_pad=2.5)
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = stream.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)

@@ -21,12 +21,11 @@ class Cell:
 
     text: str
     detail: str = ""
-    """Small print below: the interval."""
+    """Small print below, such as the interval; a line each."""
     sort: float | None = None
     """What a number is sorted by; None sorts by the text, the dash last."""
     bar: tuple[float, float, float] | None = None
     """Low end, value and high end of a bar from 0 to 100."""
-    title: str = ""
 
 
 @dataclass(frozen=True)
@@ -221,7 +220,7 @@ def fusion_table(sets: Sequence[SetScores]) -> Table | None:
     for one in sets:
         if not one.fusions:
             continue
-        own, policy = one.rows.first.protocol.fusion, one.rows.first.protocol.policy
+        policy = one.rows.first.protocol.policy
         for shots in (k for k in one.rows.shots if k > 1):
             cells = []
             for fusion in FUSIONS:
@@ -232,9 +231,9 @@ def fusion_table(sets: Sequence[SetScores]) -> Table | None:
                 if apart:
                     best = next((d for d in apart if d.fold is None), apart[0])
                     sign = "+" if best.miou.value > 0 else ""
-                    text = f"{sign}{number(best.miou.value)} {interval_text(best.miou)} against {own}"
+                    text = f"{sign}{number(best.miou.value)} {interval_text(best.miou)}"
                     p = "p < 0.001" if best.p < 0.001 else f"p = {best.p:.3f}"
-                    cell = Cell(cell.text, f"{cell.detail} · {text}, {p}", cell.sort)
+                    cell = Cell(cell.text, f"{cell.detail}\n{text}\n{p}", cell.sort)
                 cells.append(cell)
             rows.append(Row((Cell(one.rows.label), Cell(str(shots), "", shots), *cells)))
     if not rows:
@@ -246,7 +245,7 @@ def fusion_table(sets: Sequence[SetScores]) -> Table | None:
         "mIoU by how several supports are combined",
         ("method", "shots", *head),
         tuple(rows),
-        notes=("The second line of a cell is the paired difference on the same episodes.",),
+        notes=("Below a score: its paired difference from the protocol’s own way, with interval and p.",),
     )
 
 
@@ -293,7 +292,7 @@ def size_table(one: SetScores, key: str) -> Table | None:
     return Table(
         f"sizes-{key}",
         f"{one.rows.label}: mIoU by the object’s share of the photo, percent",
-        ("share of the photo", *(f"{score.shots}-shot" for score in totals), "episodes", "classes"),
+        ("share", *(f"{score.shots}-shot" for score in totals), "episodes", "classes"),
         tuple(rows),
     )
 
@@ -402,7 +401,7 @@ def cost_table(sets: Sequence[SetScores]) -> Table:
             )
         )
     return Table(
-        "cost",
+        "seconds",
         "Seconds per episode",
         ("method", "shots", "median", "95th percentile", "episodes"),
         tuple(rows),
