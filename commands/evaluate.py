@@ -149,6 +149,7 @@ def _evaluate(
         raise click.UsageError("--manifest says which episodes: leave out --transfer, --episodes, --seed and the like.")
     from pipeline import methods
     from pipeline.evaluate import evaluate as stage
+    from pipeline.manifest_file import read
     from pipeline.protocols import FUSIONS, resolve
     from pipeline.result_rows import require_writable, write_rows
 
@@ -169,7 +170,8 @@ def _evaluate(
         },
     )
     device = pick_device(device, address)
-    make_source = store_source(store)
+    # A store that grew since still has the lists the manifest was made for.
+    make_source = store_source(store, None if manifest is None else read(manifest).data)
     source = make_source()
     index = source.index
     dataset: Dataset | None = None
