@@ -133,23 +133,26 @@ class ChunkReader:
             self._finite[image] = stored
 
 
-def read_small_array(path: Path, out: NDArray[Any]) -> None:
-    """Fill `out` from the file of an array in one chunk: compressed by zstd, then its crc32c.
+def read_small_array(path: Path, nbytes: int) -> NDArray[np.uint8]:
+    """The bytes of an array in one chunk: compressed by zstd, then its crc32c.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
-        ValueError, RuntimeError: it is damaged, or unpacks to another size; that is found before it is unpacked.
+        ValueError, RuntimeError: it is damaged, or unpacks to another size; memory is taken only after that is known.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb") as file:
         status = os.fstat(descriptor)
-        most = out.nbytes + out.nbytes // 128 + 1024 + _CRC
+        most = nbytes + nbytes // 128 + 1024 + _CRC
         if not stat.S_ISREG(status.st_mode) or not _CRC < status.st_size <= most:
             raise ValueError(f"{path} is no file of at most {most} bytes")
-        data = np.frombuffer(file.read(most), np.uint8)
+        data = np.frombuffer(file.read(status.st_size), np.uint8)
     if google_crc32c.value(data[:-_CRC]) != int.from_bytes(data[-_CRC:].tobytes(), "little"):
         raise ValueError("its checksum does not match")
-    _expand(data[:-_CRC], out.reshape(-1).view(np.uint8))
+    _require_length(data[:-_CRC], nbytes)
+    out = np.empty(nbytes, np.uint8)
+    _expand(data[:-_CRC], out)
+    return out
 
 
 def write_shard_file(path: Path, values: NDArray[Any], shard_images: int, level: int | None) -> tuple[int, str]:
@@ -281,11 +284,15 @@ def _all_finite(values: NDArray[Any]) -> bool:
 
 
 def _expand(chunk: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
+    _require_length(chunk, len(out))
+    zstd.decompress(chunk, out)
+
+
+def _require_length(chunk: NDArray[np.uint8], nbytes: int) -> None:
     # A frame says how long its content is. Asked before anything is unpacked: a few bytes may stand for gigabytes.
     length = _content_length(chunk[:18].tobytes())
-    if length != len(out):
-        raise ValueError(f"it unpacks to {length} bytes, a chunk has {len(out)}")
-    zstd.decompress(chunk, out)
+    if length != nbytes:
+        raise ValueError(f"it unpacks to {length} bytes, a chunk has {nbytes}")
 
 
 def _content_length(frame: bytes) -> int | None:

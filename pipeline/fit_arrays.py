@@ -37,7 +37,7 @@ def read_fit(root: Path, recipe: Recipe) -> TransformCodec | None:
     layers = [shape[0] for shape in recipe.level_shapes()]
     # By the names that there must be: a folder may hold anything.
     arrays = {
-        name: read_small(root / FOLDER, name, dtypes, _MOST_VALUES, dimensions)
+        name: read_small(root, f"{FOLDER}/{name}", dtypes, _MOST_VALUES, dimensions)
         for level, count in enumerate(layers)
         for row in range(count)
         for name, dtypes, dimensions in _parts(f"level{level}.layer{row}")

@@ -16,10 +16,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from hsnet.errors import StoreError
 from pipeline.metadata import replace_text
 
 MARKERS = "_done"
 _LARGEST_MARKER = 16 << 20
+_LARGEST_PHOTO = 1 << 28
+"""Pixels. Three times what Pillow opens; masks are made at this size on request."""
 _PIECE = 8 << 20
 _FIRST_FIELDS = {"shard", "store", "images", "sizes", "classes", "skipped", "files"}
 
@@ -113,15 +116,30 @@ def read_marker(
         sizes = {
             name: shard_file(root, name, number).stat().st_size if look else facts.files[name][0] for name in files
         }
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
         return None
     whole = (
         (facts.number, facts.store, facts.images) == (number, store, images)
         and len(facts.sizes) == len(facts.classes) == len(images)
+        and all(min(size) >= 0 and size[0] * size[1] <= _LARGEST_PHOTO for size in facts.sizes)
         and set(facts.skipped) <= set(images)
         and {name: size for name, (size, _) in facts.files.items()} == sizes
     )
     return facts if whole else None
+
+
+def _require_no_links(root: Path, files: tuple[str, ...]) -> None:
+    """Refuse to write or delete through links: a folder of the store may lead anywhere.
+
+    Raises:
+        StoreError: names the link.
+    """
+    for name in (*files, MARKERS):
+        folder = root / name
+        data = folder / "c"
+        for path in (folder, data, *(data.iterdir() if data.is_dir() and not folder.is_symlink() else ())):
+            if path.is_symlink():
+                raise StoreError(f"{path} is a link: nothing is written or deleted through it. Nothing was changed.")
 
 
 def remove_shard(root: Path, number: int, files: tuple[str, ...]) -> None:
@@ -137,7 +155,12 @@ def remove_shard(root: Path, number: int, files: tuple[str, ...]) -> None:
 
 
 def sweep_partials(root: Path, files: tuple[str, ...]) -> int:
-    """Delete temporary files and folders that killed writers left behind; returns how many."""
+    """Delete temporary files and folders that killed writers left behind; returns how many.
+
+    Raises:
+        StoreError: a folder of the store is a link. Nothing is deleted then.
+    """
+    _require_no_links(root, files)
     found = [*(root / MARKERS).glob("*.partial"), *root.glob("*.partial")]
     for name in files:
         found += (root / name).glob("*.partial")

@@ -49,14 +49,13 @@ def read_small(root: Path, name: str, dtypes: Collection[str], most: int, dimens
     if not _one_chunk(stored, shape, values):
         raise StoreError(f"{root}: array '{name}' is not laid out as one chunk of bytes, zstd and crc32c.")
     path = folder.joinpath("c", *["0"] * dimensions)
-    out = np.empty(shape, values)
     try:
         if path.parent.resolve() != root.resolve() / path.parent.relative_to(root):
             raise ValueError(f"its file lies outside of the store, at {path.parent.resolve()}")
-        read_small_array(path, out)
+        data = read_small_array(path, math.prod(shape) * values.itemsize)
     except (OSError, ValueError, RuntimeError) as error:
         raise StoreError(f"{root}: the {name} cannot be read: {error!r}.") from error
-    return out
+    return data.view(values).reshape(shape)
 
 
 def _one_chunk(stored: dict[str, Any], shape: list[int], dtype: np.dtype) -> bool:

@@ -371,37 +371,6 @@ def test_changed_attributes_are_an_error(tmp_path, change, text):
         FeatureStore.open(path, require_complete=False)
 
 
-@pytest.mark.parametrize("file", ["zarr.json", "level1/zarr.json", "index/zarr.json", "label/zarr.json"])
-@pytest.mark.parametrize("target", ["/dev/zero", "outside.json"])
-def test_metadata_that_is_a_link_is_not_followed(tmp_path, file, target):
-    """/dev/zero says that it has no bytes, and never ends."""
-    path = tmp_path / "s.zarr"
-    fill(path, shards=range(0))
-    (path / file).rename(tmp_path / "outside.json")
-    (path / file).symlink_to(tmp_path / target)
-    with pytest.raises(StoreError, match=r"is a link, a pipe or a device|is not a feature store"):
-        FeatureStore.open(path, require_complete=False)
-
-
-def test_a_marker_that_is_a_link_does_not_count(tmp_path):
-    path = tmp_path / "s.zarr"
-    store = fill(path, shards=range(1))
-    assert store.is_done(0)
-    marker_file(path, 0).rename(tmp_path / "outside.json")
-    marker_file(path, 0).symlink_to(tmp_path / "outside.json")
-    assert 0 in FeatureStore.open(path, require_complete=False).missing_shards()
-
-
-@pytest.mark.parametrize("file", ["zarr.json", "level1/zarr.json", "index/zarr.json", "label/zarr.json"])
-@pytest.mark.parametrize("text", ["", '{"attributes": {"hsnet_st', "[]", "{}", "[" * 100_000, " " * (2 << 20)])
-def test_truncated_or_senseless_metadata_is_an_error(tmp_path, file, text):
-    path = tmp_path / "s.zarr"
-    fill(path, shards=range(0))
-    (path / file).write_text(text)
-    with pytest.raises(StoreError):
-        FeatureStore.open(path, require_complete=False)
-
-
 @pytest.mark.parametrize(
     ("field", "change"),
     [
