@@ -27,6 +27,7 @@ from commands.options import (
     device_option,
     options,
     protocol_option,
+    resident_option,
     splits_option,
     store_option,
     workers_option,
@@ -92,7 +93,7 @@ if TYPE_CHECKING:
 )
 @options(data_root_option, splits_option, data_option)
 @click.option("--out", type=ANY_PATH, metavar="ROWS.parquet", help="Write one row per episode.")
-@options(arithmetic_option, workers_option, address_option, device_option)
+@options(resident_option, arithmetic_option, workers_option, address_option, device_option)
 @common_options
 def evaluate(**options: Any) -> Any:
     """Score a checkpoint on episodes of the fold's held-out classes: mIoU, FB-IoU and IoU per class.
@@ -128,6 +129,7 @@ def _evaluate(
     splits: Path | None,
     data_options: tuple[str, ...],
     out: Path | None,
+    resident: str,
     arithmetic: str,
     workers: int,
     address: str | None,
@@ -212,6 +214,7 @@ def _evaluate(
             skipped=tuple(source.skipped),
             runner=runner,
             device=device,
+            resident=resident,
             store=source.store.identity,
             checkpoint=str(method.facts.get("checkpoint", "")),
             facts={

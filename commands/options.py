@@ -211,6 +211,14 @@ arithmetic_option = click.option(
     show_default=True,
     help="Precision of the head's activations; bfloat16 is faster where the processor has it.",
 )
+resident_option = click.option(
+    "--resident",
+    type=click.Choice(("off", "auto", "host", "device")),
+    default="auto",
+    show_default=True,
+    help="Keep the images that are used in memory: of the device that computes, or read once into the host's cache, "
+    "which all workers share. auto: on a GPU with room for them.",
+)
 seed_option = click.option("--seed", type=Whole(0), default=0, show_default=True, help="Same seed, same episodes.")
 workers_option = click.option(
     "--workers",

@@ -9,6 +9,7 @@ import click
 
 from commands.options import (
     ANY_PATH,
+    STORE,
     Whole,
     common_options,
     data_option,
@@ -29,7 +30,7 @@ from pipeline.terminal import Progress, fact_lines, printable, set_up_logging, s
     "--gallery", type=Whole(0), metavar="N", default=12, show_default=True, help="Episodes to show; 0 shows none."
 )
 @click.option("--gallery-shots", type=Whole(), metavar="K", help="Supports per query shown. [default: the fewest]")
-@click.option("--store", type=ANY_PATH, metavar="S.zarr", help="Where the store is, if not where the rows say.")
+@click.option("--store", type=STORE, metavar="S.zarr", help="Where the store is, if not where the rows say.")
 @click.option("--checkpoint", type=ANY_PATH, metavar="C", help="Where the checkpoint is, if not where the rows say.")
 @options(data_root_option, splits_option, data_option)
 @click.option(
@@ -48,7 +49,7 @@ def report(
     title: str | None,
     gallery: int,
     gallery_shots: int | None,
-    store: Path | None,
+    store: str | Path | None,
     checkpoint: Path | None,
     data_root: Path | None,
     splits: Path | None,

@@ -27,6 +27,7 @@ from commands.options import (
     fold_option,
     image_size_option,
     options,
+    resident_option,
     seed_option,
     splits_option,
     weights_option,
@@ -133,15 +134,7 @@ def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
     show_default=True,
     help="What boundary pixels are in the loss: background as in the published code, ignore as in the paper.",
 )
-@click.option(
-    "--resident",
-    type=click.Choice(("off", "auto", "host", "device")),
-    default="auto",
-    show_default=True,
-    help="Keep the fold's images in memory: of the device that trains, or read once into the host's cache, which all "
-    "workers share. auto: on a GPU with room for them.",
-)
-@options(arithmetic_option, workers_option, address_option, device_option)
+@options(resident_option, arithmetic_option, workers_option, address_option, device_option)
 @click.option(
     "--features",
     type=click.Choice(("store", "online")),

@@ -28,6 +28,7 @@ from pipeline.features import EpisodeBatch, FeatureSource, prefetch
 from pipeline.manifest import Planned, of_protocol
 from pipeline.manifest import resolve as resolve_manifest
 from pipeline.protocols import FUSIONS, POLICIES, Policy, Protocol
+from pipeline.resident import keep
 from pipeline.result_rows import METADATA, count_columns, schema
 from pipeline.runner import Runner, SerialRunner, in_groups
 from pipeline.segmenters import Answers, Segmenter
@@ -113,6 +114,7 @@ def evaluate(
     skipped: Sequence[int] = (),
     runner: Runner | None = None,
     device: str = "cpu",
+    resident: str = "off",
     store: str = "",
     checkpoint: str = "",
     facts: Mapping[str, Any] | None = None,
@@ -128,6 +130,7 @@ def evaluate(
             protocol's headline is at original size.
         manifests: instead of the protocol's own episodes; see `pipeline.manifest`.
         skipped: images that must not be drawn.
+        resident: keep the episodes' images in memory, in every worker process (`pipeline.resident.keep`).
         store, checkpoint: their digests, for the rows.
         facts: more to store with the rows.
         on_event: called with (episodes done, episodes in all).
@@ -155,9 +158,10 @@ def evaluate(
     planned = list(manifests) or of_protocol(protocol, index, fold, skipped)
     plan = [block for one in planned for block in _blocks(one, index, skipped)]
     total = sum(len(block.episodes) for block in plan)
+    images = {image for block in plan for one in block.episodes for image in (one.query, *one.supports)}
 
     def make_worker() -> Callable[[Sequence[_Block]], tuple[list[dict[str, Any]], float]]:
-        segmenter, source = make_segmenter(), make_source()
+        segmenter, source = make_segmenter(), keep(make_source(), images, resident, device)
         return lambda blocks: _rows(segmenter, source, blocks, rules)
 
     runner = runner or SerialRunner()

@@ -173,6 +173,15 @@ def test_a_manifest_gives_the_rows_of_its_protocol(tiny_source):
         run(tiny_source, manifests=[Planned((3,), 4, other)])
 
 
+def test_images_in_memory_change_no_row(tiny_source):
+    protocol = resolve(episodes=8)
+    rows = [
+        evaluate(learner, lambda: tiny_source, tiny_source.index, fold=0, protocol=protocol, resident=where).rows
+        for where in ("off", "host", "device")
+    ]
+    assert rows[0].drop_columns(["seconds"]) == rows[1].drop_columns(["seconds"]) == rows[2].drop_columns(["seconds"])
+
+
 def test_rows_carry_the_digests(tiny_source):
     result = evaluate(
         learner,
