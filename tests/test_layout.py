@@ -18,6 +18,7 @@ AT_HOME = {
     "ray": ["cluster"],
     "click": ["commands", "cli"],
     "zarr": ["pipeline"],
+    "obstore": ["pipeline"],
     "pyarrow": ["pipeline"],
     "jinja2": ["pipeline"],
     "matplotlib": ["pipeline"],
