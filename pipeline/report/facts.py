@@ -14,7 +14,7 @@ from typing import Any
 
 from hsnet.errors import HSNetError
 from pipeline.report.gallery import open_store
-from pipeline.report.inputs import RowSet, Run
+from pipeline.report.inputs import RowSet, Run, as_dict
 from pipeline.report.tables import Cell, Row, Table, count_cell
 from pipeline.terminal import printable, size_text
 
@@ -37,8 +37,9 @@ def protocol_facts(sets: Sequence[RowSet]) -> list[Facts]:
     found = []
     for one in sets:
         items = list(one.first.protocol.lines().items())
+        folds = ", ".join(map(str, one.folds))
         notes = [str(note) for note in one.first.facts.get("notes") or ()]
-        items += [("data set", f"{printable(one.dataset)}, folds {', '.join(map(str, one.folds))}")]
+        items += [("data set", f"{printable(one.dataset)}, fold{'s' * (len(one.folds) > 1)} {folds}")]
         if one.first.facts.get("ignore"):
             items.append(("ignore label", str(one.first.facts["ignore"])))
         items += [("note", note) for note in notes]
@@ -53,7 +54,7 @@ def digest_facts(sets: Sequence[RowSet], runs: Sequence[Run]) -> list[Facts]:
         items = [("data", str(one.first.facts["data"])), ("store", one.first.store)]
         for fold, digest in sorted({(file.fold, file.checkpoint) for file in one.files if file.checkpoint}):
             items.append((f"checkpoint, fold {fold}", digest))
-        weights = (one.first.facts.get("recipe") or {}).get("weights")
+        weights = as_dict(one.first.facts.get("recipe")).get("weights")
         if weights:
             items.append((f"weights of {one.backbone}", str(weights)))
         for file in one.files:
@@ -64,7 +65,7 @@ def digest_facts(sets: Sequence[RowSet], runs: Sequence[Run]) -> list[Facts]:
         found.append(Facts(one.label, tuple(dict.fromkeys(items)), codes=True))
     for run in runs:
         items = [("data", str(run.config.get("data", "not said")))]
-        weights = (run.config.get("recipe") or {}).get("weights")
+        weights = as_dict(run.config.get("recipe")).get("weights")
         items += [("weights", str(weights))] if weights else []
         found.append(Facts(f"run {run.label}", tuple(items), codes=True))
     return found
@@ -76,8 +77,7 @@ def run_facts(runs: Sequence[Run]) -> Table | None:
         return None
     rows = []
     for run in runs:
-        recipe = run.config.get("recipe")
-        recipe = recipe if isinstance(recipe, dict) else {}
+        recipe = as_dict(run.config.get("recipe"))
         best = run.best
         middle = sorted(run.seconds)[len(run.seconds) // 2] if run.seconds else None
         rows.append(
@@ -118,7 +118,7 @@ def store_table(sets: Sequence[RowSet], store: str | Path | None = None) -> tupl
         if one.first.store in seen:
             continue
         seen.add(one.first.store)
-        said = (one.first.facts.get("paths") or {}).get("store")
+        said = as_dict(one.first.facts.get("paths")).get("store")
         try:
             opened = open_store(one.first, store or said).store
         except HSNetError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from PIL import Image
 
 from hsnet.errors import ConfigError, DataError, HSNetError, StoreError
 from pipeline.draws import Draws
-from pipeline.report.inputs import RowSet
+from pipeline.report.inputs import RowSet, as_dict
 from pipeline.results import Cell, Results, cell
 
 if TYPE_CHECKING:
@@ -186,6 +186,8 @@ def make_gallery(
     own = cell(rows.files, fold, shots, fusion, policy)
     if own is None:
         raise DataError(f"{file.path} has no {shots}-shot rows of fold {fold}.")
+    from pipeline.runner import one_torch_thread
+
     again = _Again(file, places, device)
     chosen = choose(own, wanted, seed)
     total, done = sum(len(part) for _, _, part in chosen), 0
@@ -193,7 +195,8 @@ def make_gallery(
     for heading, text, part in chosen:
         shown = []
         for place in part:
-            shown.append(again.show(own, place))
+            with one_torch_thread():  # as in an evaluation, so that sums come out alike
+                shown.append(again.show(own, place))
             done += 1
             if on_event:
                 on_event(done, total)
@@ -207,7 +210,7 @@ class _Again:
 
     def __init__(self, file: Results, places: Places, device: str) -> None:
         self.file, self.device = file, device
-        said = file.facts.get("paths") or {}
+        said = as_dict(file.facts.get("paths"))
         self.source = open_store(file, places.store or said.get("store"))
         self.numbers = {name: number for number, name in enumerate(self.source.index.images)}
         checkpoint = places.checkpoint or _path(said.get("checkpoint"))
@@ -371,12 +374,15 @@ def open_segmenter(file: Results, source: StoreSource, checkpoint: Path | None, 
     from pipeline import methods
     from pipeline.segmenters import CosineSegmenter
 
-    said = file.facts.get("method") or {}
+    said = as_dict(file.facts.get("method"))
     name = said.get("name")
-    if name == "cosine":
-        return CosineSegmenter(float(said["threshold"]))
-    if name == "untrained":
-        return methods.untrained(source, int(said["seed"]), device).make()
+    try:
+        if name == "cosine":
+            return CosineSegmenter(float(said["threshold"]))
+        if name == "untrained":
+            return methods.untrained(source, int(said["seed"]), device).make()
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{file.path} does not say how its '{name}' method was made: {error!r}.") from error
     if name != "trained":
         raise DataError(f"Answers of the method '{name}' cannot be made again from what the rows say.")
     if checkpoint is None:
@@ -391,7 +397,7 @@ def open_segmenter(file: Results, source: StoreSource, checkpoint: Path | None, 
 
 
 def _photos(
-    file: Results, places: Places, said: dict[str, Any]
+    file: Results, places: Places, said: Mapping[str, Any]
 ) -> tuple[Callable[[StoreSource, int], Image.Image] | None, str]:
     """A function (source, image number) -> photo, or None with the reason why there are no photos."""
     from pipeline.datasets import DATASETS, open_dataset

@@ -36,11 +36,11 @@ class RowSet:
 
     @property
     def method(self) -> Mapping[str, Any]:
-        return self.first.facts.get("method") or {}
+        return as_dict(self.first.facts.get("method"))
 
     @property
     def backbone(self) -> str:
-        return str((self.first.facts.get("recipe") or {}).get("backbone", ""))
+        return str(as_dict(self.first.facts.get("recipe")).get("backbone", ""))
 
     @property
     def folds(self) -> tuple[int, ...]:
@@ -126,7 +126,7 @@ def _belongs(one: Results, own: Sequence[Results]) -> bool:
 
 
 def _threshold(one: Results) -> tuple[object, ...]:
-    method = one.facts.get("method") or {}
+    method = as_dict(one.facts.get("method"))
     return tuple(method.get(name) for name in ("threshold", "object_share", "seed", "step"))
 
 
@@ -148,7 +148,7 @@ def _labels(sets: Sequence[Sequence[Results]]) -> list[str]:
 
 def method_name(one: Results) -> str:
     """What a reader calls the method of a file."""
-    method = one.facts.get("method") or {}
+    method = as_dict(one.facts.get("method"))
     name = str(method.get("name", "unknown"))
     known = {"trained": "HSNet", "untrained": "HSNet, untrained", "cosine": "cosine map", "location": "location only"}
     return known.get(name, name)
@@ -207,6 +207,11 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         if isinstance(line, dict) and type(line.get("step")) is int:
             found.append(line)
     return found
+
+
+def as_dict(values: object) -> Mapping[str, Any]:
+    """The object of a file that may hold anything; empty if it is none."""
+    return values if isinstance(values, dict) else {}
 
 
 def _number(values: object, name: str) -> float | None:

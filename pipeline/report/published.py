@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pipeline.report.inputs import as_dict
 from pipeline.results import Results
 
 SOURCE = "Min, Kang and Cho: Hypercorrelation Squeeze for Few-Shot Segmentation, ICCV 2021, Tables 1 to 3"
@@ -71,7 +72,7 @@ def papers_data(results: Results) -> str | None:
 def published(results: Results, shots: int) -> Published | None:
     """The paper's line for these rows' data, backbone and number of shots; None if it has none."""
     data = papers_data(results)
-    backbone = (results.facts.get("recipe") or {}).get("backbone")
+    backbone = as_dict(results.facts.get("recipe")).get("backbone")
     return None if data is None else NUMBERS.get((data, str(backbone), shots))
 
 

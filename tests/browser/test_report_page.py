@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,6 +13,7 @@ from pipeline.report.gallery import Places
 from pipeline.report.stage import report
 from pipeline.result_rows import METADATA
 
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = '<script>document.title = "taken"</script>', '"><img src=x onerror=\'document.title="taken"\'>', "b" * 400
 ENTER = "\ue007"
 SPACE = " "
@@ -190,3 +192,15 @@ def test_folded_parts_open_on_paper(opened):
     assert opened.run(closed) == 0
     opened.run("dispatchEvent(new Event('afterprint'))")
     assert opened.run(closed) > 0
+
+
+def test_the_example_page(browser):
+    """The one kept in docs/: small, whole, and silent."""
+    example = ROOT / "docs" / "example-report" / "report.html"
+    assert example.stat().st_size < 1_500_000
+    browser.open(example)
+    assert browser.logs("browser") == []
+    widths = browser.run("return [...document.images].map(image => image.naturalWidth)")
+    assert len(widths) == 12 * 5
+    assert min(widths) > 0
+    assert not browser.run("return document.querySelector('.warning')"), "nothing was left out"
