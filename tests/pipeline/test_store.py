@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import pickle
-import re
 import subprocess
 import sys
 import tempfile
@@ -563,12 +562,3 @@ def test_two_processes_that_create_the_same_store_get_one(tmp_path):
         store_module._build = real
     assert store.complete
     assert [p.name for p in tmp_path.iterdir()] == ["s.zarr"]
-
-
-def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch, capsys):
-    fill(tmp_path / "shapes.zarr")
-    monkeypatch.chdir(tmp_path)
-    text = (Path(store_module.__file__).parents[1] / "docs" / "store.md").read_text()
-    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    exec(program, {})
-    assert capsys.readouterr().out.startswith("a/0.jpg against a/1.jpg (7, 7, 7, 7)")
