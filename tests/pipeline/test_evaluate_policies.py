@@ -10,6 +10,9 @@ from hsnet.errors import ConfigError, DataError
 from hsnet.fused import FusedHSNet
 from hsnet.fusion import foreground, fuse
 from hsnet.model import HSNet, resize_logits
+from pipeline.datasets.coco import COCO_CLASSES
+from pipeline.datasets.index import DatasetIndex, Split
+from pipeline.datasets.pascal import VOC_CLASSES
 from pipeline.evaluate import evaluate, score
 from pipeline.features import load_batch
 from pipeline.manifest import Planned, make, of_protocol
@@ -247,3 +250,19 @@ def test_only_unseen_classes_are_tested(tiny_source):
     assert unseen_classes(index, [names[0]], 3).index.digest == found.index.digest
     with pytest.raises(ConfigError, match=r"No class of .* is new to this head"):
         unseen_classes(index, names)
+
+
+def test_every_pascal_class_is_new_to_exactly_one_coco_fold():
+    """The paper's Table 4: a head of COCO fold i is tested on PASCAL's classes among the twenty it held out."""
+    tests = {fold: {"test": Split(tuple((c, c) for c in range(5 * fold, 5 * fold + 5)))} for fold in range(4)}
+    pascal = DatasetIndex("pascal", dict(enumerate(VOC_CLASSES)), tuple(map(str, range(20))), tests)
+    found = []
+    for fold in range(4):
+        trained = [name for number, name in enumerate(COCO_CLASSES) if number % 4 != fold]
+        transfer = unseen_classes(pascal, trained, fold)
+        assert set(transfer.tested).isdisjoint(transfer.left_out)
+        assert len(transfer.tested) + len(transfer.left_out) == 20
+        found.append(transfer.tested)
+    assert sorted(name for names in found for name in names) == sorted(VOC_CLASSES)
+    assert "person" in found[0], "class 0 of COCO, held out by its fold 0"
+    assert "tv monitor" in found[2], "COCO's tv, class 62"
