@@ -152,8 +152,8 @@ def _evaluate(
     from pipeline import methods
     from pipeline.evaluate import evaluate as stage
     from pipeline.manifest_file import read
+    from pipeline.parquet import require_writable, write_table
     from pipeline.protocols import FUSIONS, resolve
-    from pipeline.result_rows import require_writable, write_rows
 
     if out is not None:
         require_writable(out)
@@ -243,7 +243,7 @@ def _evaluate(
     head = fact_lines(rules.lines())
     printed = emit(report, f"{head}\n\n{_scores_text(result.scores, classes)}", as_json)
     if out is not None:  # after the table: a disk that is full by now does not cost it
-        write_rows(out, result.rows)
+        write_table(out, result.rows)
     without = sum(count == 0 for count in result.scores[0].episodes_per_class.values())
     for note in () if quiet else notes:
         click.echo(f"Note: {note}", err=True)

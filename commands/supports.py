@@ -61,7 +61,7 @@ def supports(
     set_up_logging(quiet)
     on_interrupt("No result was written.")
     from pipeline import methods
-    from pipeline.result_rows import require_writable, write_rows
+    from pipeline.parquet import require_writable, write_table
     from pipeline.support_choice import choose_supports
 
     if out is not None:
@@ -105,5 +105,5 @@ def supports(
     )
     result = emit({"fold": fold, "classes": found.classes, "pairs": out}, text, as_json)
     if out is not None:
-        write_rows(out, found.table())
+        write_table(out, found.table())
     return result

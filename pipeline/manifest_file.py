@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from hsnet.errors import DataError
 from pipeline.manifest import FORMAT, Manifest, Row, canonical, row_content, row_text
+from pipeline.parquet import read_table, write_table
 
 _KEY = b"hsnet_manifest"
 _COLUMNS = ("episode", "class_id", "class_name", "query", "supports", "check")
@@ -26,7 +26,6 @@ def write(path: Path, manifest: Manifest) -> None:
         DataError: the place cannot be written.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     columns = {
         "episode": pa.array(range(len(manifest)), pa.int32()),
@@ -38,15 +37,7 @@ def write(path: Path, manifest: Manifest) -> None:
     }
     header = _header(manifest)
     metadata = {_KEY: json.dumps({**header, "check": _check(canonical(header))}, sort_keys=True)}
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.table(columns).replace_schema_metadata(metadata), part, compression="zstd")
-        os.replace(part, path)
-    except OSError as error:
-        if part.is_file():
-            part.unlink()
-        raise DataError(f"Cannot write {path}: {error.strerror or error}. Nothing was left there.") from error
+    write_table(path, pa.table(columns).replace_schema_metadata(metadata))
 
 
 def read(path: Path) -> Manifest:
@@ -106,12 +97,8 @@ def is_manifest(path: Path) -> bool:
 def _read_parquet(path: Path) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     """The columns as lists without a null, and the header, both of the right types."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path} is no readable Parquet file: {str(error).splitlines()[0]}") from error
+    table = read_table(path)
     try:
         header = json.loads((table.schema.metadata or {})[_KEY])
     except (KeyError, ValueError, RecursionError) as error:

@@ -6,12 +6,8 @@ them later (`pipeline.analyze`).
 
 from __future__ import annotations
 
-import os
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hsnet.errors import DataError
 from pipeline.protocols import POLICIES, Policy
 
 if TYPE_CHECKING:  # imported where tables are made: training counts masks and makes none
@@ -53,30 +49,3 @@ def schema() -> pa.Schema:
             ("checkpoint", digest),
         ]
     )
-
-
-def require_writable(path: Path) -> None:
-    """Find out before hours of work whether rows can be written there. Raises DataError."""
-    if path.is_dir():
-        raise DataError(f"{path} is a folder; give the name of a Parquet file. Nothing was computed.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            return
-    except OSError as error:
-        raise DataError(f"Cannot write {path}: {error.strerror or error}. Nothing was computed.") from error
-
-
-def write_rows(path: Path, rows: pa.Table) -> None:
-    """Write the rows as Parquet, whole or not at all. Raises DataError if the place cannot be written."""
-    import pyarrow.parquet as pq
-
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(rows, part, compression="zstd")
-        os.replace(part, path)
-    except OSError as error:
-        if part.is_file():
-            part.unlink()
-        raise DataError(f"Cannot write {path}: {error.strerror or error}. Nothing was left there.") from error

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hsnet.errors import ConfigError, DataError
+from pipeline.parquet import read_table
 from pipeline.protocols import POLICIES, Policy, Protocol
 from pipeline.result_rows import METADATA, count_columns, schema
 
@@ -110,12 +111,8 @@ def read_results(path: Path) -> Results:
             values that cannot be.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path} is no readable Parquet file: {str(error).splitlines()[0]}") from error
+    table = read_table(path)
     try:
         facts = json.loads((table.schema.metadata or {})[METADATA])
     except (KeyError, ValueError, RecursionError) as error:

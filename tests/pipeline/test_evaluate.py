@@ -13,8 +13,9 @@ from hsnet.vote import vote
 from pipeline.episodes import EpisodeStream
 from pipeline.evaluate import evaluate, score
 from pipeline.features import load_batch
+from pipeline.parquet import require_writable, write_table
 from pipeline.protocols import Protocol, resolve
-from pipeline.result_rows import COUNTS, require_writable, write_rows
+from pipeline.result_rows import COUNTS
 from pipeline.segmenters import (
     Answers,
     CosineSegmenter,
@@ -163,7 +164,7 @@ def test_ignored_pixels_are_counted_in_their_own_columns(tiny_source):
 
 def test_scores_come_from_the_rows_alone(tiny_source, tmp_path):
     result = run(tiny_source, shots=(1, 2), store="sha256:abc")
-    write_rows(tmp_path / "rows.parquet", result.rows)
+    write_table(tmp_path / "rows.parquet", result.rows)
     table = pq.read_table(tmp_path / "rows.parquet")
     stored = json.loads(table.schema.metadata[b"hsnet"])
     assert stored["store"] == "sha256:abc"
@@ -266,4 +267,4 @@ def test_bad_settings_are_named(tiny_source, tmp_path):
     require_writable(tmp_path / "new" / "rows.parquet")
     assert not list((tmp_path / "new").iterdir())
     with pytest.raises(DataError, match="Cannot write"):
-        write_rows(tmp_path / "file" / "rows.parquet", run(tiny_source, Truthful, episodes=1).rows)
+        write_table(tmp_path / "file" / "rows.parquet", run(tiny_source, Truthful, episodes=1).rows)
