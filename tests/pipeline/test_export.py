@@ -91,6 +91,8 @@ def test_chosen_images_classes_and_folds(big, tmp_path):
     export_sample(big, tmp_path / "ids", ids=wanted)
     small = FeatureStore.open(tmp_path / "ids")
     assert small.index.images == tuple(big.index.images[i] for i in (3, 7, 40))
+    lists = [split for roles in small.index.splits.values() for split in roles.values()]
+    assert not any(split.classes_below(2) for split in lists), "single images of a class would stop every episode"
     same_images(small, big)
     fold = big.index.folds[-1]
     role = next(role for role in ("test", "val") if big.index.split(fold, role).entries)

@@ -193,6 +193,8 @@ def test_arrays_that_are_not_what_the_recipe_says(path, array, alter):
         read_everything(path)  # large, but nothing that is used
     else:
         attack(path)
+        with pytest.raises(StoreError, match=f"'{array}'"):  # before anything of it is read, by zarr or otherwise
+            FeatureStore.open(path, require_complete=False)
 
 
 @pytest.mark.parametrize(
