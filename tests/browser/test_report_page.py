@@ -101,8 +101,23 @@ def test_tables_sort_by_click(opened):
     opened.click(f"{heading} button")
     rising = column(opened, "classes-0-0", 1)
     assert numbers(rising) == sorted(numbers(before))
-    empty = [text for text in before if not numbers([text])]
-    assert rising[len(rising) - len(empty) :] == empty, "classes without an episode stay last"
+
+
+def test_what_has_no_value_stays_last(browser, rows_by_hand, tmp_path):
+    table = rows_by_hand.made(classes=(0, 1, 2))
+    facts = json.loads(table.schema.metadata[METADATA])
+    facts["classes"] = {"7": "none here", **facts["classes"]}
+    table = table.replace_schema_metadata({METADATA: json.dumps(facts)})
+    report([rows_by_hand.write(tmp_path / "r.parquet", table)], tmp_path / "p.html", gallery=0)
+    browser.open(tmp_path / "p.html")
+    assert sorted(column(browser, "classes-0-0", 1))[-1] == "no episode"
+    for _ in range(3):
+        browser.click("#classes-0-0 thead th:nth-child(2) button")
+        found = column(browser, "classes-0-0", 1)
+        assert found[-1] == "no episode"
+        assert len(numbers(found)) == 3
+    browser.click("#classes-0-0 thead th:nth-child(4) button")
+    assert column(browser, "classes-0-0", 3) == ["20", "20", "20", "0"]
 
 
 def test_tables_sort_by_keyboard(opened):

@@ -1,10 +1,9 @@
 "use strict";
 // Sort a table by the column whose heading is clicked, or pressed with the keyboard.
-function sortKey(cell) {
-  if (cell === undefined) return null;
+function sortKey(cell, numbers) {
   if (cell.dataset.sort !== undefined) return Number(cell.dataset.sort);
   const text = cell.textContent.trim();
-  return text === "" || text === "\u2013" ? null : text.toLowerCase();
+  return numbers || text === "" || text === "\u2013" ? null : text.toLowerCase();
 }
 
 function compare(a, b, sign) {
@@ -22,7 +21,7 @@ function sortBy(heading) {
   const descending = now === "none" ? numbers : now === "ascending";
   for (const other of heading.parentElement.cells) other.setAttribute("aria-sort", "none");
   heading.setAttribute("aria-sort", descending ? "descending" : "ascending");
-  const rows = Array.from(body.rows, (row) => [sortKey(row.cells[column]), row]);
+  const rows = Array.from(body.rows, (row) => [sortKey(row.cells[column], numbers), row]);
   rows.sort((one, other) => compare(one[0], other[0], descending ? -1 : 1));
   body.append(...rows.map((pair) => pair[1]));
 }
