@@ -100,6 +100,7 @@ class _Reader(HTMLParser):
             self.table[-1][-1] = " ".join(self.table[-1][-1].split())
 
     def handle_data(self, data):
+        data = data.replace("\u2011", "-")  # headings do not break at a hyphen
         if "script" in self.open:
             self.page.scripts[-1] += data
             return
