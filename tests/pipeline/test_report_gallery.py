@@ -168,3 +168,10 @@ def test_baselines_are_shown_too(tiny_report):
     gallery = make_gallery(one_set(tiny_report.untrained), wanted=4, places=HERE)
     assert all(shown.equal for shown in gallery.episodes)
     assert gallery.label == "HSNet, untrained"
+
+
+def test_rows_of_some_classes_of_a_store(tiny_report, tmp_path):
+    """Domain shift: the rows' data are the store's without some classes, so their digest is another."""
+    file = changed(tiny_report.rows, tmp_path / "r.parquet", lambda facts: facts.update(data="sha256:narrowed"))
+    gallery = make_gallery(one_set(file), wanted=4, places=HERE)
+    assert all(shown.equal for shown in gallery.episodes)
