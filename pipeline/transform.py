@@ -25,6 +25,7 @@ from torch import Tensor
 from hsnet.errors import StoreError
 from pipeline.allocation import LEVELS, Run, allocate
 from pipeline.codec import check_levels
+from pipeline.level_search import LevelSearch
 
 _ITERATIONS = 20
 _FEW = 16
@@ -124,20 +125,29 @@ class LayerCode:
         moved.__dict__["tables"] = [table.to(device) for table in self.tables]
         return moved
 
+    @cached_property
+    def search(self) -> LevelSearch:
+        """What the level of a coordinate counts in its byte."""
+        return LevelSearch(self.thresholds.numpy(), self.strides.numpy())
+
     def encode(self, vectors: Tensor) -> Tensor:
         """(P, C) float32 unit vectors -> (P, bytes) uint8."""
-        turned = (self.basis.to(vectors.device).t() @ vectors.t()).contiguous()  # (R, P)
-        thresholds, strides = self.thresholds.to(vectors.device), self.strides.to(vectors.device)[:, None]
-        parts, first = [], 0
+        turned = self.basis.to(vectors.device).t() @ vectors.t()  # (R, P)
+        if turned.device.type == "cpu":
+            digits = torch.from_numpy(self.search(turned.numpy()))
+        else:
+            thresholds, strides = self.thresholds.to(turned.device), self.strides.to(turned.device)[:, None]
+            digits = (torch.searchsorted(thresholds, turned, out_int32=True) * strides).to(torch.uint8)
+        codes = torch.empty(turned.shape[1], self.nbytes, dtype=torch.uint8, device=turned.device)
+        place = first = 0
         for count, width in self.groups:
-            rows = slice(first, first + count * width)
-            # The fewer thresholds are looked through, the faster.
-            most = max(1, int(self.counts[rows].max()) - 1)
-            digits = torch.searchsorted(thresholds[rows, :most].contiguous(), turned[rows], out_int32=True)
-            digits *= strides[rows]
-            parts.append(digits.view(count, width, -1).sum(1, dtype=torch.int32))
-            first += count * width
-        return torch.cat(parts).t().to(torch.uint8)
+            part = digits[first : first + count * width].unflatten(0, (count, width))
+            total = part[:, 0]
+            for digit in range(1, width):
+                total = total + part[:, digit]  # at most 255
+            codes[:, place : place + count] = total.t()
+            place, first = place + count, first + count * width
+        return codes
 
     def decode(self, codes: Tensor) -> Tensor:
         """(..., bytes) uint8 -> (..., R) float32 coordinates, on the device of the codes."""
