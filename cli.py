@@ -24,6 +24,7 @@ from commands.prepare import prepare
 from commands.report import report
 from commands.store import store
 from commands.supports import supports
+from commands.sweep import sweep
 from commands.train import train
 from pipeline.terminal import set_up_logging
 
@@ -32,7 +33,7 @@ DISTRIBUTION = "hsnet-pipeline"
 SECTIONS = {
     "Data": (prepare,),
     "Store": (plan, extract, store),
-    "Model": (train, checkpoint),
+    "Model": (train, sweep, checkpoint),
     "Use": (episodes, evaluate, analyze, report, supports, predict),
     "Machine": (doctor, demo),
 }

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from commands.groups import on_interrupt
 from hsnet.errors import ConfigError
 from pipeline.terminal import plain
 
@@ -135,3 +137,24 @@ def online_source(
     loaded = load_weights(backbone, weights)
     recipe = Recipe.of(backbone, loaded.sha256, image_size, "float32")
     return lambda: OnlineSource(data, FrozenBackbone(backbone, loaded.state_dict), recipe, device)
+
+
+@contextlib.contextmanager
+def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """A function that tells whether Ctrl-C (or a scheduler's SIGTERM) has come. The second Ctrl-C stops at once."""
+    asked = False
+
+    def ask(signum: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        click.echo("\nStopping after this step; the run is being saved. Ctrl-C again stops at once.", err=True)
+
+    on_interrupt("The run goes on from its last save: give the same command again.")
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

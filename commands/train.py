@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from commands.groups import on_interrupt
 from commands.options import (
     ANY_PATH,
     BACKBONES,
@@ -33,7 +30,7 @@ from commands.options import (
     weights_option,
     workers_option,
 )
-from commands.steps import emit, online_source, open_data, pick_device, require_ray, store_source
+from commands.steps import emit, online_source, open_data, pick_device, require_ray, stop_on_interrupt, store_source
 from pipeline.terminal import Progress, printable, set_up_logging, time_text
 
 if TYPE_CHECKING:
@@ -84,27 +81,6 @@ def _fit_somewhere(
         stop=stop,
         on_event=on_event,
     )
-
-
-@contextlib.contextmanager
-def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """A function that tells whether Ctrl-C (or a scheduler's SIGTERM) has come. The second Ctrl-C stops at once."""
-    asked = False
-
-    def ask(signum: int, frame: Any) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        click.echo("\nStopping after this step; the run is being saved. Ctrl-C again stops at once.", err=True)
-
-    on_interrupt("The run goes on from its last save: give the same command again.")
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @click.command(short_help="Train a head on a store's features, or go on with it.")
@@ -227,7 +203,7 @@ def train(
         per_epoch = steps_per_epoch(batch_size, training_stream(config, source).epoch_length)
         config = dataclasses.replace(config, steps=epochs * per_epoch)
 
-    with Progress("train", "steps", quiet) as progress, _stop_on_interrupt() as stop:
+    with Progress("train", "steps", quiet) as progress, stop_on_interrupt() as stop:
         smooth = None
 
         def show(event: Any) -> None:

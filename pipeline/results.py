@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _FACTS: dict[str, type] = {"data": str, "dataset": str, "fold": int, "role": str, "classes": dict, "protocol": dict}
-_OF_A_FOLD = ("checkpoint", "step", "trained_on", "threshold", "object_share", "seed")
+_OF_A_FOLD = ("checkpoint", "step", "trained_on", "classes", "threshold", "object_share", "seed")
 """Facts of a method that differ between the folds of one configuration."""
 
 

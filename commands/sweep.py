@@ -1,0 +1,180 @@
+"""`hsnet sweep`: train and test many configurations over one store."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from commands.groups import Failure, on_interrupt
+from commands.options import (
+    ANY_PATH,
+    STORE,
+    Integers,
+    Whole,
+    address_option,
+    choice_option,
+    common_options,
+    device_option,
+    options,
+    protocol_option,
+    workers_option,
+)
+from commands.steps import emit, open_runner, pick_device, stop_on_interrupt, store_source
+from hsnet.errors import ConfigError
+from pipeline.terminal import Progress, printable, set_up_logging, table
+
+if TYPE_CHECKING:
+    from pipeline.features import StoreSource
+    from pipeline.statistics import Interval
+
+
+class Folds(click.ParamType):
+    """Fold numbers separated by commas, or the word all."""
+
+    name = "list"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...] | str:
+        if value == "all" or isinstance(value, tuple):
+            return value
+        parts = [part.strip() for part in str(value).split(",")]
+        if not all(part.isdecimal() for part in parts):
+            self.fail(f"'{value}' is neither a list of folds such as 0,1 nor 'all'", param, ctx)
+        return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+@click.command(short_help="Train and test many configurations.")
+@click.option(
+    "--store", "stores", type=STORE, metavar="S.zarr", multiple=True, required=True, help="May be repeated: backbones."
+)
+@click.option("--folds", type=Folds(), default="all", show_default=True, metavar="F,...|all", help="Held out in turn.")
+@click.option(
+    "--vary",
+    multiple=True,
+    metavar="CHOICE=V1,V2",
+    help="Values of a training choice, each with each, such as learning_rate=1e-3,1e-4 or seed=0,1.",
+)
+@click.option("--fix", multiple=True, metavar="CHOICE=V", help="A training choice that is the same for all.")
+@click.option("--steps", type=Whole(), default=10_000, show_default=True, help="Optimiser steps of every case.")
+@click.option("--out", type=ANY_PATH, metavar="DIR", required=True, help="For a run directory and rows per case.")
+@options(protocol_option, choice_option)
+@click.option("--shots", type=Integers(), metavar="K,...", help="Supports per query. [default: the protocol's]")
+@click.option("--episodes", type=Whole(), metavar="N", help="Of every test. [default: the protocol's]")
+@options(workers_option, address_option, device_option)
+@common_options
+def sweep(
+    stores: tuple[str | Path, ...],
+    folds: tuple[int, ...] | str,
+    vary: tuple[str, ...],
+    fix: tuple[str, ...],
+    steps: int,
+    out: Path,
+    protocol: str,
+    choices: tuple[tuple[str, Any], ...],
+    shots: tuple[int, ...] | None,
+    episodes: int | None,
+    workers: int,
+    address: str | None,
+    device: str,
+    as_json: bool,
+    quiet: bool,
+) -> Any:
+    """Train a head for every store, fold and value of the varied choices, test each on its held-out classes, and print
+    the means over folds with their intervals.
+
+    The same command goes on where it was stopped; with more folds or values it does only what is new. With workers,
+    as many cases are trained at a time.
+
+    \b
+    Example:
+      hsnet sweep --store voc.zarr --vary learning_rate=1e-3,3e-4 --steps 5000 --out sweeps/lr --workers 4
+      hsnet report sweeps/lr/*.parquet --out lr.html
+    """
+    set_up_logging(quiet)
+    from pipeline.protocols import resolve
+    from pipeline.sweep import make_cases, parse_choice
+    from pipeline.sweep import sweep as stage
+
+    rules = resolve(protocol, **{**dict(choices), **({"shots": shots} if shots else {}), "episodes": episodes})
+    device = pick_device(device, address)
+    sources = {str(store): store_source(store) for store in stores}
+    there = [set(make().index.folds) for make in sources.values()]
+    wanted = sorted(set.intersection(*there)) if isinstance(folds, str) else folds
+    if missing := [fold for fold in wanted if not all(fold in known for known in there)]:
+        raise ConfigError(f"Not every store has fold {missing[0]}; folds of all: {sorted(set.intersection(*there))}.")
+    fixed = {name: _single(name, values) for name, values in map(parse_choice, fix)}
+    cases = make_cases(list(sources), wanted, dict(map(parse_choice, vary)), {"steps": steps, **fixed})
+    stopped = False
+    with (
+        open_runner(workers, address, device) as runner,
+        Progress("sweep", "cases", quiet) as progress,
+        stop_on_interrupt() as stop,
+    ):
+        done = 0
+
+        def show(one: Any) -> None:
+            nonlocal done
+            done += 1
+            said = (
+                one.error.splitlines()[0] if one.error else f"{one.steps} steps{'' if one.trained else ' were there'}"
+            )
+            progress.say(f"{printable(one.case.name)}: {printable(said)}")
+            progress.update(done, len(cases))
+
+        def step(case: Any, event: Any) -> None:
+            if hasattr(event, "loss"):
+                progress.update(done, len(cases), f"{printable(case.name)}, step {event.step}/{event.steps}")
+
+        progress.update(0, len(cases))
+        result = stage(
+            cases,
+            partial(_open, sources),
+            out,
+            rules,
+            runner=runner,
+            device=device,
+            stop=stop,
+            on_case=show,
+            on_step=step,
+        )
+        stopped = stop()
+    rows = [
+        [
+            printable(one.name),
+            ", ".join(map(str, one.folds)),
+            f"{score.shots}-shot",
+            f"{score.miou.value:.1f} {_range(score.miou)}",
+            f"{score.fb_iou.value:.1f} {_range(score.fb_iou)}" if score.fb_iou else "-",
+        ]
+        for one in result.configurations
+        for score in one.scores
+    ]
+    head = ["configuration", "folds", "", "mIoU", "FB-IoU"]
+    lines = [table(rows, head)] if rows else []
+    lines += ["", f"{len(result.cases) - len(result.failed)} of {len(cases)} cases; rows and runs in {printable(out)}."]
+    lines += ["In brackets: 95 % intervals over episodes. Another training run would give another score."]
+    printed = emit(result, "\n".join(lines), as_json)
+    if stopped:
+        click.get_current_context().exit(130)
+    if result.failed:
+        failed = "\n".join(f"  {one.case.name}: {one.error}" for one in result.failed)
+        raise Failure(f"{len(result.failed)} of {len(cases)} cases failed; the others are done:\n{failed}")
+    on_interrupt("Everything was done.")
+    return printed
+
+
+def _open(sources: Any, store: str) -> StoreSource:
+    opened: StoreSource = sources[store]()
+    return opened
+
+
+def _single(name: str, values: tuple[Any, ...]) -> Any:
+    if len(values) > 1:
+        raise ConfigError(f"--fix {name} takes one value; use --vary {name}=... for several.")
+    return values[0]
+
+
+def _range(interval: Interval) -> str:
+    return f"[{interval.low:.1f}, {interval.high:.1f}]"

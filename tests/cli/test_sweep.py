@@ -1,0 +1,66 @@
+"""`hsnet sweep`: from the command line to files that the other commands read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+import cli
+
+SHAPES = ("shapes", "--data-option", "size=64", "--data-option", "trn_per_class=2", "--data-option", "val_per_class=3")
+FIX = ("--fix", "batch_size=2", "--fix", "validate_every=1", "--fix", "validate_episodes=2", "--steps", "2")
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sweep") / "s.zarr"
+    made = invoke("extract", *SHAPES, "--backbone", "squeezenet1_1", "--image-size", "64", "--store", path)
+    assert made.exit_code == 0, made.output
+    return path
+
+
+def test_a_sweep_prints_means_over_folds_and_goes_on(store: Path, tmp_path: Path) -> None:
+    words = ("sweep", "--store", store, "--folds", "0,1", *FIX, "--episodes", "8", "--out", tmp_path / "out")
+    first = invoke(*words)
+    assert first.exit_code == 0, first.output
+    line = next(line for line in first.stdout.splitlines() if line.startswith("s "))
+    assert line.split()[1:3] == ["0,", "1"]
+    assert "2 of 2 cases" in first.stdout
+    again = invoke(*words, "--vary", "seed=0", "--json")
+    assert again.exit_code == 0, again.output
+    result = json.loads(again.stdout)
+    assert len(result["cases"]) == 2
+    shown = invoke("analyze", *(tmp_path / "out").glob("s-fold*.parquet"), "--json")
+    assert shown.exit_code == 0, shown.output
+    assert invoke("checkpoint", "info", tmp_path / "out" / "s-fold0").exit_code == 0
+
+
+def test_what_a_sweep_refuses(store: Path, tmp_path: Path) -> None:
+    words = ("sweep", "--store", store, *FIX, "--episodes", "8", "--out", tmp_path / "out")
+    for more, said in (
+        (("--folds", "0,9"), "Not every store has fold 9"),
+        (("--vary", "speed=1"), "'speed=1' is not CHOICE=VALUE"),
+        (("--fix", "seed=1,2"), "--fix seed takes one value"),
+        (("--protocol", "original"), "A sweep tests at network size"),
+    ):
+        refused = invoke(*words, *more)
+        assert refused.exit_code == 1
+        assert said in refused.stderr
+    assert invoke(*words, "--folds", "first").exit_code == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_case_is_reported_and_the_exit_code_says_so(store: Path, tmp_path: Path) -> None:
+    words = ("sweep", "--store", store, "--folds", "0", *FIX, "--episodes", "8", "--out", tmp_path)
+    result = invoke(*words, "--vary", "learning_rate=0.001,7")
+    assert result.exit_code == 1
+    assert "1 of 2 cases failed; the others are done" in result.stderr
+    assert "learning_rate must be between 0 and 1, got 7.0" in result.stderr
+    assert "s-learning_rate=0.001" in result.stdout
