@@ -108,7 +108,7 @@ def _packages() -> Iterator[Finding]:
             yield Finding(package, "ok", version)
 
 
-_IMPORT_NAMES = {"Pillow": "PIL", "PyYAML": "yaml"}
+_IMPORT_NAMES = {"Jinja2": "jinja2", "Pillow": "PIL", "PyYAML": "yaml"}
 # Makes torchvision importable where its compiled operators do not load; no network of ours uses them.
 _IMPORT_FIRST = {"torchvision": "hsnet.torchvision_ops"}
 
