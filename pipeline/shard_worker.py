@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hsnet.backbone import FrozenBackbone, pack_levels
 from hsnet.errors import DataError, StoreError
-from pipeline.codec import encode
+from pipeline.codec import encode_taps
 from pipeline.datasets.images import Size, network_image, object_pixels, resize_label, same_aspect
 from pipeline.ownership import still_owned
 from pipeline.recipe import Recipe
@@ -185,15 +185,20 @@ class ShardWorker:
     def _encode(self, shard: _Shard, images: Sequence[int], first: int, taps: Sequence[Tensor]) -> None:
         """Put the features of images into the shard, from row `first` on."""
         recipe, names = self.store.recipe, [self.store.index.images[image] for image in images]
-        if self._packed and len(self._packed[0]) != len(images):
-            self._packed = None  # the last batch of a shard may be smaller
-        self._packed = pack_levels(taps, self.backbone.spec, self._packed)
+        places = [level[first : first + len(images)] for level in shard.levels]
         codec = self.store.codec
-        encoded = codec.encode(self._packed, names) if codec else encode(self._packed, recipe.precision, names)
-        for level, values in zip(shard.levels, encoded, strict=True):
-            for row, image in enumerate(images):
-                if image not in shard.skipped:
-                    level[first + row] = values[row]
+        if codec is None:
+            encode_taps(taps, self.backbone.spec, recipe.precision, places, names)
+        else:
+            if self._packed and len(self._packed[0]) != len(images):
+                self._packed = None  # the last batch of a shard may be smaller
+            self._packed = pack_levels(taps, self.backbone.spec, self._packed)
+            for place, codes in zip(places, codec.encode(self._packed, names), strict=True):
+                place[:] = codes
+        for row, image in enumerate(images):
+            if image in shard.skipped:
+                for place in places:
+                    place[row] = 0
 
     def _write(self, shard: _Shard) -> None:
         for done in shard.encoding:

@@ -5,8 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from hsnet.backbone import FrozenBackbone, pack_levels, random_state_dict
 from hsnet.errors import ConfigError, StoreError
-from pipeline.codec import encode
+from pipeline.codec import encode, encode_taps
 
 
 def level(*shape: int, seed: int = 0, scale: float = 1.0) -> np.ndarray:
@@ -114,3 +115,28 @@ def test_unknown_precision_and_type():
         encode([level(1, 1, 1, 1, 4)], "int4")
     with pytest.raises(StoreError, match="float64"):
         encode([level(1, 1, 1, 1, 4).astype(np.float64)], "int8")
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16", "int8"])
+def test_taps_are_encoded_as_packed_levels_are(precision):
+    """To the bit, zero channels of narrower layers and vectors of zeros included."""
+    backbone = FrozenBackbone("squeezenet1_1", random_state_dict("squeezenet1_1"))
+    taps = backbone.taps(torch.randn(2, 3, 97, 97, generator=torch.Generator().manual_seed(0)))
+    taps = [tap.clone() for tap in taps]
+    taps[0][0, :, 3, 4] = 0
+    taps[1] *= 1e-39
+    taps[2] *= 1e30
+    taps[3] = taps[3].contiguous()  # not channels-last
+    wanted = encode(pack_levels(taps, backbone.spec), precision)
+    found = [np.zeros_like(level) for level in wanted]
+    encode_taps(taps, backbone.spec, precision, found, ["a", "b"])
+    assert all(one.tobytes() == other.tobytes() for one, other in zip(found, wanted, strict=True))
+
+
+def test_nan_in_a_tap_is_named():
+    backbone = FrozenBackbone("squeezenet1_1", random_state_dict("squeezenet1_1"))
+    taps = [tap.clone() for tap in backbone.taps(torch.zeros(2, 3, 65, 65))]
+    out = encode(pack_levels(taps, backbone.spec), "int8")
+    taps[-1][1, 5, 0, 0] = torch.inf
+    with pytest.raises(StoreError, match="image 'b' hold NaN or infinity at level 2"):
+        encode_taps(taps, backbone.spec, "int8", out, ["a", "b"])
