@@ -23,6 +23,7 @@ from hsnet.fusion import foreground, fuse
 from hsnet.metrics import class_iou, count, foreground_background_iou, mean_iou, sum_by_class
 from hsnet.model import resize_logits
 from pipeline.datasets.index import DatasetIndex
+from pipeline.environment import environment
 from pipeline.episodes import Episode
 from pipeline.features import EpisodeBatch, FeatureSource, prefetch
 from pipeline.manifest import Planned, of_protocol
@@ -199,6 +200,7 @@ def evaluate(
         "ignore": "boundary pixels count for nothing" if index.has_ignore else "no ignore label",
         "store": store,
         "checkpoint": checkpoint,
+        "environment": environment(),
         **(facts or {}),
     }
     import pyarrow as pa

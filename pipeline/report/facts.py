@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import math
-import os
-import platform
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from hsnet.errors import HSNetError
+from pipeline.environment import environment
 from pipeline.report.gallery import open_store
 from pipeline.report.inputs import RowSet, Run, as_dict
 from pipeline.report.tables import Cell, Row, Table, count_cell
 from pipeline.terminal import printable, size_text
-
-PACKAGES = ("torch", "torchvision", "numpy", "zarr", "numcodecs", "pyarrow", "pillow", "ray", "matplotlib", "Jinja2")
-DISTRIBUTION = "hsnet-pipeline"
 
 
 @dataclass(frozen=True)
@@ -158,27 +152,16 @@ def _plain_bytes(recipe: Mapping[str, Any]) -> int:
     return 2 * sum(math.prod(grid) * sum(widths) for grid, widths in zip(grids, spec.channels, strict=True))
 
 
-def environment() -> Facts:
-    """Versions and machine that made the page."""
-    items = [("Python", f"{platform.python_version()} ({sys.implementation.name})")]
-    for name in (DISTRIBUTION, *PACKAGES):
-        try:
-            items.append((name, metadata.version(name)))
-        except metadata.PackageNotFoundError:
-            items.append((name, "not installed"))
-    items.append(("system", f"{platform.system()} {platform.release()}, {platform.machine()}"))
-    items.append(("processor", f"{_processor()}, {os.cpu_count()} cores"))
-    return Facts("This page was made with", tuple(items))
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or "unknown processor"
+def environments(sets: Sequence[RowSet]) -> list[Facts]:
+    """Versions and machine that made the page, and those of the rows where they were others."""
+    here = environment()
+    found = [Facts("This page was made with", tuple(here.items()))]
+    for one in sets:
+        there = as_dict(one.first.facts.get("environment"))
+        others = {str(name): printable(str(value)) for name, value in there.items() if value != here.get(str(name))}
+        if others:
+            found.append(Facts(f"The rows of {one.label} were made with other", tuple(others.items())))
+    return found
 
 
 def _file_digest(path: Path) -> str:

@@ -87,5 +87,10 @@ def compare_sets(sets: Sequence[RowSet], *, unit: str = "episode", seed: int = 0
             )
             found.append(Comparison(first, other, made.differences))
         except HSNetError as error:
-            found.append(Comparison(first, other, (), str(error).splitlines()[0]))
+            found.append(Comparison(first, other, (), _one_line(error)))
     return found
+
+
+def _one_line(error: HSNetError) -> str:
+    """The first line of a message, as a sentence."""
+    return str(error).splitlines()[0].rstrip(":.") + "."

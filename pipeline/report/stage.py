@@ -146,7 +146,7 @@ def render_page(
         "stores": stores,
         "protocols": facts.protocol_facts(row_sets),
         "digests": facts.digest_facts(row_sets, runs),
-        "environment": facts.environment(),
+        "environments": facts.environments(row_sets),
         "score_cell": tables.score_cell,
     }
     return environment.get_template("page.html").render(shown)

@@ -11,6 +11,7 @@ import pytest
 
 from hsnet.errors import CheckpointError, ConfigError, DataError
 from pipeline.analyze import analyze
+from pipeline.environment import environment
 from pipeline.protocols import POLICIES
 from pipeline.report.inputs import read_inputs, read_run
 from pipeline.report.plots import learning_curves, smoothed
@@ -115,6 +116,18 @@ def test_sets_are_kept_apart_and_paired(page, rows_by_hand, tmp_path):
     shown = page(folds[0], other)
     wanted = analyze([folds[0]], [other], fusions=["vote"]).differences[0]
     assert shown.tables["pairs"][1][:3] == ["HSNet − cosine map", "1", f"+{one(wanted.miou)}"]
+
+
+def test_rows_made_elsewhere_say_so(page, rows_by_hand, tmp_path):
+    table = rows_by_hand.made()
+    here = environment()
+    names = {0: "a", 1: "b", 2: "c"}
+    same = renamed(table, names, environment=here)
+    assert "were made with other" not in page(rows_by_hand.write(tmp_path / "same.parquet", same)).text
+    other = renamed(table, names, environment={**here, "torch": "1.2.3<b>", "numpy": "4.5"})
+    shown = page(rows_by_hand.write(tmp_path / "other.parquet", other)).text
+    assert "were made with other" in shown
+    assert "1.2.3<b>" in shown, "as text"
 
 
 def test_the_same_rows_twice_are_refused(rows_by_hand, tmp_path):
