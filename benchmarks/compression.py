@@ -5,6 +5,8 @@
     python -m benchmarks.compression draw OUT.json OUT.svg
     python -m benchmarks.compression correlate fss --data-root D --splits D/splits --backbone resnet50 \
         --weights random --image-size 400 --bytes 0,2000000,1000000 --photos 48 --pairs 6 --out OUT.json
+    python -m benchmarks.compression round fss --data-root D --splits D/splits --backbone squeezenet1_1 \
+        --image-size 388 --photos 8 --out OUT.json
 
 Bits are per feature value: 32 is float32 (what the others are compared against, made first), 16 float16, 8 int8, and
 fewer are the budgeted codec. Stores are made in WORK by `hsnet extract`'s own stage and compared by that of
@@ -26,11 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import rounding
 from hsnet.backbone import FrozenBackbone
 from pipeline import fitting
 from pipeline.codec import encode
 from pipeline.compare import compare, compare_scores
 from pipeline.datasets import open_dataset
+from pipeline.datasets.images import network_image
 from pipeline.datasets.index import DatasetIndex
 from pipeline.extract import extract
 from pipeline.features import FeatureSource, OnlineSource, StoreSource
@@ -168,6 +172,24 @@ def correlate(options: argparse.Namespace) -> None:
     options.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
+def round_floats(options: argparse.Namespace) -> None:
+    """BitRound and Quantize before zstd, beside int8, on photos of the first fold's test classes."""
+    torch.set_num_threads(1)
+    dataset = open_dataset(options.dataset, options.data_root, options.splits)
+    weights = load_weights(options.backbone, options.weights)
+    backbone = FrozenBackbone(options.backbone, weights.state_dict)
+    listed = sorted({image for image, _ in dataset.index.split(0, "test").entries})
+    chosen = listed[:: max(1, len(listed) // options.photos)][: options.photos]
+    pixels = (network_image(dataset.image(image), options.image_size) for image in chosen)
+    photos = [backbone(torch.from_numpy(photo)[None]) for photo in pixels]
+    found = []
+    for rounded in rounding.measure(photos):
+        found.append(rounded)
+        print(rounding.line(rounded), flush=True)
+    setting = {"backbone": options.backbone, "image_size": options.image_size, "photos": len(photos)}
+    options.out.write_text(json.dumps({"setting": setting, "ways": rounding.facts(found)}, indent=1) + "\n")
+
+
 def row(bits: float, point: dict[str, Any]) -> str:
     """A line of the table in docs/compression.md."""
     layers = point["layers"]
@@ -257,7 +279,8 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     first = commands.add_parser("measure")
     third = commands.add_parser("correlate")
-    for parts in (first, third):
+    fourth = commands.add_parser("round")
+    for parts in (first, third, fourth):
         parts.add_argument("dataset")
         parts.add_argument("--data-root", type=Path)
         parts.add_argument("--splits", type=Path)
@@ -270,6 +293,7 @@ def main() -> None:
     third.add_argument("--bytes", type=lambda text: [int(n) for n in text.split(",")], required=True)
     third.add_argument("--photos", type=int, default=48)
     third.add_argument("--pairs", type=int, default=6)
+    fourth.add_argument("--photos", type=int, default=8)
     first.add_argument("--bits", type=lambda text: [float(bits) for bits in text.split(",")], required=True)
     first.add_argument("--pairs", type=int, default=32)
     first.add_argument("--episodes", type=int, default=1000)
@@ -281,6 +305,8 @@ def main() -> None:
         draw(options.source, options.target)
     elif options.command == "correlate":
         correlate(options)
+    elif options.command == "round":
+        round_floats(options)
     else:
         measure(options)
 
