@@ -22,7 +22,7 @@ from pipeline.result_rows import schema
 ROOT = Path(cli.__file__).parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-FOREIGN_OPTIONS = {"--extra-index-url", "--head", "--folder", "--bits", "--bytes"}
+FOREIGN_OPTIONS = {"--extra-index-url", "--head", "--folder", "--bits", "--bytes", "--photos"}
 """Of pip, ray and benchmarks/compression.py."""
 
 
