@@ -135,9 +135,10 @@ def test_every_fusion_is_the_one_it_says(tiny_source):
         wanted["joint"] = foreground(resize_logits(fused.joint(contexts[:k, None]), (64, 64)))
         for fusion, mask in wanted.items():
             # Other episodes in a pass may turn a pixel whose logits tie.
-            inside = int((mask & batch.target).sum())
-            assert abs(rows[k, fusion, 2]["intersection"] - inside) <= 2, (k, fusion)
-    assert rows[2, "joint", 2]["intersection"] != rows[3, "joint", 2]["intersection"]
+            assert abs(rows[k, fusion, 2]["intersection"] - int((mask & batch.target).sum())) <= 2, (k, fusion)
+            assert abs(rows[k, fusion, 2]["union"] - int((mask | batch.target).sum())) <= 2, (k, fusion)
+    joint = [[rows[k, "joint", number]["union"] for number in range(4)] for k in (2, 3)]
+    assert joint[0] != joint[1]
     for episode_number in range(4):
         alone = {tuple(rows[1, fusion, episode_number][name] for name in COUNTS) for fusion in FUSIONS}
         assert len(alone) == 1, "one support is its own answer however it is combined"
