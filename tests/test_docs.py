@@ -22,8 +22,15 @@ from pipeline.result_rows import schema
 ROOT = Path(cli.__file__).parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-FOREIGN_OPTIONS = {"--extra-index-url", "--head", "--folder", "--bits", "--bytes", "--photos"}
-"""Of pip, ray and benchmarks/compression.py."""
+FOREIGN_OPTIONS = (
+    {"--extra-index-url", "--head"}
+    | {"--folder", "--bits", "--bytes", "--photos"}
+    | {
+        "--parts",
+        "--backbones",
+    }
+)
+"""Of pip and ray, benchmarks/compression.py and benchmarks/pipeline.py."""
 
 
 def commands(group: click.Group = cli.main, before: str = "") -> Iterator[tuple[str, click.Command]]:
