@@ -200,6 +200,10 @@ def test_a_manifest_fixes_the_episodes(job: Path, tmp_path: Path) -> None:
     assert facts["seeds"] == [3]
     both = machine("evaluate", "--baseline", "untrained", *store, "--manifest", path, "--shots", "1,2")["facts"]
     assert len(both["manifests"]) == 2
+    val = tmp_path / "val.parquet"
+    machine("episodes", "make", *store, "--role", "val", "--shots", "1", "--episodes", "6", "--out", val)
+    of_val = machine("evaluate", "--baseline", "untrained", *store, "--manifest", val)["facts"]
+    assert (of_val["role"], of_val["protocol"]["episodes"]) == ("val", 6)
     refused = invoke("evaluate", "--baseline", "untrained", *store, "--manifest", path, "--seed", "4")
     assert "--manifest says which episodes" in refused.stderr
 

@@ -85,7 +85,9 @@ def test_all_policies_come_from_one_pass(with_ignore):
 
     rows = run(with_ignore, Counting, dataset=data, shots=(1, 3), fusions=FUSIONS).rows.to_pylist()
     assert sum(passes) == 12, "every episode is predicted once"
-    assert len(rows) == 12 * 2 * 4
+    assert [(row["shots"], row["fusion"], row["episode"]) for row in rows] == [
+        (shots, fusion, number) for shots in (1, 3) for fusion in FUSIONS for number in range(12)
+    ]
     numbers = {name: number for number, name in enumerate(with_ignore.index.images)}
     for row in rows:
         area = {

@@ -34,6 +34,16 @@ def test_every_query_meets_every_support_but_itself(tiny_source):
         assert all(pair["query"] != pair["support"] for pair in mine)
 
 
+def test_counts_are_those_of_the_object(tiny_source):
+    """The fickle answer is the truth's upper rows: its intersection is its area, its union the truth's."""
+    found = choose(tiny_source)
+    numbers = {name: number for number, name in enumerate(tiny_source.index.images)}
+    for pair in found.pairs[:40]:
+        truth = tiny_source.labels([numbers[pair["query"]]])[0] == pair["class_id"] + 1
+        assert pair["union"] == int(truth.sum())
+        assert 0 <= pair["intersection"] <= pair["union"]
+
+
 def test_scores_are_ious_of_summed_counts(tiny_source):
     found = choose(tiny_source)
     for one in found.classes:

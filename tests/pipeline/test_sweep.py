@@ -6,11 +6,13 @@ import pytest
 
 from hsnet.errors import ConfigError
 from pipeline.analyze import analyze
+from pipeline.checkpoint import load_checkpoint
 from pipeline.config import RunConfig
 from pipeline.datasets.shapes import Shapes
 from pipeline.extract import extract
 from pipeline.features import StoreSource
 from pipeline.protocols import resolve
+from pipeline.results import read_results
 from pipeline.run_dir import RunDir
 from pipeline.store import FeatureStore
 from pipeline.sweep import make_cases, parse_choice, sweep
@@ -88,6 +90,9 @@ def test_only_what_is_missing_is_done_again(store, tmp_path):
     rows.write_bytes(b"cut off")
     run(cases, tmp_path)
     assert analyze([rows]).scores, "rows that cannot be read are made again"
+    rows.write_bytes((tmp_path / "s-seed=1-fold0.parquet").read_bytes())
+    run(cases, tmp_path)
+    assert read_results(rows).facts["checkpoint"] == load_checkpoint(tmp_path / "s-seed=0-fold0").digest
     changed = sweep(cases[:1], open_source, tmp_path, resolve(episodes=5))
     assert changed.configurations[0].scores[0].episodes == 5, "other rules, other rows"
 
