@@ -85,12 +85,11 @@ def sweep(
     the means over folds with their intervals.
 
     The same command goes on where it was stopped; with more folds or values it does only what is new. With workers,
-    as many cases are trained at a time.
+    as many cases are trained at a time. `hsnet report` and `hsnet analyze` take its rows.
 
     \b
     Example:
       hsnet sweep --store voc.zarr --vary learning_rate=1e-3,3e-4 --steps 5000 --out sweeps/lr --workers 4
-      hsnet report sweeps/lr/*.parquet --out lr.html
     """
     set_up_logging(quiet)
     from pipeline.protocols import resolve
