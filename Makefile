@@ -4,6 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; 
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { command -v "$$p"; break; }; done)
 PIP_ARGS ?=
 TEST_ARGS ?=
+TEST_WORKERS ?= 2
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
@@ -15,7 +16,7 @@ STAMP := .venv/.installed
 
 help:
 	@echo "make demo       extract, train, evaluate and predict on generated images, in minutes, without a GPU"
-	@echo "make test       all tests (TEST_ARGS='-k episodes' for some)"
+	@echo "make test       all tests (TEST_ARGS='-k episodes' for some; TEST_WORKERS=1 one after the other)"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     rewrite the code as 'make lint' wants it"
 	@echo "make bench      time training and evaluation against the published way (BENCH_ARGS='--backbones vgg16' for a part)"
@@ -49,7 +50,7 @@ demo: $(STAMP)
 	$(BIN)/hsnet demo $(DEMO_ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
