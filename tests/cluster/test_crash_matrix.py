@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ from pipeline.ownership import OWNER
 from pipeline.restore import needs_restoring, restore_metadata
 from pipeline.shards import marker_file, shard_file
 from pipeline.store import FeatureStore
-from pipeline.weights import load_weights
+from pipeline.weights import Weights, load_weights
 
 SIZE = 64
 SHARD = 4
@@ -171,9 +172,14 @@ def arm(moment: str) -> None:
     os.replace = dying
 
 
+@cache
+def weights() -> Weights:
+    """Read once: a user without rights may not be allowed to read the checkout."""
+    return load_weights("squeezenet1_1")
+
+
 def run(photos: Photos, path: Path | str, runner=None, **options) -> ExtractSummary:
-    weights = load_weights("squeezenet1_1")
-    return extract(photos, weights, "squeezenet1_1", SIZE, "int8", path, runner, shard_images=SHARD, **options)
+    return extract(photos, weights(), "squeezenet1_1", SIZE, "int8", path, runner, shard_images=SHARD, **options)
 
 
 def fingerprints(path: Path) -> dict[str, str]:
