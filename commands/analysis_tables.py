@@ -111,7 +111,7 @@ def _tables(found: Analysis) -> Iterator[Table]:
         "Scores, percent",
         ["", "mIoU", "FB-IoU", "episodes", "for +-0.5"],
         [
-            [label(one), _shown(one.miou), _shown(one.fb_iou), f"{one.episodes:,}", _number(one.needed)]
+            [label(one), interval_text(one.miou), interval_text(one.fb_iou), f"{one.episodes:,}", _number(one.needed)]
             for one in found.scores
         ],
     )
@@ -122,9 +122,9 @@ def _tables(found: Analysis) -> Iterator[Table]:
             [
                 [
                     label(one),
-                    _shown(one.miou),
+                    interval_text(one.miou),
                     f"{one.p:.4f}",
-                    _shown(one.fb_iou),
+                    interval_text(one.fb_iou),
                     f"{one.episodes:,}",
                     _number(one.needed),
                 ]
@@ -166,7 +166,7 @@ def _grid(made: Sequence[Any], title: str, corner: str, parts_of: Callable[[Any]
         label = _labels(chosen)
         columns = [parts_of(one) for one in chosen]
         rows = [
-            [printable(part.name), *(_shown(column[place].value) for column in columns), f"{part.episodes:,}"]
+            [printable(part.name), *(interval_text(column[place].value) for column in columns), f"{part.episodes:,}"]
             for place, part in enumerate(columns[0])
         ]
         named = title + (f", {_fold_name(fold)}" if len({one.fold for one in made}) > 1 else "")
@@ -193,7 +193,7 @@ def _support_rows(one: Score) -> list[list[str]]:
     rows = [
         [
             "standard deviation between supports of one query",
-            _shown(found.within),
+            interval_text(found.within),
             f"{found.queries:,} queries, {found.episodes:,} episodes",
         ],
         ["standard deviation between episodes of one class", f"{found.between:.2f}", ""],
@@ -203,7 +203,7 @@ def _support_rows(one: Score) -> list[list[str]]:
             rows.append(
                 [
                     f"{title} of {found.photos:,}: {printable(part.name)}",
-                    _shown(part.value, sign=True),
+                    interval_text(part.value, sign=True),
                     f"{part.episodes} queries",
                 ]
             )
@@ -278,7 +278,7 @@ def _value(part: Part) -> float:
     return part.value.value if part.value else 0.0
 
 
-def _shown(value: Interval | None, sign: bool = False) -> str:
+def interval_text(value: Interval | None, sign: bool = False) -> str:
     """ "51.2 [49.8, 52.7]"; a dash where there is nothing."""
     if value is None:
         return "-"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from commands.analysis_tables import interval_text
 from commands.groups import on_interrupt
 from commands.options import (
     ANY_PATH,
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from pipeline.manifest import Planned
     from pipeline.methods import Method
     from pipeline.protocols import Protocol
-    from pipeline.statistics import Interval
 
 
 @click.command(short_help="mIoU and FB-IoU on held-out classes.")
@@ -301,15 +301,11 @@ def _tested_fold(method: Method, source: FeatureSource, fold: int | None) -> int
     return fold
 
 
-def _range(interval: Interval) -> str:
-    return f"[{interval.low:.1f}, {interval.high:.1f}]"
-
-
 def _scores_text(all_scores: Sequence[Any], classes: Mapping[int, str]) -> str:
     head = ["", *(f"{scores.shots}-shot" for scores in all_scores)]
     rows = [
-        ["mIoU", *(f"{scores.miou:.1f} {_range(scores.miou_interval)}" for scores in all_scores)],
-        ["FB-IoU", *(f"{scores.fb_iou:.1f} {_range(scores.fb_iou_interval)}" for scores in all_scores)],
+        ["mIoU", *(interval_text(scores.miou_interval) for scores in all_scores)],
+        ["FB-IoU", *(interval_text(scores.fb_iou_interval) for scores in all_scores)],
         ["episodes", *(str(scores.episodes) for scores in all_scores)],
     ]
     for c in all_scores[0].per_class:

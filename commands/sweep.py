@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from commands.groups import Failure, on_interrupt
+from commands.analysis_tables import interval_text
+from commands.groups import Failure
 from commands.options import (
     ANY_PATH,
     STORE,
@@ -28,7 +29,6 @@ from pipeline.terminal import Progress, printable, set_up_logging, table
 
 if TYPE_CHECKING:
     from pipeline.features import StoreSource
-    from pipeline.statistics import Interval
 
 
 class Folds(click.ParamType):
@@ -105,7 +105,6 @@ def sweep(
         raise ConfigError(f"Not every store has fold {missing[0]}; folds of all: {sorted(set.intersection(*there))}.")
     fixed = {name: _single(name, values) for name, values in map(parse_choice, fix)}
     cases = make_cases(list(sources), wanted, dict(map(parse_choice, vary)), {"steps": steps, **fixed})
-    stopped = False
     with (
         open_runner(workers, address, device) as runner,
         Progress("sweep", "cases", quiet) as progress,
@@ -144,8 +143,8 @@ def sweep(
             printable(one.name),
             ", ".join(map(str, one.folds)),
             f"{score.shots}-shot",
-            f"{score.miou.value:.1f} {_range(score.miou)}",
-            f"{score.fb_iou.value:.1f} {_range(score.fb_iou)}" if score.fb_iou else "-",
+            interval_text(score.miou),
+            interval_text(score.fb_iou),
         ]
         for one in result.configurations
         for score in one.scores
@@ -160,7 +159,6 @@ def sweep(
     if result.failed:
         failed = "\n".join(f"  {one.case.name}: {one.error}" for one in result.failed)
         raise Failure(f"{len(result.failed)} of {len(cases)} cases failed; the others are done:\n{failed}")
-    on_interrupt("Everything was done.")
     return printed
 
 
@@ -173,7 +171,3 @@ def _single(name: str, values: tuple[Any, ...]) -> Any:
     if len(values) > 1:
         raise ConfigError(f"--fix {name} takes one value; use --vary {name}=... for several.")
     return values[0]
-
-
-def _range(interval: Interval) -> str:
-    return f"[{interval.low:.1f}, {interval.high:.1f}]"
