@@ -25,8 +25,8 @@ from commands.report import report
 from commands.store import store
 from commands.supports import supports
 from commands.sweep import sweep
+from commands.terminal import set_up_logging
 from commands.train import train
-from pipeline.terminal import set_up_logging
 
 DISTRIBUTION = "hsnet-pipeline"
 

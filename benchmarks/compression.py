@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import rounding
+from commands.terminal import plain
 from hsnet.backbone import FrozenBackbone
 from pipeline import fitting
 from pipeline.codec import encode
@@ -40,7 +41,6 @@ from pipeline.extract import extract
 from pipeline.features import FeatureSource, OnlineSource, StoreSource
 from pipeline.recipe import CODED, Coding, Recipe
 from pipeline.store import FeatureStore
-from pipeline.terminal import plain
 from pipeline.transform import TransformCodec, fit_layers
 from pipeline.weights import load_weights
 

@@ -39,8 +39,8 @@ from benchmarks import timing
 from benchmarks.inputs import disc, picture
 from hsnet import torchvision_ops  # noqa: F401  (must run before torchvision is imported)
 from hsnet.backbone import FrozenBackbone, random_state_dict
+from pipeline.common.runner import one_torch_thread
 from pipeline.datasets import Dataset, open_dataset
-from pipeline.runner import one_torch_thread
 
 PARTS = ("help", "extract", "evaluate", "train")
 BACKBONES = ("squeezenet1_1", "resnet50", "vgg16")

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from hsnet.backbone import FrozenBackbone
-from pipeline import render
 from pipeline.checkpoint import load_checkpoint
+from pipeline.common import render
 from pipeline.datasets.images import read_binary_mask, read_photo
 from pipeline.predict import Predictor
 from pipeline.support import read_support

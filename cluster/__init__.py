@@ -1,1 +1,1 @@
-"""Everything Ray, thin: a session, a runner with the contract of `pipeline.runner`, the distributed trainer."""
+"""Everything Ray, thin: a session, a runner with the contract of `pipeline.common.runner`, the distributed trainer."""

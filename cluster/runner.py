@@ -1,4 +1,4 @@
-"""The runner of `pipeline.runner` on Ray: plain tasks, whose worker is cached in the process that runs them."""
+"""The runner of `pipeline.common.runner` on Ray: plain tasks, whose worker is cached in the process that runs them."""
 
 from __future__ import annotations
 

@@ -15,9 +15,9 @@ import torch
 
 from cluster.session import session
 from hsnet.errors import ClusterError, HSNetError
+from pipeline.common.process_group import Distributed
 from pipeline.config import RunConfig
 from pipeline.features import FeatureSource
-from pipeline.ranks import Distributed
 from pipeline.run_dir import RunDir
 from pipeline.train import Event, FitSummary, check_run, fit
 

@@ -7,8 +7,9 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from commands.terminal import fact_lines, plain, table
+from pipeline.common.text import printable
 from pipeline.protocols import POLICIES, Policy
-from pipeline.terminal import fact_lines, plain, printable, table
 
 if TYPE_CHECKING:
     from pipeline.analyze import Analysis, Part, Score

@@ -10,8 +10,8 @@ import click
 from commands.analysis_tables import POLICY_NAMES, as_values, csv_text, markdown_text, plain_text
 from commands.options import ANY_PATH, Whole, common_options, options
 from commands.steps import emit
+from commands.terminal import set_up_logging
 from pipeline.protocols import FUSIONS, POLICIES
-from pipeline.terminal import set_up_logging
 
 PARTS = ("class", "size", "support", "seed")
 

@@ -10,7 +10,8 @@ import click
 from commands.groups import OrderedGroup
 from commands.options import ANY_PATH, BACKBONES, FILE, image_size_option, json_option
 from commands.steps import emit
-from pipeline.terminal import fact_lines, printable
+from commands.terminal import fact_lines
+from pipeline.common.text import printable
 
 
 @click.group(cls=OrderedGroup)

@@ -14,7 +14,8 @@ import click
 from commands.groups import on_interrupt
 from commands.options import ANY_PATH, Whole, json_option
 from commands.steps import emit, open_runner
-from pipeline.terminal import printable, table, time_text
+from commands.terminal import table
+from pipeline.common.text import printable, time_text
 
 
 @click.command(short_help="The whole job once, on generated pictures.")

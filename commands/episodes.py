@@ -24,8 +24,9 @@ from commands.options import (
     splits_option,
 )
 from commands.steps import emit, open_data
+from commands.terminal import fact_lines, table
+from pipeline.common.text import printable
 from pipeline.protocols import BALANCES, DRAWS, PROTOCOLS, ROLES
-from pipeline.terminal import fact_lines, printable, table
 
 if TYPE_CHECKING:
     from pipeline.datasets.index import DatasetIndex

@@ -34,7 +34,7 @@ from commands.options import (
     workers_option,
 )
 from commands.steps import emit, open_data, open_runner, pick_device, store_source
-from pipeline.terminal import Progress, fact_lines, plain, set_up_logging, table
+from commands.terminal import Progress, fact_lines, plain, set_up_logging, table
 
 if TYPE_CHECKING:
     from pipeline.datasets import Dataset
@@ -150,9 +150,9 @@ def _evaluate(
     if manifest is not None and (transfer or episodes or distinct_supports or seed is not None):
         raise click.UsageError("--manifest says which episodes: leave out --transfer, --episodes, --seed and the like.")
     from pipeline import methods
+    from pipeline.common.files import require_writable, write_table
     from pipeline.evaluate import evaluate as stage
     from pipeline.manifest_file import read
-    from pipeline.parquet import require_writable, write_table
     from pipeline.protocols import FUSIONS, resolve
 
     if out is not None:

@@ -29,7 +29,8 @@ from commands.options import (
     workers_option,
 )
 from commands.steps import emit, open_data, open_runner, pick_device
-from pipeline.terminal import Progress, printable, set_up_logging, size_text, time_text
+from commands.terminal import Progress, set_up_logging
+from pipeline.common.text import printable, size_text, time_text
 
 if TYPE_CHECKING:
     from pipeline.datasets import Dataset

@@ -27,7 +27,8 @@ from commands.options import (
     workers_option,
 )
 from commands.steps import emit, open_data, pick_device
-from pipeline.terminal import fact_lines, set_up_logging, size_text, time_text
+from commands.terminal import fact_lines, set_up_logging
+from pipeline.common.text import size_text, time_text
 
 
 @click.command(short_help="Bytes and seconds a data set will take; writes nothing.")

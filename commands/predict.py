@@ -10,8 +10,9 @@ import click
 from commands.groups import Failure, on_interrupt
 from commands.options import ANY_PATH, common_options, device_option, options, weights_option
 from commands.steps import emit, pick_device
+from commands.terminal import Progress, set_up_logging
+from pipeline.common.text import printable, time_text
 from pipeline.protocols import FUSIONS
-from pipeline.terminal import Progress, printable, set_up_logging, time_text
 
 
 @click.command(short_help="Masks of new photos from a few examples.")

@@ -10,7 +10,8 @@ import click
 from commands.groups import OrderedGroup, on_interrupt
 from commands.options import ANY_PATH, json_option, options, quiet_option
 from commands.steps import emit
-from pipeline.terminal import Progress, printable, set_up_logging, time_text
+from commands.terminal import Progress, set_up_logging
+from pipeline.common.text import printable, time_text
 
 
 @click.group(cls=OrderedGroup)

@@ -19,7 +19,8 @@ from commands.options import (
     splits_option,
 )
 from commands.steps import emit, parse_data_options, pick_device
-from pipeline.terminal import Progress, fact_lines, printable, set_up_logging, size_text
+from commands.terminal import Progress, fact_lines, set_up_logging
+from pipeline.common.text import printable, size_text
 
 
 @click.command(short_help="One page of tables, plots and pictures.")

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from commands.groups import on_interrupt
+from commands.terminal import plain
 from hsnet.errors import ConfigError
-from pipeline.terminal import plain
 
 if TYPE_CHECKING:
+    from pipeline.common.runner import Runner
     from pipeline.datasets import Dataset
     from pipeline.features import FeatureSource, StoreSource
-    from pipeline.runner import Runner
 
 
 def emit(result: Any, text: str, as_json: bool) -> Any:
@@ -81,7 +81,7 @@ def pick_device(name: str, address: str | None = None) -> str:
 def open_runner(workers: int, address: str | None, device: str) -> Iterator[Runner]:
     """Where a stage's work is done: in this process, or on Ray; with an address alone, on all of its CPUs."""
     if workers == 0 and address is None:
-        from pipeline.runner import SerialRunner
+        from pipeline.common.runner import SerialRunner
 
         yield SerialRunner()
         return

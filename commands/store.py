@@ -31,7 +31,8 @@ from commands.options import (
     workers_option,
 )
 from commands.steps import emit, online_source, open_data, open_runner, pick_device, store_source
-from pipeline.terminal import Progress, fact_lines, printable, set_up_logging, size_text, table
+from commands.terminal import Progress, fact_lines, set_up_logging, table
+from pipeline.common.text import printable, size_text
 
 if TYPE_CHECKING:
     from pipeline.features import FeatureSource

@@ -21,7 +21,8 @@ from commands.options import (
     workers_option,
 )
 from commands.steps import emit, open_runner, pick_device, store_source
-from pipeline.terminal import Progress, printable, set_up_logging, table
+from commands.terminal import Progress, set_up_logging, table
+from pipeline.common.text import printable
 
 
 @click.command(short_help="Which photos make good supports.")
@@ -61,7 +62,7 @@ def supports(
     set_up_logging(quiet)
     on_interrupt("No result was written.")
     from pipeline import methods
-    from pipeline.parquet import require_writable, write_table
+    from pipeline.common.files import require_writable, write_table
     from pipeline.support_choice import choose_supports
 
     if out is not None:

@@ -24,8 +24,9 @@ from commands.options import (
     workers_option,
 )
 from commands.steps import emit, open_runner, pick_device, stop_on_interrupt, store_source
+from commands.terminal import Progress, set_up_logging, table
 from hsnet.errors import ConfigError
-from pipeline.terminal import Progress, printable, set_up_logging, table
+from pipeline.common.text import printable
 
 if TYPE_CHECKING:
     from pipeline.features import StoreSource

@@ -31,7 +31,8 @@ from commands.options import (
     workers_option,
 )
 from commands.steps import emit, online_source, open_data, pick_device, require_ray, stop_on_interrupt, store_source
-from pipeline.terminal import Progress, printable, set_up_logging, time_text
+from commands.terminal import Progress, set_up_logging
+from pipeline.common.text import printable, time_text
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig

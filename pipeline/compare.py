@@ -19,12 +19,12 @@ from torch import Tensor
 from hsnet.errors import ConfigError, StoreMismatch
 from pipeline import methods
 from pipeline.codec import encode
-from pipeline.draws import Draws
+from pipeline.common.philox import Draws
+from pipeline.common.runner import Runner
 from pipeline.evaluate import evaluate
 from pipeline.features import FeatureSource, StoreSource
 from pipeline.protocols import resolve
 from pipeline.recipe import difference_lines
-from pipeline.runner import Runner
 from pipeline.statistics import Interval, miou_interval, paired_difference
 from pipeline.transform import unit_vectors
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline import render
+from pipeline.common import render
 from pipeline.datasets.shapes import Shapes
 
 Run = Callable[[Sequence[str]], Any]

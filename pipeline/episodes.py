@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from hsnet.errors import ConfigError
+from pipeline.common.philox import below, philox
 from pipeline.datasets.index import DatasetIndex, Split
-from pipeline.draws import below, philox
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from hsnet.errors import ConfigError, DataError
 from hsnet.fusion import foreground, fuse
 from hsnet.metrics import class_iou, count, foreground_background_iou, mean_iou, sum_by_class
 from hsnet.model import resize_logits
+from pipeline.common.machine import environment
+from pipeline.common.runner import Runner, SerialRunner, in_groups
 from pipeline.datasets.index import DatasetIndex
-from pipeline.environment import environment
 from pipeline.episodes import Episode
 from pipeline.features import EpisodeBatch, FeatureSource, prefetch
 from pipeline.manifest import Planned, of_protocol
@@ -31,7 +32,6 @@ from pipeline.manifest import resolve as resolve_manifest
 from pipeline.protocols import FUSIONS, POLICIES, Policy, Protocol
 from pipeline.resident import keep
 from pipeline.result_rows import METADATA, count_columns, schema
-from pipeline.runner import Runner, SerialRunner, in_groups
 from pipeline.segmenters import Answers, Segmenter
 from pipeline.statistics import Interval, interval, resample
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from hsnet.errors import ConfigError, StoreError
+from pipeline.common.files import sync_folder
+from pipeline.common.philox import Draws
 from pipeline.datasets.index import ROLES, DatasetIndex, Split
-from pipeline.draws import Draws
-from pipeline.metadata import sync_folder
 from pipeline.store import FeatureStore
 
 IMAGES = 32

@@ -17,13 +17,13 @@ from pathlib import Path
 from hsnet.errors import ConfigError, DataError, StoreError
 from pipeline.attributes import read_facts
 from pipeline.bucket import address, location
+from pipeline.common.runner import Runner, SerialRunner, in_groups
 from pipeline.datasets import Dataset
 from pipeline.fitting import Fitting, fit_codec, nominal_recipe, sample_size
 from pipeline.growth import grow, make_current
 from pipeline.plan import Planned, plan_growth, plan_new, plan_store
 from pipeline.recipe import CODED, Recipe
 from pipeline.remote import is_free, is_store, root_of
-from pipeline.runner import Runner, SerialRunner, in_groups
 from pipeline.shard_worker import ShardDone, ShardWorker
 from pipeline.store import SHARD_IMAGES, FeatureStore
 from pipeline.weights import Weights

@@ -18,10 +18,10 @@ from torch import Tensor
 from hsnet.backbone import FrozenBackbone
 from hsnet.errors import ConfigError, DataError
 from pipeline.codec import check_levels
+from pipeline.common.philox import philox
 from pipeline.datasets import Dataset
 from pipeline.datasets.images import network_image
 from pipeline.datasets.index import DatasetIndex
-from pipeline.draws import philox
 from pipeline.recipe import CODED, Coding, Recipe
 from pipeline.transform import TransformCodec, fit_layers, unit_vectors
 from pipeline.weights import Weights

@@ -23,13 +23,13 @@ from hsnet.fused import FusedHSNet
 from hsnet.loss import episode_losses
 from hsnet.model import HSNet, predict_mask, resize_logits
 from pipeline.codec import encode
+from pipeline.common.runner import one_torch_thread
 from pipeline.datasets import Dataset
 from pipeline.datasets.images import network_image, resize_label
 from pipeline.fitting import nominal_recipe
 from pipeline.layout import image_nbytes
 from pipeline.recipe import Recipe
 from pipeline.resident import SHARE, free_on
-from pipeline.runner import one_torch_thread
 from pipeline.transform import TransformCodec, fit_layers, unit_vectors
 from pipeline.weights import Weights
 

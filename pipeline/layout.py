@@ -14,8 +14,8 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from hsnet.errors import StoreError
 from pipeline.chunks import laid_out
+from pipeline.common.files import read_json, replace_json
 from pipeline.datasets.index import DatasetIndex
-from pipeline.metadata import read_json, replace_json
 from pipeline.recipe import Recipe, difference_lines
 
 ZSTD_LEVEL = 3

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from hsnet.errors import DataError
+from pipeline.common.files import read_table, write_table
 from pipeline.manifest import FORMAT, Manifest, Row, canonical, row_content, row_text
-from pipeline.parquet import read_table, write_table
 
 _KEY = b"hsnet_manifest"
 _COLUMNS = ("episode", "class_id", "class_name", "query", "supports", "check")

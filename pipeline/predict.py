@@ -24,8 +24,8 @@ from hsnet.errors import ConfigError, DataError, HSNetError
 from hsnet.fused import FusedHSNet
 from hsnet.fusion import foreground, fuse
 from hsnet.model import HSNet, resize_logits
-from pipeline import render
 from pipeline.checkpoint import Checkpoint
+from pipeline.common import render
 from pipeline.datasets.images import PHOTO_SUFFIXES, network_image, read_photo, resize_label
 from pipeline.recipe import Recipe
 from pipeline.support import Support, read_support

@@ -20,11 +20,11 @@ from hsnet.backbone import FrozenBackbone, pack_levels
 from hsnet.errors import ConfigError, DataError, StoreError
 from pipeline.bucket import location
 from pipeline.codec import encode
+from pipeline.common.philox import Draws
+from pipeline.common.runner import Runner, SerialRunner
 from pipeline.datasets import Dataset
 from pipeline.datasets.images import network_image, object_pixels, resize_label
-from pipeline.draws import Draws
 from pipeline.recipe import Recipe
-from pipeline.runner import Runner, SerialRunner
 from pipeline.store import FeatureStore
 from pipeline.transform import unit_vectors
 from pipeline.weights import Weights

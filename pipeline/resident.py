@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from hsnet.errors import ConfigError
+from pipeline.common.text import size_text
 from pipeline.datasets.index import DatasetIndex
 from pipeline.features import FeatureSource
 from pipeline.recipe import Recipe
-from pipeline.terminal import size_text
 from pipeline.transform import TransformCodec
 
 RESIDENT = ("off", "auto", "host", "device")

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hsnet.errors import StoreError, StoreMismatch
+from pipeline.common.files import read_json, sync_folder
 from pipeline.datasets.index import DatasetIndex
-from pipeline.metadata import read_json, sync_folder
 from pipeline.ownership import sole_writer
 from pipeline.recipe import Recipe
 from pipeline.shards import marker_file, read_marker, shard_file

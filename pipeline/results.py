@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hsnet.errors import ConfigError, DataError
-from pipeline.parquet import read_table
+from pipeline.common.files import read_table
 from pipeline.protocols import POLICIES, Policy, Protocol
 from pipeline.result_rows import METADATA, count_columns, schema
 

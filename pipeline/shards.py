@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hsnet.errors import StoreError
-from pipeline.metadata import replace_text
+from pipeline.common.files import replace_text
 
 MARKERS = "_done"
 _LARGEST_MARKER = 16 << 20

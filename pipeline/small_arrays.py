@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from hsnet.errors import StoreError
 from pipeline.chunks import read_small_array
-from pipeline.metadata import read_json
+from pipeline.common.files import read_json
 
 _KEYS = {"name": "default", "configuration": {"separator": "/"}}
 

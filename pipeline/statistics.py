@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hsnet.errors import ConfigError
-from pipeline.draws import philox
+from pipeline.common.philox import philox
 
 RESAMPLES = 2000
 SWAPS = 4999

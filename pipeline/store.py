@@ -33,10 +33,10 @@ from hsnet.errors import ConfigError, DataError, ShapeError, StoreError, StoreIn
 from pipeline.attributes import attributes, read_facts, read_index, read_placement, write_state
 from pipeline.buffers import Buffers
 from pipeline.chunks import ChunkReader, OpenShards, reads, write_shard_file
+from pipeline.common.files import sync_folder
 from pipeline.datasets.index import DatasetIndex
 from pipeline.fit_arrays import read_fit, write_fit
 from pipeline.layout import ZSTD_LEVEL, ArrayLayout, array_layouts, calm_zarr, open_array
-from pipeline.metadata import sync_folder
 from pipeline.ownership import sole_writer
 from pipeline.recipe import Recipe, difference_lines
 from pipeline.remote import Wanted, is_store, mirror_at, mirror_of, named, resync, root_of

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from hsnet.errors import ConfigError
 from hsnet.metrics import count
+from pipeline.common.philox import philox
+from pipeline.common.runner import Runner, SerialRunner
 from pipeline.datasets.index import DatasetIndex
-from pipeline.draws import philox
 from pipeline.episodes import Episode
 from pipeline.features import FeatureSource, load_batch
-from pipeline.runner import Runner, SerialRunner
 from pipeline.segmenters import Segmenter
 
 if TYPE_CHECKING:

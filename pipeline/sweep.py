@@ -18,13 +18,13 @@ from hsnet.errors import ConfigError, DataError, HSNetError
 from pipeline import methods
 from pipeline.analyze import Score, analyze
 from pipeline.checkpoint import load_checkpoint
+from pipeline.common.files import write_table
+from pipeline.common.runner import Runner, SerialRunner
 from pipeline.config import RunConfig, skipped_digest
 from pipeline.evaluate import evaluate
 from pipeline.features import StoreSource
-from pipeline.parquet import write_table
 from pipeline.protocols import Protocol
 from pipeline.results import read_results
-from pipeline.runner import Runner, SerialRunner
 from pipeline.train import fit
 
 _DECIDED = {"fold", "recipe", "data", "skipped", "learner"}

@@ -21,12 +21,12 @@ from hsnet.fused import FusedHSNet
 from hsnet.loss import episode_losses
 from hsnet.metrics import foreground_background_iou, mean_iou, sum_by_class
 from hsnet.model import HSNet
+from pipeline.common.process_group import Alone, Ranks
 from pipeline.config import RunConfig, skipped_digest
 from pipeline.episodes import Episode, EpisodeStream
 from pipeline.evaluate import count_one_shot
 from pipeline.features import EpisodeBatch, FeatureSource, prefetch
 from pipeline.ownership import sole_writer
-from pipeline.ranks import Alone, Ranks
 from pipeline.recipe import difference_lines
 from pipeline.resident import keep
 from pipeline.run_dir import Progress, RunDir

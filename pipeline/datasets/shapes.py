@@ -20,8 +20,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from hsnet.errors import ConfigError, DataError
+from pipeline.common.philox import Draws
 from pipeline.datasets.index import DatasetIndex, Split
-from pipeline.draws import Draws
 
 Polygon = list[tuple[float, float]]
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from hsnet.errors import HSNetError
-from pipeline.environment import environment
+from pipeline.common.machine import environment
+from pipeline.common.text import printable, size_text
 from pipeline.report.gallery import open_store
 from pipeline.report.inputs import RowSet, Run, as_dict
 from pipeline.report.tables import Cell, Row, Table, count_cell
-from pipeline.terminal import printable, size_text
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hsnet.errors import ConfigError, DataError, HSNetError, StoreError
-from pipeline.draws import Draws
+from pipeline.common.philox import Draws
 from pipeline.report.inputs import RowSet, as_dict
 from pipeline.results import Cell, Results, cell
 
@@ -186,7 +186,7 @@ def make_gallery(
     own = cell(rows.files, fold, shots, fusion, policy)
     if own is None:
         raise DataError(f"{file.path} has no {shots}-shot rows of fold {fold}.")
-    from pipeline.runner import one_torch_thread
+    from pipeline.common.runner import one_torch_thread
 
     again = _Again(file, places, device)
     chosen = choose(own, wanted, seed)
@@ -289,7 +289,7 @@ class _Again:
         predicted: NDArray[np.bool_],
         ignore: NDArray[np.bool_] | None,
     ) -> tuple[Picture, ...]:
-        from pipeline import render
+        from pipeline.common import render
 
         photo = self._photo(episode.query)
         drawn = [
@@ -449,7 +449,7 @@ def resized(mask: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.bool_]
 
 
 def _masked(photo: Image.Image, mask: NDArray[np.bool_], colour: tuple[int, int, int]) -> Image.Image:
-    from pipeline import render
+    from pipeline.common import render
 
     return render.overlay(photo, resized(mask, photo.size), colour)
 

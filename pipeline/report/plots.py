@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.common.text import printable
 from pipeline.report.inputs import Run
 from pipeline.report.scores import SetScores
-from pipeline.terminal import printable
 
 # Stand-ins that matplotlib can write; the page has both of its modes' colours under these names.
 _NAMES = {"#010101": "ink", "#020202": "line", "#030303": "muted"}

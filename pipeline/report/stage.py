@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from hsnet.errors import DataError, HSNetError
+from pipeline.common.text import printable
 from pipeline.report import facts, plots, tables
 from pipeline.report.gallery import Gallery, Places, make_gallery
 from pipeline.report.inputs import RowSet, Run, read_inputs
 from pipeline.report.scores import Comparison, SetScores, compare_sets, score_set
-from pipeline.terminal import printable
 
 log = logging.getLogger(__name__)
 

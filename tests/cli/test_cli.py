@@ -21,9 +21,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 import cli
-from commands import options, steps
+from commands import options, steps, terminal
 from hsnet.errors import ConfigError
-from pipeline import terminal
 
 ROOT = Path(cli.__file__).parent
 

@@ -11,7 +11,7 @@ import torch
 
 from hsnet import errors
 from hsnet.errors import ClusterError, DataError, StoreIncomplete, StoreMismatch
-from pipeline.runner import SerialRunner
+from pipeline.common.runner import SerialRunner
 
 
 @pytest.fixture(params=["serial", "ray"])

@@ -10,10 +10,10 @@ import torch
 from hsnet.errors import ConfigError, DataError
 from hsnet.model import HSNet
 from hsnet.vote import vote
+from pipeline.common.files import require_writable, write_table
 from pipeline.episodes import EpisodeStream
 from pipeline.evaluate import evaluate, score
 from pipeline.features import load_batch
-from pipeline.parquet import require_writable, write_table
 from pipeline.protocols import Protocol, resolve
 from pipeline.result_rows import COUNTS
 from pipeline.segmenters import (

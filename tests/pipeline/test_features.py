@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from hsnet.backbone import FrozenBackbone
+from pipeline.common.runner import one_torch_thread
 from pipeline.episodes import Episode, EpisodeStream
 from pipeline.extract import extract
 from pipeline.features import OnlineSource, StoreSource, load_batch, prefetch
-from pipeline.runner import one_torch_thread
 from pipeline.store import FeatureStore
 from pipeline.train import fit
 

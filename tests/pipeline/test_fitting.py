@@ -10,13 +10,13 @@ import zarr
 
 import cli
 from hsnet.errors import ConfigError, DataError, StoreError, StoreMismatch
+from pipeline.common.runner import SerialRunner
 from pipeline.datasets.shapes import Shapes
 from pipeline.episodes import EpisodeStream
 from pipeline.extract import extract
 from pipeline.features import OnlineSource, StoreSource, load_batch
 from pipeline.fitting import Fitting, fit_codec, nominal_recipe, sample_images
 from pipeline.recipe import Recipe
-from pipeline.runner import SerialRunner
 from pipeline.store import FeatureStore
 from pipeline.transform import unit_vectors
 

@@ -11,7 +11,7 @@ import pytest
 
 from hsnet.errors import CheckpointError, ConfigError, DataError
 from pipeline.analyze import analyze
-from pipeline.environment import environment
+from pipeline.common.machine import environment
 from pipeline.protocols import POLICIES
 from pipeline.report.inputs import read_inputs, read_run
 from pipeline.report.plots import learning_curves, smoothed

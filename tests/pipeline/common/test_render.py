@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from hsnet.errors import ShapeError
-from pipeline import render
+from pipeline.common import render
 
 
 @pytest.fixture

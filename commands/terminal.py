@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from pipeline.common.text import printable, time_text
 
 PLAIN_PROGRESS_S = 5.0
 """Seconds between two progress lines when stderr is not a terminal; more on long runs, to keep log files short."""
@@ -34,30 +35,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def printable(path: Path | str) -> str:
-    """A path that is safe to print: control characters and bytes that are no text are shown as escapes."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def size_text(nbytes: float) -> str:
-    """1536 -> '1.5 KB' (powers of 1000, as disks are sold)."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} TB"
-
-
-def time_text(seconds: float) -> str:
-    """75.3 -> '1:15'; below ten seconds with one decimal, '4.2 s'."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def table(rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hsnet.errors import DataError
-from pipeline.runner import SerialRunner, in_groups, one_torch_thread
+from pipeline.common.runner import SerialRunner, in_groups, one_torch_thread
 
 
 def make_doubler():

@@ -1,0 +1,1 @@
+"""What has no subject of this project: files written whole, seeded randomness, runners, process groups, pictures."""
