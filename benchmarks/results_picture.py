@@ -17,8 +17,8 @@ from hsnet.backbone import FrozenBackbone
 from pipeline.checkpoint import load_checkpoint
 from pipeline.common import render
 from pipeline.datasets.images import read_binary_mask, read_photo
+from pipeline.datasets.own_support import read_support
 from pipeline.predict import Predictor
-from pipeline.support import read_support
 from pipeline.weights import load_weights
 
 

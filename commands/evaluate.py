@@ -273,9 +273,9 @@ def _transfer(
     method: Method, index: DatasetIndex, trained_on: str | Path | None, fold: int | None, quiet: bool
 ) -> tuple[DatasetIndex, int]:
     """The store's index narrowed to what the head has not seen. Says which classes that are."""
+    from pipeline.datasets.unseen import unseen_classes
     from pipeline.methods import names_seen
     from pipeline.store import FeatureStore
-    from pipeline.transfer import unseen_classes
 
     training = FeatureStore.open(trained_on, require_complete=False).index if trained_on else None
     held_out = (method.facts.get("trained_on") or {}).get("fold", fold)

@@ -76,7 +76,7 @@ def predict(
     on_interrupt("The masks written so far are whole.")
     from pipeline import predict as stage
     from pipeline.checkpoint import load_checkpoint
-    from pipeline.support import parse_support
+    from pipeline.datasets.own_support import parse_support
     from pipeline.weights import load_weights
 
     pairs = [parse_support(text) for text in supports]

@@ -27,8 +27,8 @@ from hsnet.model import HSNet, resize_logits
 from pipeline.checkpoint import Checkpoint
 from pipeline.common import render
 from pipeline.datasets.images import PHOTO_SUFFIXES, network_image, read_photo, resize_label
+from pipeline.datasets.own_support import Support, read_support
 from pipeline.recipe import Recipe
-from pipeline.support import Support, read_support
 from pipeline.weights import Weights
 
 log = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ def predict(
     Args:
         checkpoint: the trained head; its recipe decides backbone and image size.
         weights: backbone weights; must be those of the checkpoint's recipe.
-        supports: (photo, mask) files, K >= 1; see `pipeline.support.read_mask` for what counts as object.
+        supports: (photo, mask) files, K >= 1; see `pipeline.datasets.own_support.read_mask` for what counts as object.
         queries: photo files (`list_queries`).
         out_dir: made if missing. `NAME_mask.png` and `NAME_overlay.jpg` per query, NAME from the photo's name, made
             unique when two photos share it; files of an earlier run with the same names are replaced.

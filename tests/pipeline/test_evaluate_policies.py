@@ -13,6 +13,7 @@ from hsnet.model import HSNet, resize_logits
 from pipeline.datasets.coco import COCO_CLASSES
 from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.datasets.pascal import VOC_CLASSES
+from pipeline.datasets.unseen import canonical_name, unseen_classes
 from pipeline.evaluate import evaluate, score
 from pipeline.features import load_batch
 from pipeline.manifest import Planned, make, of_protocol
@@ -20,7 +21,6 @@ from pipeline.manifest import resolve as resolve_manifest
 from pipeline.protocols import FUSIONS, POLICIES, Policy, resolve
 from pipeline.result_rows import COUNTS, count_columns
 from pipeline.segmenters import CosineSegmenter, LearnedSegmenter
-from pipeline.transfer import canonical_name, unseen_classes
 
 
 def learner():

@@ -18,10 +18,10 @@ from hsnet.model import HSNet, predict_mask, resize_logits
 from hsnet.vote import vote
 from pipeline.checkpoint import Checkpoint, CheckpointInfo, load_checkpoint, save_checkpoint
 from pipeline.datasets.images import network_image, read_photo, resize_label
+from pipeline.datasets.own_support import read_support
 from pipeline.datasets.shapes import Shapes
 from pipeline.predict import Predictor, list_queries, output_names, predict
 from pipeline.recipe import Recipe
-from pipeline.support import read_support
 from pipeline.weights import Weights, load_weights
 
 SIZE = 64

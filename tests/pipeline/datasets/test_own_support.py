@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from hsnet.errors import ConfigError, DataError
-from pipeline.support import parse_support, read_mask, read_support
+from pipeline.datasets.own_support import parse_support, read_mask, read_support
 
 OBJECT = np.zeros((20, 30), bool)
 OBJECT[5:15, 10:25] = True
