@@ -160,9 +160,9 @@ def measure_evaluate(
     from hsnet.metrics import count
     from pipeline import evaluate as stage
     from pipeline import methods
-    from pipeline.episodes import EpisodeStream
+    from pipeline.episodes.protocols import resolve
+    from pipeline.episodes.stream import EpisodeStream
     from pipeline.features import StoreSource, load_batch
-    from pipeline.protocols import resolve
     from pipeline.store import FeatureStore
 
     chosen = ["--checkpoint", str(run_dir)] if run_dir else ["--baseline", "untrained"]

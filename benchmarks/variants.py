@@ -25,7 +25,7 @@ from hsnet.fusion import fuse
 from hsnet.loss import episode_losses
 from hsnet.model import HSNet
 from pipeline.datasets.images import network_image
-from pipeline.episodes import Episode
+from pipeline.episodes.stream import Episode
 from pipeline.extract import extract
 from pipeline.features import StoreSource, load_batch
 from pipeline.segmenters import LearnedSegmenter

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from commands.terminal import fact_lines, plain, table
 from pipeline.common.text import printable
-from pipeline.protocols import POLICIES, Policy
+from pipeline.episodes.protocols import POLICIES, Policy
 
 if TYPE_CHECKING:
     from pipeline.analyze import Analysis, Part, Score

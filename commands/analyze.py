@@ -11,7 +11,7 @@ from commands.analysis_tables import POLICY_NAMES, as_values, csv_text, markdown
 from commands.options import ANY_PATH, Whole, common_options, options
 from commands.steps import emit
 from commands.terminal import set_up_logging
-from pipeline.protocols import FUSIONS, POLICIES
+from pipeline.episodes.protocols import FUSIONS, POLICIES
 
 PARTS = ("class", "size", "support", "seed")
 

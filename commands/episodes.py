@@ -26,11 +26,11 @@ from commands.options import (
 from commands.steps import emit, open_data
 from commands.terminal import fact_lines, table
 from pipeline.common.text import printable
-from pipeline.protocols import BALANCES, DRAWS, PROTOCOLS, ROLES
+from pipeline.episodes.protocols import BALANCES, DRAWS, PROTOCOLS, ROLES
 
 if TYPE_CHECKING:
     from pipeline.datasets.index import DatasetIndex
-    from pipeline.manifest import Manifest
+    from pipeline.episodes.manifest import Manifest
 
 dataset_options = options(
     click.argument("dataset", type=click.Choice(DATASETS), required=False),
@@ -99,9 +99,9 @@ def make(
     Example:
       hsnet episodes make pascal --data-root VOC2012 --splits splits --fold 2 --protocol hsnet --out fold2.parquet
     """
-    from pipeline.manifest import of_protocol
-    from pipeline.manifest_file import write
-    from pipeline.protocols import resolve
+    from pipeline.episodes.manifest import of_protocol
+    from pipeline.episodes.manifest_file import write
+    from pipeline.episodes.protocols import resolve
 
     rules = resolve(
         protocol,
@@ -138,8 +138,8 @@ def show(path: Path, rows: int, as_json: bool) -> None:
     Example:
       hsnet episodes show fold2.parquet --rows 5
     """
-    from pipeline.manifest import row_text
-    from pipeline.manifest_file import read
+    from pipeline.episodes.manifest import row_text
+    from pipeline.episodes.manifest_file import read
 
     manifest = read(path)
     listed = [f"{number}: {printable(row_text(row))}" for number, row in enumerate(manifest.rows[:rows])]
@@ -171,8 +171,8 @@ def verify(
     Example:
       hsnet episodes verify fold2.parquet --store voc.zarr
     """
-    from pipeline.manifest import difference, redraw, resolve
-    from pipeline.manifest_file import read
+    from pipeline.episodes.manifest import difference, redraw, resolve
+    from pipeline.episodes.manifest_file import read
 
     manifest = read(path)
     index, skipped = _index(dataset, store, data_root, splits, data_options, quiet, manifest.data)
@@ -222,8 +222,8 @@ def import_(
     Example:
       hsnet episodes import theirs.csv --store voc.zarr --fold 0 --first-class 1 --out theirs.parquet
     """
-    from pipeline.episode_lists import import_episodes
-    from pipeline.manifest_file import write
+    from pipeline.episodes.imported import import_episodes
+    from pipeline.episodes.manifest_file import write
 
     index, _ = _index(dataset, store, data_root, splits, data_options, quiet)
     manifest = import_episodes(source, index, fold, role, first_class=first_class)
@@ -261,7 +261,7 @@ def _index(
 
 
 def _facts(path: Path, manifest: Manifest) -> dict[str, Any]:
-    from pipeline.manifest import balance_of, notes, published_name
+    from pipeline.episodes.manifest import balance_of, notes, published_name
 
     balance = balance_of(manifest)
     return {

@@ -39,10 +39,10 @@ from commands.terminal import Progress, fact_lines, plain, set_up_logging, table
 if TYPE_CHECKING:
     from pipeline.datasets import Dataset
     from pipeline.datasets.index import DatasetIndex
+    from pipeline.episodes.manifest import Planned
+    from pipeline.episodes.protocols import Protocol
     from pipeline.features import FeatureSource
-    from pipeline.manifest import Planned
     from pipeline.methods import Method
-    from pipeline.protocols import Protocol
 
 
 @click.command(short_help="mIoU and FB-IoU on held-out classes.")
@@ -151,9 +151,9 @@ def _evaluate(
         raise click.UsageError("--manifest says which episodes: leave out --transfer, --episodes, --seed and the like.")
     from pipeline import methods
     from pipeline.common.files import require_writable, write_table
+    from pipeline.episodes.manifest_file import read
+    from pipeline.episodes.protocols import FUSIONS, resolve
     from pipeline.evaluate import evaluate as stage
-    from pipeline.manifest_file import read
-    from pipeline.protocols import FUSIONS, resolve
 
     if out is not None:
         require_writable(out)
@@ -254,8 +254,8 @@ def _evaluate(
 
 def _from_file(path: Path, rules: Protocol, shots: tuple[int, ...] | None) -> tuple[tuple[Planned, ...], Protocol]:
     """The episodes of a manifest, and the rules with what it decides."""
-    from pipeline.manifest import Planned
-    from pipeline.manifest_file import read
+    from pipeline.episodes.manifest import Planned
+    from pipeline.episodes.manifest_file import read
 
     stored = read(path)
     wanted = tuple(sorted(shots or (stored.shots,)))

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from hsnet.errors import ConfigError
-from pipeline.protocols import PROTOCOLS, parse_choice
+from pipeline.episodes.protocols import PROTOCOLS, parse_choice
 
 # Spelt out, because the tables they come from import torch; tests compare them.
 BACKBONES = ("vgg16", "resnet50", "resnet101", "squeezenet1_1")

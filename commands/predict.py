@@ -12,7 +12,7 @@ from commands.options import ANY_PATH, common_options, device_option, options, w
 from commands.steps import emit, pick_device
 from commands.terminal import Progress, set_up_logging
 from pipeline.common.text import printable, time_text
-from pipeline.protocols import FUSIONS
+from pipeline.episodes.protocols import FUSIONS
 
 
 @click.command(short_help="Masks of new photos from a few examples.")

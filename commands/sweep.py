@@ -93,7 +93,7 @@ def sweep(
       hsnet sweep --store voc.zarr --vary learning_rate=1e-3,3e-4 --steps 5000 --out sweeps/lr --workers 4
     """
     set_up_logging(quiet)
-    from pipeline.protocols import resolve
+    from pipeline.episodes.protocols import resolve
     from pipeline.sweep import make_cases, parse_choice
     from pipeline.sweep import sweep as stage
 

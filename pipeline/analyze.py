@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from hsnet.errors import ConfigError, DataError
 from pipeline import statistics
-from pipeline.protocols import Policy
+from pipeline.episodes.protocols import Policy
 from pipeline.results import (
     Cell,
     Results,

@@ -21,9 +21,9 @@ from pipeline import methods
 from pipeline.codec import encode
 from pipeline.common.philox import Draws
 from pipeline.common.runner import Runner
+from pipeline.episodes.protocols import resolve
 from pipeline.evaluate import evaluate
 from pipeline.features import FeatureSource, StoreSource
-from pipeline.protocols import resolve
 from pipeline.recipe import difference_lines
 from pipeline.statistics import Interval, miou_interval, paired_difference
 from pipeline.transform import unit_vectors

@@ -25,11 +25,11 @@ from hsnet.model import resize_logits
 from pipeline.common.machine import environment
 from pipeline.common.runner import Runner, SerialRunner, in_groups
 from pipeline.datasets.index import DatasetIndex
-from pipeline.episodes import Episode
+from pipeline.episodes.manifest import Planned, of_protocol
+from pipeline.episodes.manifest import resolve as resolve_manifest
+from pipeline.episodes.protocols import FUSIONS, POLICIES, Policy, Protocol
+from pipeline.episodes.stream import Episode
 from pipeline.features import EpisodeBatch, FeatureSource, prefetch
-from pipeline.manifest import Planned, of_protocol
-from pipeline.manifest import resolve as resolve_manifest
-from pipeline.protocols import FUSIONS, POLICIES, Policy, Protocol
 from pipeline.resident import keep
 from pipeline.result_rows import METADATA, count_columns, schema
 from pipeline.segmenters import Answers, Segmenter
@@ -129,7 +129,7 @@ def evaluate(
         fusions: ways to combine supports that get rows beside the protocol's own.
         dataset: the photos behind the source, for scores at original size; only masks are read. Needed if the
             protocol's headline is at original size.
-        manifests: instead of the protocol's own episodes; see `pipeline.manifest`.
+        manifests: instead of the protocol's own episodes; see `pipeline.episodes.manifest`.
         skipped: images that must not be drawn.
         resident: keep the episodes' images in memory, in every worker process (`pipeline.resident.keep`).
         store, checkpoint: their digests, for the rows.

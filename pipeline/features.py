@@ -18,7 +18,7 @@ from hsnet.backbone import FrozenBackbone
 from hsnet.errors import ConfigError
 from pipeline.datasets.images import network_image, resize_label
 from pipeline.datasets.index import DatasetIndex
-from pipeline.episodes import Episode
+from pipeline.episodes.stream import Episode
 from pipeline.recipe import Recipe
 from pipeline.shard_worker import BATCH
 from pipeline.store import FeatureStore

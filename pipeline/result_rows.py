@@ -1,6 +1,6 @@
 """The rows of an evaluation: one per episode, number of shots and way to combine the shots, as Parquet.
 
-Counts are whole numbers of pixels, once per `pipeline.protocols.Policy`; every score, interval and test is made of
+Counts are whole numbers of pixels, once per `pipeline.episodes.protocols.Policy`; every score, interval and test is made of
 them later (`pipeline.analyze`).
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipeline.protocols import POLICIES, Policy
+from pipeline.episodes.protocols import POLICIES, Policy
 
 if TYPE_CHECKING:  # imported where tables are made: training counts masks and makes none
     import pyarrow as pa

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from hsnet.errors import ConfigError, DataError
 from pipeline.common.files import read_table
-from pipeline.protocols import POLICIES, Policy, Protocol
+from pipeline.episodes.protocols import POLICIES, Policy, Protocol
 from pipeline.result_rows import METADATA, count_columns, schema
 
 if TYPE_CHECKING:

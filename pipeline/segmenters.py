@@ -20,7 +20,7 @@ from hsnet.fused import FusedHSNet
 from hsnet.fusion import hard_masks
 from hsnet.metrics import count, mean_iou, sum_by_class
 from hsnet.model import HSNet, resize_logits
-from pipeline.episodes import Episode, EpisodeStream
+from pipeline.episodes.stream import Episode, EpisodeStream
 from pipeline.features import EpisodeBatch, FeatureSource, load_batch
 
 PASS_ELEMENTS = {"cpu": 6_000_000, "cuda": 1_000_000_000}

@@ -19,7 +19,7 @@ from hsnet.metrics import count
 from pipeline.common.philox import philox
 from pipeline.common.runner import Runner, SerialRunner
 from pipeline.datasets.index import DatasetIndex
-from pipeline.episodes import Episode
+from pipeline.episodes.stream import Episode
 from pipeline.features import FeatureSource, load_batch
 from pipeline.segmenters import Segmenter
 

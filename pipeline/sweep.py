@@ -21,9 +21,9 @@ from pipeline.checkpoint import load_checkpoint
 from pipeline.common.files import write_table
 from pipeline.common.runner import Runner, SerialRunner
 from pipeline.config import RunConfig, skipped_digest
+from pipeline.episodes.protocols import Protocol
 from pipeline.evaluate import evaluate
 from pipeline.features import StoreSource
-from pipeline.protocols import Protocol
 from pipeline.results import read_results
 from pipeline.train import fit
 

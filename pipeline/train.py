@@ -23,7 +23,7 @@ from hsnet.metrics import foreground_background_iou, mean_iou, sum_by_class
 from hsnet.model import HSNet
 from pipeline.common.process_group import Alone, Ranks
 from pipeline.config import RunConfig, skipped_digest
-from pipeline.episodes import Episode, EpisodeStream
+from pipeline.episodes.stream import Episode, EpisodeStream
 from pipeline.evaluate import count_one_shot
 from pipeline.features import EpisodeBatch, FeatureSource, prefetch
 from pipeline.ownership import sole_writer

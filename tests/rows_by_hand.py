@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.manifest import Manifest, Row
-from pipeline.protocols import POLICIES, resolve
+from pipeline.episodes.manifest import Manifest, Row
+from pipeline.episodes.protocols import POLICIES, resolve
 from pipeline.result_rows import COUNTS, METADATA, schema
 
 SIZE = 100

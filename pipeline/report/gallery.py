@@ -257,7 +257,7 @@ class _Again:
         )
 
     def _episode(self, own: Cell, place: int) -> Any:
-        from pipeline.episodes import Episode
+        from pipeline.episodes.stream import Episode
 
         names = (own.queries[place], *own.supports[place])
         lost = [name for name in names if name not in self.numbers]

@@ -10,7 +10,7 @@ from pipeline.results import Results
 
 SOURCE = "Min, Kang and Cho: Hypercorrelation Squeeze for Few-Shot Segmentation, ICCV 2021, Tables 1 to 3"
 PROTOCOLS = {"pascal": "hsnet", "coco": "hsnet", "fss": "hsnet-fss"}
-"""Data set -> the protocol of `pipeline.protocols` that the paper's numbers follow."""
+"""Data set -> the protocol of `pipeline.episodes.protocols` that the paper's numbers follow."""
 
 TITLES = {"pascal": "PASCAL-5i", "coco": "COCO-20i", "fss": "FSS-1000"}
 

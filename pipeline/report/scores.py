@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hsnet.errors import HSNetError
 from pipeline.analyze import SECTIONS, Difference, Score, analyze
-from pipeline.protocols import POLICIES, Policy
+from pipeline.episodes.protocols import POLICIES, Policy
 from pipeline.report.inputs import RowSet
 
 

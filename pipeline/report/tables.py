@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pipeline.analyze import Part, Score
 from pipeline.common.text import printable
-from pipeline.protocols import FUSIONS, POLICIES
+from pipeline.episodes.protocols import FUSIONS, POLICIES
 from pipeline.report.published import SOURCE, TITLES, papers_data, published
 from pipeline.report.scores import Comparison, SetScores
 from pipeline.statistics import Interval

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 import cli
-from pipeline.manifest_file import read
+from pipeline.episodes.manifest_file import read
 
 SMALL = ("--data-option", "size=64", "--data-option", "trn_per_class=2", "--data-option", "val_per_class=6")
 SHAPES = ("shapes", *SMALL)

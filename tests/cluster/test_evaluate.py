@@ -11,10 +11,10 @@ import torch
 from cluster.runner import RayRunner
 from hsnet.model import HSNet
 from pipeline.datasets.shapes import Shapes
+from pipeline.episodes.protocols import resolve
 from pipeline.evaluate import evaluate
 from pipeline.extract import extract
 from pipeline.features import StoreSource
-from pipeline.protocols import resolve
 from pipeline.segmenters import LearnedSegmenter
 from pipeline.store import FeatureStore
 from pipeline.weights import load_weights

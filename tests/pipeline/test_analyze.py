@@ -9,7 +9,7 @@ import torch
 from hsnet.errors import ConfigError, DataError
 from hsnet.metrics import class_iou, foreground_background_iou, mean_iou, sum_by_class
 from pipeline.analyze import SECTIONS, analyze
-from pipeline.protocols import POLICIES, Policy
+from pipeline.episodes.protocols import POLICIES, Policy
 from pipeline.result_rows import count_columns
 
 

@@ -11,10 +11,10 @@ from hsnet.errors import ConfigError, DataError
 from hsnet.model import HSNet
 from hsnet.vote import vote
 from pipeline.common.files import require_writable, write_table
-from pipeline.episodes import EpisodeStream
+from pipeline.episodes.protocols import Protocol, resolve
+from pipeline.episodes.stream import EpisodeStream
 from pipeline.evaluate import evaluate, score
 from pipeline.features import load_batch
-from pipeline.protocols import Protocol, resolve
 from pipeline.result_rows import COUNTS
 from pipeline.segmenters import (
     Answers,
@@ -87,7 +87,7 @@ def test_counts_of_a_row_are_those_of_its_episode(tiny_source):
 
 
 def next_episode(numbers, row):
-    from pipeline.episodes import Episode
+    from pipeline.episodes.stream import Episode
 
     return Episode(numbers[row["query"]], tuple(numbers[s] for s in row["supports"]), row["class_id"])
 
@@ -203,7 +203,7 @@ def test_passes_are_as_large_as_the_device_likes(tiny_source, monkeypatch):
 
 
 def tiny_episode(source):
-    from pipeline.episodes import EpisodeStream
+    from pipeline.episodes.stream import EpisodeStream
 
     return EpisodeStream(source.index, 0, "test", 1, 0)[0]
 
@@ -239,7 +239,7 @@ def test_location_baseline_is_one_mask_that_fits_training_objects_best(tiny_sour
 
 def test_cosine_scores_are_high_on_the_object_of_the_support_itself(tiny_source):
     """Query and support the same photo: every object position finds itself."""
-    from pipeline.episodes import Episode
+    from pipeline.episodes.stream import Episode
 
     episode = tiny_episode(tiny_source)
     batch = load_batch(tiny_source, [Episode(episode.query, (episode.query,), episode.class_id)])

@@ -14,11 +14,11 @@ from pipeline.datasets.coco import COCO_CLASSES
 from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.datasets.pascal import VOC_CLASSES
 from pipeline.datasets.unseen import canonical_name, unseen_classes
+from pipeline.episodes.manifest import Planned, make, of_protocol
+from pipeline.episodes.manifest import resolve as resolve_manifest
+from pipeline.episodes.protocols import FUSIONS, POLICIES, Policy, resolve
 from pipeline.evaluate import evaluate, score
 from pipeline.features import load_batch
-from pipeline.manifest import Planned, make, of_protocol
-from pipeline.manifest import resolve as resolve_manifest
-from pipeline.protocols import FUSIONS, POLICIES, Policy, resolve
 from pipeline.result_rows import COUNTS, count_columns
 from pipeline.segmenters import CosineSegmenter, LearnedSegmenter
 

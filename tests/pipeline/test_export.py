@@ -9,7 +9,7 @@ import zarr
 
 from hsnet.errors import ConfigError, StoreError
 from pipeline.datasets.shapes import Shapes
-from pipeline.episodes import EpisodeStream
+from pipeline.episodes.stream import EpisodeStream
 from pipeline.export import export_sample
 from pipeline.extract import extract
 from pipeline.shards import marker_file, shard_file

@@ -7,7 +7,7 @@ import torch
 
 from hsnet.backbone import FrozenBackbone
 from pipeline.common.runner import one_torch_thread
-from pipeline.episodes import Episode, EpisodeStream
+from pipeline.episodes.stream import Episode, EpisodeStream
 from pipeline.extract import extract
 from pipeline.features import OnlineSource, StoreSource, load_batch, prefetch
 from pipeline.store import FeatureStore

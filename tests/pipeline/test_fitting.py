@@ -12,7 +12,7 @@ import cli
 from hsnet.errors import ConfigError, DataError, StoreError, StoreMismatch
 from pipeline.common.runner import SerialRunner
 from pipeline.datasets.shapes import Shapes
-from pipeline.episodes import EpisodeStream
+from pipeline.episodes.stream import EpisodeStream
 from pipeline.extract import extract
 from pipeline.features import OnlineSource, StoreSource, load_batch
 from pipeline.fitting import Fitting, fit_codec, nominal_recipe, sample_images

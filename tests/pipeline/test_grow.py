@@ -27,13 +27,13 @@ from pipeline.compare import compare
 from pipeline.datasets.folder import Folder
 from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.datasets.shapes import Shapes
+from pipeline.episodes.protocols import resolve
 from pipeline.evaluate import evaluate
 from pipeline.extract import extract
 from pipeline.features import StoreSource
 from pipeline.growth import Grown, grow
 from pipeline.ownership import OWNER
 from pipeline.plan import plan_growth
-from pipeline.protocols import resolve
 from pipeline.resident import keep
 from pipeline.segmenters import LearnedSegmenter
 from pipeline.shards import marker_file, shard_file

@@ -12,7 +12,7 @@ import pytest
 from hsnet.errors import CheckpointError, ConfigError, DataError
 from pipeline.analyze import analyze
 from pipeline.common.machine import environment
-from pipeline.protocols import POLICIES
+from pipeline.episodes.protocols import POLICIES
 from pipeline.report.inputs import read_inputs, read_run
 from pipeline.report.plots import learning_curves, smoothed
 from pipeline.report.published import NUMBERS, papers_data, published

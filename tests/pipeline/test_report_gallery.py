@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from hsnet.errors import HSNetError
-from pipeline.protocols import POLICIES
+from pipeline.episodes.protocols import POLICIES
 from pipeline.report.gallery import CELL, Places, choose, ious, make_gallery
 from pipeline.report.inputs import row_sets
 from pipeline.report.stage import report

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hsnet.errors import DataError
-from pipeline.protocols import POLICIES
+from pipeline.episodes.protocols import POLICIES
 from pipeline.result_rows import METADATA
 from pipeline.results import cell, read_results, require_one_configuration, require_same_episodes
 

@@ -9,9 +9,9 @@ from pipeline.analyze import analyze
 from pipeline.checkpoint import load_checkpoint
 from pipeline.config import RunConfig
 from pipeline.datasets.shapes import Shapes
+from pipeline.episodes.protocols import resolve
 from pipeline.extract import extract
 from pipeline.features import StoreSource
-from pipeline.protocols import resolve
 from pipeline.results import read_results
 from pipeline.run_dir import RunDir
 from pipeline.store import FeatureStore

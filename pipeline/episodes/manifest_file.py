@@ -13,7 +13,7 @@ from typing import Any
 
 from hsnet.errors import DataError
 from pipeline.common.files import read_table, write_table
-from pipeline.manifest import FORMAT, Manifest, Row, canonical, row_content, row_text
+from pipeline.episodes.manifest import FORMAT, Manifest, Row, canonical, row_content, row_text
 
 _KEY = b"hsnet_manifest"
 _COLUMNS = ("episode", "class_id", "class_name", "query", "supports", "check")

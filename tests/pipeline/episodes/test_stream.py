@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from hsnet.errors import ConfigError
 from pipeline.datasets.index import DatasetIndex, Split
-from pipeline.episodes import Episode, EpisodeStream, fingerprint, novel_images, reference_episodes
+from pipeline.episodes.stream import Episode, EpisodeStream, fingerprint, novel_images, reference_episodes
 
 Entry = tuple[str, int]
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from hsnet.errors import DataError
 from pipeline.datasets.index import DatasetIndex, Split
-from pipeline.episodes import Episode
-from pipeline.manifest import Manifest, of_episodes
+from pipeline.episodes.manifest import Manifest, of_episodes
+from pipeline.episodes.stream import Episode
 
 FIELDS = ("query", "supports", "class")
 MAX_BYTES = 200_000_000
@@ -188,7 +188,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _manifest(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    from pipeline.manifest_file import read
+    from pipeline.episodes.manifest_file import read
 
     manifest = read(path)
     for number, row in enumerate(manifest.rows):

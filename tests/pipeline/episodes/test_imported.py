@@ -8,9 +8,9 @@ import pytest
 
 from hsnet.errors import DataError
 from pipeline.datasets.index import DatasetIndex, Split
-from pipeline.episode_lists import import_episodes
-from pipeline.manifest import Row, make
-from pipeline.manifest_file import write
+from pipeline.episodes.imported import import_episodes
+from pipeline.episodes.manifest import Row, make
+from pipeline.episodes.manifest_file import write
 
 IMAGES = ("a/1.jpg", "a/2.jpg", "a/3.jpg", "b/1.jpg", "b/2.jpg", "b/3.jpg", "b/4.jpg", "both")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hsnet.errors import ConfigError
-from pipeline.protocols import POLICIES, PROTOCOLS, Policy, Protocol, parse_choice, resolve
+from pipeline.episodes.protocols import POLICIES, PROTOCOLS, Policy, Protocol, parse_choice, resolve
 
 OTHER = {
     "episodes": 7,

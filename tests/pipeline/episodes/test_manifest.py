@@ -14,8 +14,7 @@ import pytest
 
 from hsnet.errors import ConfigError, DataError
 from pipeline.datasets.index import DatasetIndex, Split
-from pipeline.episodes import EpisodeStream, fingerprint
-from pipeline.manifest import (
+from pipeline.episodes.manifest import (
     Manifest,
     Row,
     balance_of,
@@ -26,8 +25,9 @@ from pipeline.manifest import (
     published_name,
     resolve,
 )
-from pipeline.manifest_file import is_manifest, read, write
-from pipeline.protocols import resolve as protocol
+from pipeline.episodes.manifest_file import is_manifest, read, write
+from pipeline.episodes.protocols import resolve as protocol
+from pipeline.episodes.stream import EpisodeStream, fingerprint
 
 
 def make_index(name: str, listed: list[tuple[str, int]], fold: int = 0, query_order: str = "list") -> DatasetIndex:

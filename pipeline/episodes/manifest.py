@@ -17,8 +17,8 @@ from typing import Any
 
 from hsnet.errors import ConfigError, DataError
 from pipeline.datasets.index import DatasetIndex
-from pipeline.episodes import Episode, EpisodeStream, reference_episodes
-from pipeline.protocols import DRAWS, Protocol
+from pipeline.episodes.protocols import DRAWS, Protocol
+from pipeline.episodes.stream import Episode, EpisodeStream, reference_episodes
 
 FORMAT = 1
 
@@ -96,7 +96,7 @@ class Manifest:
 
     @cached_property
     def fingerprint(self) -> str:
-        """`pipeline.episodes.fingerprint` of the rows: that of the published code's episodes is known."""
+        """`pipeline.episodes.stream.fingerprint` of the rows: that of the published code's episodes is known."""
         lines = (f"{row.query} {','.join(row.supports)} {row.class_id}" for row in self.rows)
         return "sha256:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

@@ -1,0 +1,1 @@
+"""Which photos meet: drawing episodes, the published ones, protocols by name, manifests."""
