@@ -38,7 +38,7 @@ from pipeline.datasets import open_dataset
 from pipeline.datasets.images import network_image
 from pipeline.datasets.index import DatasetIndex
 from pipeline.extract import extract
-from pipeline.features import FeatureSource, OnlineSource, StoreSource
+from pipeline.loading.source import FeatureSource, OnlineSource, StoreSource
 from pipeline.recipe import CODED, Coding, Recipe
 from pipeline.store import FeatureStore
 from pipeline.transform import TransformCodec, fit_layers

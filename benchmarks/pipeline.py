@@ -162,7 +162,8 @@ def measure_evaluate(
     from pipeline import methods
     from pipeline.episodes.protocols import resolve
     from pipeline.episodes.stream import EpisodeStream
-    from pipeline.features import StoreSource, load_batch
+    from pipeline.loading.batch import load_batch
+    from pipeline.loading.source import StoreSource
     from pipeline.store import FeatureStore
 
     chosen = ["--checkpoint", str(run_dir)] if run_dir else ["--baseline", "untrained"]
@@ -211,7 +212,7 @@ def measure_evaluate(
 def measure_train(store: Path, batch: int, steps: int, threads: int | None, scratch: Path) -> dict[str, Any]:
     """Seconds from the start of `hsnet train` to its first step, and the share of steps spent waiting for data."""
     from pipeline.config import RunConfig, skipped_digest
-    from pipeline.features import StoreSource
+    from pipeline.loading.source import StoreSource
     from pipeline.store import FeatureStore
     from pipeline.train import StepDone, fit
 

@@ -27,7 +27,8 @@ from hsnet.model import HSNet
 from pipeline.datasets.images import network_image
 from pipeline.episodes.stream import Episode
 from pipeline.extract import extract
-from pipeline.features import StoreSource, load_batch
+from pipeline.loading.batch import load_batch
+from pipeline.loading.source import StoreSource
 from pipeline.segmenters import LearnedSegmenter
 from pipeline.store import FeatureStore
 from pipeline.weights import Weights, load_weights

@@ -17,7 +17,7 @@ from cluster.session import session
 from hsnet.errors import ClusterError, HSNetError
 from pipeline.common.process_group import Distributed
 from pipeline.config import RunConfig
-from pipeline.features import FeatureSource
+from pipeline.loading.source import FeatureSource
 from pipeline.run_dir import RunDir
 from pipeline.train import Event, FitSummary, check_run, fit
 

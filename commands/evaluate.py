@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from pipeline.datasets.index import DatasetIndex
     from pipeline.episodes.manifest import Planned
     from pipeline.episodes.protocols import Protocol
-    from pipeline.features import FeatureSource
+    from pipeline.loading.source import FeatureSource
     from pipeline.methods import Method
 
 

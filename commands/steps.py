@@ -19,7 +19,7 @@ from hsnet.errors import ConfigError
 if TYPE_CHECKING:
     from pipeline.common.runner import Runner
     from pipeline.datasets import Dataset
-    from pipeline.features import FeatureSource, StoreSource
+    from pipeline.loading.source import FeatureSource, StoreSource
 
 
 def emit(result: Any, text: str, as_json: bool) -> Any:
@@ -110,7 +110,7 @@ def store_source(path: str | Path, data: str | None = None) -> Callable[[], Stor
     """
     from pipeline.attributes import read_facts
     from pipeline.bucket import location
-    from pipeline.features import StoreSource
+    from pipeline.loading.source import StoreSource
     from pipeline.remote import named, root_of
     from pipeline.store import FeatureStore
 
@@ -130,7 +130,7 @@ def online_source(
 ) -> Callable[[], FeatureSource]:
     """Runs the backbone whenever features are asked for."""
     from hsnet.backbone import FrozenBackbone
-    from pipeline.features import OnlineSource
+    from pipeline.loading.source import OnlineSource
     from pipeline.recipe import Recipe
     from pipeline.weights import load_weights
 

@@ -35,7 +35,7 @@ from commands.terminal import Progress, fact_lines, set_up_logging, table
 from pipeline.common.text import printable, size_text
 
 if TYPE_CHECKING:
-    from pipeline.features import FeatureSource
+    from pipeline.loading.source import FeatureSource
     from pipeline.recompute import Recomputation
     from pipeline.verify import Verification
 

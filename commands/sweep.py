@@ -29,7 +29,7 @@ from hsnet.errors import ConfigError
 from pipeline.common.text import printable
 
 if TYPE_CHECKING:
-    from pipeline.features import StoreSource
+    from pipeline.loading.source import StoreSource
 
 
 class Folds(click.ParamType):

@@ -36,7 +36,7 @@ from pipeline.common.text import printable, time_text
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
-    from pipeline.features import FeatureSource
+    from pipeline.loading.source import FeatureSource
     from pipeline.train import FitSummary
 
 

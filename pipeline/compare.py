@@ -23,7 +23,7 @@ from pipeline.common.philox import Draws
 from pipeline.common.runner import Runner
 from pipeline.episodes.protocols import resolve
 from pipeline.evaluate import evaluate
-from pipeline.features import FeatureSource, StoreSource
+from pipeline.loading.source import FeatureSource, StoreSource
 from pipeline.recipe import difference_lines
 from pipeline.statistics import Interval, miou_interval, paired_difference
 from pipeline.transform import unit_vectors

@@ -29,8 +29,9 @@ from pipeline.episodes.manifest import Planned, of_protocol
 from pipeline.episodes.manifest import resolve as resolve_manifest
 from pipeline.episodes.protocols import FUSIONS, POLICIES, Policy, Protocol
 from pipeline.episodes.stream import Episode
-from pipeline.features import EpisodeBatch, FeatureSource, prefetch
-from pipeline.resident import keep
+from pipeline.loading.batch import EpisodeBatch, prefetch
+from pipeline.loading.resident import keep
+from pipeline.loading.source import FeatureSource
 from pipeline.result_rows import METADATA, count_columns, schema
 from pipeline.segmenters import Answers, Segmenter
 from pipeline.statistics import Interval, interval, resample
@@ -131,7 +132,7 @@ def evaluate(
             protocol's headline is at original size.
         manifests: instead of the protocol's own episodes; see `pipeline.episodes.manifest`.
         skipped: images that must not be drawn.
-        resident: keep the episodes' images in memory, in every worker process (`pipeline.resident.keep`).
+        resident: keep the episodes' images in memory, in every worker process (`pipeline.loading.resident.keep`).
         store, checkpoint: their digests, for the rows.
         facts: more to store with the rows.
         on_event: called with (episodes done, episodes in all).

@@ -28,8 +28,8 @@ from pipeline.datasets import Dataset
 from pipeline.datasets.images import network_image, resize_label
 from pipeline.fitting import nominal_recipe
 from pipeline.layout import image_nbytes
+from pipeline.loading.resident import SHARE, free_on
 from pipeline.recipe import Recipe
-from pipeline.resident import SHARE, free_on
 from pipeline.transform import TransformCodec, fit_layers, unit_vectors
 from pipeline.weights import Weights
 

@@ -19,7 +19,7 @@ from hsnet.errors import ConfigError
 from hsnet.model import HSNet
 from pipeline.checkpoint import load_checkpoint
 from pipeline.datasets.index import DatasetIndex
-from pipeline.features import FeatureSource
+from pipeline.loading.source import FeatureSource
 from pipeline.segmenters import (
     CosineSegmenter,
     LearnedSegmenter,

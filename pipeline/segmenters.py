@@ -21,7 +21,8 @@ from hsnet.fusion import hard_masks
 from hsnet.metrics import count, mean_iou, sum_by_class
 from hsnet.model import HSNet, resize_logits
 from pipeline.episodes.stream import Episode, EpisodeStream
-from pipeline.features import EpisodeBatch, FeatureSource, load_batch
+from pipeline.loading.batch import EpisodeBatch, load_batch
+from pipeline.loading.source import FeatureSource
 
 PASS_ELEMENTS = {"cpu": 6_000_000, "cuda": 1_000_000_000}
 """Correlation elements (all positions counted) per forward pass, when no gradient is kept.

@@ -25,6 +25,7 @@ from hsnet.backbone import FrozenBackbone, pack_levels
 from hsnet.errors import DataError, StoreError
 from pipeline.codec import encode_taps
 from pipeline.datasets.images import Size, network_image, object_pixels, resize_label, same_aspect
+from pipeline.features.forward import BATCH
 from pipeline.ownership import still_owned
 from pipeline.recipe import Recipe
 from pipeline.store import FeatureStore
@@ -32,15 +33,6 @@ from pipeline.store import FeatureStore
 if TYPE_CHECKING:
     from pipeline.datasets import Dataset
     from pipeline.weights import Weights
-
-BATCH = {"cpu": 1, "cuda": 16}
-"""Images per forward pass. Not an option: another number changes last bits (8e-6 of SqueezeNet at 64 px).
-
-On a CPU one image at a time is also the fastest at real sizes, and a photo's features then depend on no other.
-"""
-
-READ_AHEAD = 4
-"""Photos read and brought to network size before they are needed, or a batch if that is more: 2 MB each at 400 px."""
 
 ENCODE_BEHIND = 2
 """Forward passes whose features wait to be encoded: 20 to 90 MB each at 400 px."""

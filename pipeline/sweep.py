@@ -23,7 +23,7 @@ from pipeline.common.runner import Runner, SerialRunner
 from pipeline.config import RunConfig, skipped_digest
 from pipeline.episodes.protocols import Protocol
 from pipeline.evaluate import evaluate
-from pipeline.features import StoreSource
+from pipeline.loading.source import StoreSource
 from pipeline.results import read_results
 from pipeline.train import fit
 

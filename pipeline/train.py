@@ -25,10 +25,11 @@ from pipeline.common.process_group import Alone, Ranks
 from pipeline.config import RunConfig, skipped_digest
 from pipeline.episodes.stream import Episode, EpisodeStream
 from pipeline.evaluate import count_one_shot
-from pipeline.features import EpisodeBatch, FeatureSource, prefetch
+from pipeline.loading.batch import EpisodeBatch, prefetch
+from pipeline.loading.resident import keep
+from pipeline.loading.source import FeatureSource
 from pipeline.ownership import sole_writer
 from pipeline.recipe import difference_lines
-from pipeline.resident import keep
 from pipeline.run_dir import Progress, RunDir
 from pipeline.segmenters import LearnedSegmenter
 
@@ -96,7 +97,7 @@ def fit(
         ranks: this process's place in a group; alone by default. The batch is split over the ranks.
         micro_batch: episodes per forward pass; less needs less memory and gives the same steps up to rounding.
         prefetch_depth: micro-batches read ahead on a background thread; 0 reads in line.
-        resident: keep the images of the run in memory, see `pipeline.resident.keep`. Changes no step.
+        resident: keep the images of the run in memory, see `pipeline.loading.resident.keep`. Changes no step.
         stop: asked before every step; True on any rank saves and returns.
         on_event: called on rank 0 with `StepDone` and `Validated`.
 

@@ -26,7 +26,7 @@ from pipeline.results import Cell, Results, cell
 
 if TYPE_CHECKING:
     from pipeline.datasets import Dataset
-    from pipeline.features import StoreSource
+    from pipeline.loading.source import StoreSource
     from pipeline.segmenters import Segmenter
 
 log = logging.getLogger(__name__)
@@ -222,7 +222,7 @@ class _Again:
         import torch
 
         from hsnet.metrics import count
-        from pipeline.features import load_batch
+        from pipeline.loading.batch import load_batch
 
         episode = self._episode(own, place)
         batch = load_batch(self.source, [episode]).to(self.device)
@@ -350,7 +350,7 @@ class _Again:
 
 def open_store(file: Results, path: str | Path | None) -> StoreSource:
     """The store of the rows. Raises StoreError if it is not there or is another one."""
-    from pipeline.features import StoreSource
+    from pipeline.loading.source import StoreSource
     from pipeline.store import FeatureStore
 
     if not path:

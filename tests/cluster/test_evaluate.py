@@ -14,7 +14,7 @@ from pipeline.datasets.shapes import Shapes
 from pipeline.episodes.protocols import resolve
 from pipeline.evaluate import evaluate
 from pipeline.extract import extract
-from pipeline.features import StoreSource
+from pipeline.loading.source import StoreSource
 from pipeline.segmenters import LearnedSegmenter
 from pipeline.store import FeatureStore
 from pipeline.weights import load_weights

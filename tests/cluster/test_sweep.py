@@ -6,7 +6,7 @@ from pathlib import Path
 from pipeline.datasets.shapes import Shapes
 from pipeline.episodes.protocols import resolve
 from pipeline.extract import extract
-from pipeline.features import StoreSource
+from pipeline.loading.source import StoreSource
 from pipeline.store import FeatureStore
 from pipeline.sweep import make_cases, sweep
 from pipeline.weights import load_weights

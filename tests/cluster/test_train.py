@@ -11,7 +11,7 @@ from hsnet.backbone import FrozenBackbone
 from hsnet.errors import ClusterError, ConfigError, DataError
 from pipeline.config import RunConfig
 from pipeline.datasets.shapes import Shapes
-from pipeline.features import OnlineSource
+from pipeline.loading.source import OnlineSource
 from pipeline.recipe import Recipe
 from pipeline.train import StepDone, Validated, fit
 from pipeline.weights import load_weights

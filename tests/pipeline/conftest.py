@@ -8,7 +8,7 @@ import torch
 from hsnet.backbone import FrozenBackbone
 from pipeline.config import RunConfig
 from pipeline.datasets.shapes import Shapes
-from pipeline.features import OnlineSource
+from pipeline.loading.source import OnlineSource
 from pipeline.recipe import Recipe
 from pipeline.weights import load_weights
 

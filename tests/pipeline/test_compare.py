@@ -5,7 +5,7 @@ from hsnet.model import HSNet
 from pipeline.checkpoint import CheckpointInfo, save_checkpoint
 from pipeline.compare import compare, compare_scores
 from pipeline.extract import extract
-from pipeline.features import StoreSource
+from pipeline.loading.source import StoreSource
 from pipeline.store import FeatureStore
 
 

@@ -14,7 +14,7 @@ from pipeline.common.files import require_writable, write_table
 from pipeline.episodes.protocols import Protocol, resolve
 from pipeline.episodes.stream import EpisodeStream
 from pipeline.evaluate import evaluate, score
-from pipeline.features import load_batch
+from pipeline.loading.batch import load_batch
 from pipeline.result_rows import COUNTS
 from pipeline.segmenters import (
     Answers,

@@ -14,8 +14,9 @@ from pipeline.common.runner import SerialRunner
 from pipeline.datasets.shapes import Shapes
 from pipeline.episodes.stream import EpisodeStream
 from pipeline.extract import extract
-from pipeline.features import OnlineSource, StoreSource, load_batch
 from pipeline.fitting import Fitting, fit_codec, nominal_recipe, sample_images
+from pipeline.loading.batch import load_batch
+from pipeline.loading.source import OnlineSource, StoreSource
 from pipeline.recipe import Recipe
 from pipeline.store import FeatureStore
 from pipeline.transform import unit_vectors

@@ -30,11 +30,11 @@ from pipeline.datasets.shapes import Shapes
 from pipeline.episodes.protocols import resolve
 from pipeline.evaluate import evaluate
 from pipeline.extract import extract
-from pipeline.features import StoreSource
 from pipeline.growth import Grown, grow
+from pipeline.loading.resident import keep
+from pipeline.loading.source import StoreSource
 from pipeline.ownership import OWNER
 from pipeline.plan import plan_growth
-from pipeline.resident import keep
 from pipeline.segmenters import LearnedSegmenter
 from pipeline.shards import marker_file, shard_file
 from pipeline.states import Placement

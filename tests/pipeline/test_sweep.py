@@ -11,7 +11,7 @@ from pipeline.config import RunConfig
 from pipeline.datasets.shapes import Shapes
 from pipeline.episodes.protocols import resolve
 from pipeline.extract import extract
-from pipeline.features import StoreSource
+from pipeline.loading.source import StoreSource
 from pipeline.results import read_results
 from pipeline.run_dir import RunDir
 from pipeline.store import FeatureStore

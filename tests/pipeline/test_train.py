@@ -17,7 +17,7 @@ from pipeline.common.process_group import Distributed
 from pipeline.config import skipped_digest
 from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.datasets.shapes import Shapes
-from pipeline.features import OnlineSource
+from pipeline.loading.source import OnlineSource
 from pipeline.train import (
     StepDone,
     Validated,

@@ -16,7 +16,7 @@ from torch import Tensor
 from hsnet.errors import ConfigError
 from pipeline.common.text import size_text
 from pipeline.datasets.index import DatasetIndex
-from pipeline.features import FeatureSource
+from pipeline.loading.source import FeatureSource
 from pipeline.recipe import Recipe
 from pipeline.transform import TransformCodec
 

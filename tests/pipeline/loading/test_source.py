@@ -9,7 +9,8 @@ from hsnet.backbone import FrozenBackbone
 from pipeline.common.runner import one_torch_thread
 from pipeline.episodes.stream import Episode, EpisodeStream
 from pipeline.extract import extract
-from pipeline.features import OnlineSource, StoreSource, load_batch, prefetch
+from pipeline.loading.batch import load_batch, prefetch
+from pipeline.loading.source import OnlineSource, StoreSource
 from pipeline.store import FeatureStore
 from pipeline.train import fit
 

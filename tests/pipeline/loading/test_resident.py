@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hsnet.errors import ConfigError
-from pipeline import resident
-from pipeline.features import load_batch
+from pipeline.loading import resident
+from pipeline.loading.batch import load_batch
 from pipeline.train import fit, training_stream
 
 

@@ -1,0 +1,107 @@
+"""From episodes to tensors: what a batch of episodes needs, read ahead on a thread."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.episodes.stream import Episode
+from pipeline.loading.source import FeatureSource
+from pipeline.transform import TransformCodec
+
+
+@dataclass(frozen=True)
+class EpisodeBatch:
+    """B episodes of K shots as tensors. S is the network's image size."""
+
+    query: list[Tensor]
+    """Levels of the queries, finest first, each (B, L, H, W, C); codes, (B, 1, H, W, bytes), if there is a `codec`."""
+    support: list[Tensor]
+    """Levels of the supports, each (B K, L, U, V, C): all shots of the first episode, then of the second, ..."""
+    support_mask: Tensor
+    """(B K, S, S) bool, True inside the object."""
+    target: Tensor
+    """(B, S, S) bool, True where the query shows the class."""
+    ignore: Tensor | None
+    """(B, S, S) bool, True on boundary pixels; None for data sets without an ignore label."""
+    shots: int
+    unit: bool = False
+    """The features are coordinates of unit vectors: their correlation is the inner product, without normalising."""
+    codec: TransformCodec | None = None
+    """What the levels are still coded with; `to` decodes them."""
+
+    @property
+    def size(self) -> int:
+        return len(self.target)
+
+    def to(self, device: str | torch.device) -> EpisodeBatch:
+        """The batch on a device. Codes travel as they are, which is the least to send, and are decoded there."""
+        move = lambda tensor: tensor.to(device, non_blocking=True)  # noqa: E731
+        query, support = [move(level) for level in self.query], [move(level) for level in self.support]
+        if self.codec is not None:
+            codec = self.codec.on(query[0].device)
+            query, support = codec.decode(query), codec.decode(support)
+        return EpisodeBatch(
+            query,
+            support,
+            move(self.support_mask),
+            move(self.target),
+            None if self.ignore is None else move(self.ignore),
+            self.shots,
+            self.unit,
+        )
+
+
+def load_batch(source: FeatureSource, episodes: Sequence[Episode]) -> EpisodeBatch:
+    """Read what a batch of episodes needs. All must have the same number of shots. Coded features stay coded."""
+    queries = [episode.query for episode in episodes]
+    supports = [support for episode in episodes for support in episode.supports]
+    shots = len(episodes[0].supports)
+    query_labels, support_labels = source.labels(queries), source.labels(supports)
+    ids = [episode.class_id + 1 for episode in episodes]
+    value = torch.tensor(ids, dtype=query_labels.dtype, device=query_labels.device)
+    target = query_labels == value[:, None, None]
+    support_mask = support_labels == value.repeat_interleave(shots)[:, None, None]
+    ignore = query_labels == source.index.ignore_label if source.index.has_ignore else None
+    codec = source.codec
+    return EpisodeBatch(
+        source.features(queries),
+        source.features(supports),
+        support_mask,
+        target,
+        ignore,
+        shots,
+        codec is not None,
+        codec,
+    )
+
+
+def prefetch(
+    source: FeatureSource, batches: Iterator[Sequence[Episode]], depth: int = 2
+) -> Generator[tuple[Sequence[Episode], EpisodeBatch], None, None]:
+    """Load batches on a background thread, at most `depth` ahead of the one in use; 0 loads them when asked for.
+
+    Order is kept, and an error is raised at the batch it belongs to. Close it if it is not read to its end.
+    """
+    if depth == 0:
+        for episodes in batches:
+            yield episodes, load_batch(source, episodes)
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
+        waiting: list[tuple[Sequence[Episode], Future[EpisodeBatch]]] = []
+        try:
+            for episodes in batches:
+                waiting.append((episodes, pool.submit(load_batch, source, episodes)))
+                if len(waiting) > depth:
+                    first, loaded = waiting.pop(0)
+                    yield first, loaded.result()
+            while waiting:
+                first, loaded = waiting.pop(0)
+                yield first, loaded.result()
+        finally:
+            for _, future in waiting:
+                future.cancel()

@@ -1,0 +1,130 @@
+"""Where features come from: a store, or the backbone on the fly. Training and evaluation see no difference."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hsnet.backbone import FrozenBackbone
+from hsnet.errors import ConfigError
+from pipeline.datasets.images import network_image, resize_label
+from pipeline.datasets.index import DatasetIndex
+from pipeline.features.forward import BATCH
+from pipeline.recipe import Recipe
+from pipeline.store import FeatureStore
+from pipeline.transform import TransformCodec
+
+if TYPE_CHECKING:
+    from pipeline.datasets import Dataset
+
+
+class FeatureSource(Protocol):
+    """Features and labels by image number."""
+
+    @property
+    def index(self) -> DatasetIndex: ...
+
+    @property
+    def recipe(self) -> Recipe: ...
+
+    @property
+    def skipped(self) -> Collection[int]:
+        """Images that could not be read when the features were made; no episode may draw them."""
+        ...
+
+    def classes_present(self, image: int) -> Sequence[int]:
+        """Class ids in the image's full-size mask."""
+        ...
+
+    @property
+    def codec(self) -> TransformCodec | None:
+        """What reads coded features; None if they are kept as they are."""
+        ...
+
+    def features(self, images: Sequence[int]) -> list[Tensor]:
+        """Levels, finest first, each (n, L, H, W, C) in the precision they are kept in, or codes for `codec`."""
+        ...
+
+    def labels(self, images: Sequence[int]) -> Tensor:
+        """(n, S, S) int32 label maps at network size: 0, class id + 1, or the index's ignore label."""
+        ...
+
+
+class StoreSource:
+    """Features read from a finished store."""
+
+    def __init__(self, store: FeatureStore) -> None:
+        self.store = store
+
+    @property
+    def index(self) -> DatasetIndex:
+        return self.store.index
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.store.recipe
+
+    @property
+    def skipped(self) -> Collection[int]:
+        return self.store.skipped
+
+    @property
+    def codec(self) -> TransformCodec | None:
+        return self.store.codec
+
+    def classes_present(self, image: int) -> Sequence[int]:
+        return self.store.classes_present(image)
+
+    def features(self, images: Sequence[int]) -> list[Tensor]:
+        return [torch.from_numpy(level) for level in self.store.features(images)]
+
+    def labels(self, images: Sequence[int]) -> Tensor:
+        return torch.from_numpy(self.store.labels(images).astype(np.int32))
+
+
+class OnlineSource:
+    """Features computed when they are asked for: no store, the backbone runs again for every use of an image.
+
+    Photos go through the backbone as they do in extraction, one at a time on a CPU, so that with one torch thread the
+    features equal a float32 store's to the bit.
+    """
+
+    skipped: Collection[int] = frozenset()
+    codec: TransformCodec | None = None
+
+    def __init__(self, dataset: Dataset, backbone: FrozenBackbone, recipe: Recipe, device: str = "cpu") -> None:
+        if recipe.coding is not None:
+            raise ConfigError("Features made on the fly are exact: a recipe of coded features needs their store.")
+        self.dataset = dataset
+        self.backbone = backbone.to(device)
+        # With its number: "cuda" alone means another GPU on another thread, and batches are read ahead on one.
+        self.device = next(self.backbone.parameters()).device
+        self.batch = BATCH["cpu" if self.device.type == "cpu" else "cuda"]
+        self._recipe = recipe
+
+    @property
+    def index(self) -> DatasetIndex:
+        return self.dataset.index
+
+    @property
+    def recipe(self) -> Recipe:
+        return self._recipe
+
+    def classes_present(self, image: int) -> Sequence[int]:
+        values = np.unique(self.dataset.label(image))
+        return [int(v) - 1 for v in values if v not in (0, self.index.ignore_label)]
+
+    def features(self, images: Sequence[int]) -> list[Tensor]:
+        size = self.recipe.image_size
+        photos = torch.from_numpy(np.stack([network_image(self.dataset.image(i), size) for i in images]))
+        parts = [self.backbone(part.to(self.device)) for part in photos.split(self.batch)]
+        return [torch.cat(level) for level in zip(*parts, strict=True)]
+
+    def labels(self, images: Sequence[int]) -> Tensor:
+        size = self.recipe.image_size
+        maps = [resize_label(self.dataset.label(i), (size, size)) for i in images]
+        return torch.from_numpy(np.stack(maps).astype(np.int32))
