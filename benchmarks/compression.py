@@ -31,18 +31,18 @@ from torch import Tensor
 from benchmarks import rounding
 from commands.terminal import plain
 from hsnet.backbone import FrozenBackbone
-from pipeline import fitting
-from pipeline.codec import encode
 from pipeline.compare import compare, compare_scores
 from pipeline.datasets import open_dataset
 from pipeline.datasets.images import network_image
 from pipeline.datasets.index import DatasetIndex
 from pipeline.extract import extract
+from pipeline.features import fitting
+from pipeline.features.budgeted import TransformCodec, fit_layers
+from pipeline.features.precision import encode
+from pipeline.features.recipe import CODED, Coding, Recipe
+from pipeline.features.weights import load_weights
 from pipeline.loading.source import FeatureSource, OnlineSource, StoreSource
-from pipeline.recipe import CODED, Coding, Recipe
 from pipeline.store import FeatureStore
-from pipeline.transform import TransformCodec, fit_layers
-from pipeline.weights import load_weights
 
 WHOLE = {32.0: "float32", 16.0: "float16", 8.0: "int8"}
 

@@ -68,7 +68,7 @@ def measure_extract(
 ) -> dict[str, Any]:
     """Rates of extraction and of the bare backbone, in turn; with Ray if workers > 0, each process with one thread."""
     from pipeline.extract import extract
-    from pipeline.weights import load_weights
+    from pipeline.features.weights import load_weights
 
     dataset, weights = data(images), load_weights(backbone, "random")
     many = len(dataset.index.images)
@@ -358,7 +358,7 @@ def _size(backbone: str, size: int) -> int:
 
 def _make_store(data: Callable[[int], Dataset], size: int, scratch: Path) -> Path:
     from pipeline.extract import extract
-    from pipeline.weights import load_weights
+    from pipeline.features.weights import load_weights
 
     return Path(
         extract(data(48), load_weights("resnet50", "random"), "resnet50", size, "int8", scratch / "store.zarr").path

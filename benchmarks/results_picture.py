@@ -18,8 +18,8 @@ from pipeline.checkpoint import load_checkpoint
 from pipeline.common import render
 from pipeline.datasets.images import read_binary_mask, read_photo
 from pipeline.datasets.own_support import read_support
+from pipeline.features.weights import load_weights
 from pipeline.predict import Predictor
-from pipeline.weights import load_weights
 
 
 def main(run: str, classes: str, out: str, support: int = 1, queries: int = 3) -> None:

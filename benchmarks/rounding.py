@@ -19,9 +19,9 @@ from numcodecs import BitRound, Quantize, Shuffle, zstd
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.codec import encode
+from pipeline.features.budgeted import unit_vectors
+from pipeline.features.precision import encode
 from pipeline.layout import ZSTD_LEVEL
-from pipeline.transform import unit_vectors
 
 KEPT_BITS = range(4, 11)
 DIGITS = (1, 2, 3)

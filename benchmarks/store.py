@@ -25,7 +25,7 @@ import zarr
 from benchmarks import timing
 from hsnet import torchvision_ops  # noqa: F401  (must run before torchvision is imported)
 from pipeline.datasets.index import DatasetIndex, Split
-from pipeline.recipe import Recipe
+from pipeline.features.recipe import Recipe
 from pipeline.store import FeatureStore
 
 EPISODES = 20

@@ -27,11 +27,11 @@ from hsnet.model import HSNet
 from pipeline.datasets.images import network_image
 from pipeline.episodes.stream import Episode
 from pipeline.extract import extract
+from pipeline.features.weights import Weights, load_weights
 from pipeline.loading.batch import load_batch
 from pipeline.loading.source import StoreSource
 from pipeline.segmenters import LearnedSegmenter
 from pipeline.store import FeatureStore
-from pipeline.weights import Weights, load_weights
 
 LEARNING_RATE = 1e-3
 IMAGES = 8
@@ -109,7 +109,7 @@ class Job:
     @property
     def weights(self) -> Weights:
         """Made anew each time, so that no copy of them counts in what a way needs."""
-        logger = logging.getLogger("pipeline.weights")
+        logger = logging.getLogger("pipeline.features.weights")
         logger.addFilter(_silent)  # it warns of random weights
         try:
             return load_weights(self.backbone, "random:0")

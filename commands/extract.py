@@ -107,9 +107,9 @@ def run_extraction(
     if sum(chosen) > 1:
         raise click.UsageError("Give one of --precision, --bytes-per-image and --budget.")
     from pipeline.extract import extract as stage
-    from pipeline.fitting import Fitting
+    from pipeline.features.fitting import Fitting
+    from pipeline.features.weights import load_weights
     from pipeline.plan import Planned
-    from pipeline.weights import load_weights
 
     data = open_data(dataset, data_root, splits, data_options, quiet)
     if budget is not None:
@@ -172,11 +172,11 @@ def _plan_extraction(
 ) -> Any:
     """The plan of a store; weights, which may have to be downloaded, are looked at only to compare a store with."""
     from pipeline.extract import wanted_recipe
+    from pipeline.features.recipe import Recipe
+    from pipeline.features.weights import load_weights
     from pipeline.plan import plan_growth, plan_new, plan_store
-    from pipeline.recipe import Recipe
     from pipeline.remote import is_free
     from pipeline.store import FeatureStore
-    from pipeline.weights import load_weights
 
     if not is_free(path):
         exact = Recipe.of(backbone, load_weights(backbone, weights).sha256, image_size, precision)

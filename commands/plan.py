@@ -67,9 +67,9 @@ def plan(
     """
     set_up_logging(quiet)
     from pipeline.bucket import address, local_path
+    from pipeline.features.weights import load_weights
     from pipeline.forecast import BATCH, forecast
     from pipeline.remote import cache_folder
-    from pipeline.weights import load_weights
 
     data = open_data(dataset, data_root, splits, data_options, quiet)
     # Of a store in a bucket the disk keeps what is being written and read.

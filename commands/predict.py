@@ -77,7 +77,7 @@ def predict(
     from pipeline import predict as stage
     from pipeline.checkpoint import load_checkpoint
     from pipeline.datasets.own_support import parse_support
-    from pipeline.weights import load_weights
+    from pipeline.features.weights import load_weights
 
     pairs = [parse_support(text) for text in supports]
     loaded = load_checkpoint(checkpoint_path)

@@ -130,9 +130,9 @@ def online_source(
 ) -> Callable[[], FeatureSource]:
     """Runs the backbone whenever features are asked for."""
     from hsnet.backbone import FrozenBackbone
+    from pipeline.features.recipe import Recipe
+    from pipeline.features.weights import load_weights
     from pipeline.loading.source import OnlineSource
-    from pipeline.recipe import Recipe
-    from pipeline.weights import load_weights
 
     loaded = load_weights(backbone, weights)
     recipe = Recipe.of(backbone, loaded.sha256, image_size, "float32")

@@ -150,9 +150,9 @@ def _recompute(
     device: str,
     quiet: bool,
 ) -> Recomputation:
+    from pipeline.features.weights import load_weights
     from pipeline.recompute import recompute
     from pipeline.store import FeatureStore
-    from pipeline.weights import load_weights
 
     opened = FeatureStore.open(path, require_complete=False)
     data = open_data(dataset, data_root, splits, data_options, quiet)
@@ -217,10 +217,10 @@ def store_repair(**options: Any) -> Any:
 
 def _restore_metadata(options: Mapping[str, Any]) -> None:
     """Write damaged attributes anew, so that the store can be opened."""
-    from pipeline.fitting import fit_codec
-    from pipeline.recipe import Recipe
+    from pipeline.features.fitting import fit_codec
+    from pipeline.features.recipe import Recipe
+    from pipeline.features.weights import load_weights
     from pipeline.restore import needs_restoring, restore_metadata
-    from pipeline.weights import load_weights
 
     path = options["store"]
     reason = needs_restoring(path)

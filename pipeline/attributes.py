@@ -15,8 +15,8 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from hsnet.errors import ConfigError, DataError, StoreError
 from pipeline.common.files import read_json, replace_json, sync_folder
 from pipeline.datasets.index import DatasetIndex
+from pipeline.features.recipe import FORMAT, Recipe
 from pipeline.layout import ZSTD_LEVEL
-from pipeline.recipe import FORMAT, Recipe
 from pipeline.small_arrays import read_small
 from pipeline.states import Placement, State, StoreFacts
 

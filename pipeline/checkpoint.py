@@ -28,8 +28,8 @@ from hsnet.errors import CheckpointError, CheckpointMismatch, ConfigError, HSNet
 from hsnet.model import HSNet
 from hsnet.published import layers_of, split_published
 from pipeline.config import RunConfig
-from pipeline.recipe import Recipe, difference_lines
-from pipeline.weights import weights_of
+from pipeline.features.recipe import Recipe, difference_lines
+from pipeline.features.weights import weights_of
 
 log = logging.getLogger(__name__)
 

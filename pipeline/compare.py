@@ -18,15 +18,15 @@ from torch import Tensor
 
 from hsnet.errors import ConfigError, StoreMismatch
 from pipeline import methods
-from pipeline.codec import encode
 from pipeline.common.philox import Draws
 from pipeline.common.runner import Runner
 from pipeline.episodes.protocols import resolve
 from pipeline.evaluate import evaluate
+from pipeline.features.budgeted import unit_vectors
+from pipeline.features.precision import encode
+from pipeline.features.recipe import difference_lines
 from pipeline.loading.source import FeatureSource, StoreSource
-from pipeline.recipe import difference_lines
 from pipeline.statistics import Interval, miou_interval, paired_difference
-from pipeline.transform import unit_vectors
 
 PAIRS = 32
 POSITIONS = 256

@@ -11,7 +11,7 @@ from typing import Any
 from hsnet.backbone import backbone_spec
 from hsnet.errors import ConfigError
 from hsnet.fused import ARITHMETIC
-from pipeline.recipe import Recipe
+from pipeline.features.recipe import Recipe
 
 SELECT_ON = ("val", "test", "none")
 

@@ -283,7 +283,7 @@ def _weights() -> Iterator[Finding]:
     import torch
 
     from hsnet.backbone import BACKBONES
-    from pipeline import weights
+    from pipeline.features import weights
 
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     for name in BACKBONES:

@@ -19,14 +19,14 @@ from pipeline.attributes import read_facts
 from pipeline.bucket import address, location
 from pipeline.common.runner import Runner, SerialRunner, in_groups
 from pipeline.datasets import Dataset
-from pipeline.fitting import Fitting, fit_codec, nominal_recipe, sample_size
+from pipeline.features.fitting import Fitting, fit_codec, nominal_recipe, sample_size
+from pipeline.features.recipe import CODED, Recipe
+from pipeline.features.weights import Weights
 from pipeline.growth import grow, make_current
 from pipeline.plan import Planned, plan_growth, plan_new, plan_store
-from pipeline.recipe import CODED, Recipe
 from pipeline.remote import is_free, is_store, root_of
 from pipeline.shard_worker import ShardDone, ShardWorker
 from pipeline.store import SHARD_IMAGES, FeatureStore
-from pipeline.weights import Weights
 
 ON_ERROR = ("fail", "skip")
 
@@ -79,7 +79,7 @@ def extract(
         dataset: images and label maps; pickled to the workers of another process.
         weights: of `backbone`.
         image_size: side of the square network input, pixels.
-        precision: float32, float16 or int8; see `pipeline.codec.encode`. Means nothing with a budget.
+        precision: float32, float16 or int8; see `pipeline.features.precision.encode`. Means nothing with a budget.
         runner: where the work is done; None is this process.
         on_error: what to do with an image that cannot be read: "fail" stops with its name, "skip" records it in the
             store, where it is never drawn for an episode.
@@ -87,7 +87,7 @@ def extract(
         on_event: called here with `Planned`, then with `ShardDone` for each shard; before both with `Fitting` when a
             codec is to be fitted.
         device: where the backbone runs. Features of different kinds of devices differ in their last bits.
-        bytes_per_image: budget of an image's features, kept by the budgeted codec (`pipeline.transform`), which is
+        bytes_per_image: budget of an image's features, kept by the budgeted codec (`pipeline.features.budgeted`), which is
             fitted first; an existing store keeps its fit.
         damaged: shards to delete and make anew, once it is known that this call can make them.
 

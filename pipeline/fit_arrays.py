@@ -8,9 +8,9 @@ import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from hsnet.errors import StoreError
-from pipeline.recipe import Recipe
+from pipeline.features.budgeted import TransformCodec
+from pipeline.features.recipe import Recipe
 from pipeline.small_arrays import read_small
-from pipeline.transform import TransformCodec
 
 FOLDER = "codec"
 _MOST_VALUES = 4 << 20

@@ -22,16 +22,16 @@ from hsnet.errors import ConfigError, DataError
 from hsnet.fused import FusedHSNet
 from hsnet.loss import episode_losses
 from hsnet.model import HSNet, predict_mask, resize_logits
-from pipeline.codec import encode
 from pipeline.common.runner import one_torch_thread
 from pipeline.datasets import Dataset
 from pipeline.datasets.images import network_image, resize_label
-from pipeline.fitting import nominal_recipe
+from pipeline.features.budgeted import TransformCodec, fit_layers, unit_vectors
+from pipeline.features.fitting import nominal_recipe
+from pipeline.features.precision import encode
+from pipeline.features.recipe import Recipe
+from pipeline.features.weights import Weights
 from pipeline.layout import image_nbytes
 from pipeline.loading.resident import SHARE, free_on
-from pipeline.recipe import Recipe
-from pipeline.transform import TransformCodec, fit_layers, unit_vectors
-from pipeline.weights import Weights
 
 BATCH = 20
 """Episodes of a training step that is spoken of."""

@@ -23,9 +23,9 @@ import numpy as np
 from hsnet.errors import StoreError, StoreMismatch
 from pipeline.attributes import read_facts, read_index, read_placement, write_facts, write_state
 from pipeline.datasets.index import DatasetIndex
+from pipeline.features.recipe import Recipe, difference_lines
 from pipeline.layout import array_layouts
 from pipeline.ownership import sole_writer
-from pipeline.recipe import Recipe, difference_lines
 from pipeline.remote import named, publish, remove_remote_arrays, remove_remote_shard
 from pipeline.shards import remove_shard, sweep_partials
 from pipeline.states import Placement, State, StoreFacts, row_ranges

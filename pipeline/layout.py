@@ -16,7 +16,7 @@ from hsnet.errors import StoreError
 from pipeline.chunks import laid_out
 from pipeline.common.files import read_json, replace_json
 from pipeline.datasets.index import DatasetIndex
-from pipeline.recipe import Recipe, difference_lines
+from pipeline.features.recipe import Recipe, difference_lines
 
 ZSTD_LEVEL = 3
 _AXES = ("image", "layer", "row", "column", "channel")

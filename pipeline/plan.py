@@ -8,9 +8,9 @@ from pathlib import Path
 
 from pipeline.bucket import address, local_path
 from pipeline.datasets.index import DatasetIndex
+from pipeline.features.recipe import Recipe
 from pipeline.growth import Grown, growth
 from pipeline.layout import image_nbytes
-from pipeline.recipe import Recipe
 from pipeline.remote import mirror_at, named, root_of
 from pipeline.store import SHARD_IMAGES, FeatureStore
 

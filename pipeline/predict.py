@@ -28,8 +28,8 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.common import render
 from pipeline.datasets.images import PHOTO_SUFFIXES, network_image, read_photo, resize_label
 from pipeline.datasets.own_support import Support, read_support
-from pipeline.recipe import Recipe
-from pipeline.weights import Weights
+from pipeline.features.recipe import Recipe
+from pipeline.features.weights import Weights
 
 log = logging.getLogger(__name__)
 

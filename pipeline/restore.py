@@ -15,11 +15,11 @@ from pathlib import Path
 from hsnet.errors import StoreError, StoreMismatch
 from pipeline.common.files import read_json, sync_folder
 from pipeline.datasets.index import DatasetIndex
+from pipeline.features.budgeted import TransformCodec
+from pipeline.features.recipe import Recipe
 from pipeline.ownership import sole_writer
-from pipeline.recipe import Recipe
 from pipeline.shards import marker_file, read_marker, shard_file
 from pipeline.store import FeatureStore
-from pipeline.transform import TransformCodec
 
 _LOOKED_AT = 64
 """Shards that are asked what store they belong to."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from hsnet.errors import CheckpointError, ConfigError
 from pipeline.checkpoint import BEST, LAST, CheckpointInfo, read_tensors, save_checkpoint, write_tensors
 from pipeline.config import RunConfig
-from pipeline.recipe import difference_lines
+from pipeline.features.recipe import difference_lines
 
 RESUME = "resume.safetensors"
 _CONFIG = "config.json"

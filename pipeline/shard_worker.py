@@ -23,16 +23,19 @@ from torch import Tensor
 
 from hsnet.backbone import FrozenBackbone, pack_levels
 from hsnet.errors import DataError, StoreError
-from pipeline.codec import encode_taps
 from pipeline.datasets.images import Size, network_image, object_pixels, resize_label, same_aspect
 from pipeline.features.forward import BATCH
+from pipeline.features.precision import encode_taps
+from pipeline.features.recipe import Recipe
 from pipeline.ownership import still_owned
-from pipeline.recipe import Recipe
 from pipeline.store import FeatureStore
 
 if TYPE_CHECKING:
     from pipeline.datasets import Dataset
-    from pipeline.weights import Weights
+    from pipeline.features.weights import Weights
+
+READ_AHEAD = 4
+"""Photos read and brought to network size before they are needed, or a batch if that is more: 2 MB each at 400 px."""
 
 ENCODE_BEHIND = 2
 """Forward passes whose features wait to be encoded: 20 to 90 MB each at 400 px."""

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.recipe import Recipe
+from pipeline.features.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,11 @@ from pipeline.buffers import Buffers
 from pipeline.chunks import ChunkReader, OpenShards, reads, write_shard_file
 from pipeline.common.files import sync_folder
 from pipeline.datasets.index import DatasetIndex
+from pipeline.features.budgeted import TransformCodec
+from pipeline.features.recipe import Recipe, difference_lines
 from pipeline.fit_arrays import read_fit, write_fit
 from pipeline.layout import ZSTD_LEVEL, ArrayLayout, array_layouts, calm_zarr, open_array
 from pipeline.ownership import sole_writer
-from pipeline.recipe import Recipe, difference_lines
 from pipeline.remote import Wanted, is_store, mirror_at, mirror_of, named, resync, root_of
 from pipeline.shards import (
     MARKERS,
@@ -52,7 +53,6 @@ from pipeline.shards import (
     write_marker,
 )
 from pipeline.states import State, StoreFacts
-from pipeline.transform import TransformCodec
 
 SHARD_IMAGES = 16
 MAPPED_OF_MIRROR = 32

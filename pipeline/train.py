@@ -25,11 +25,11 @@ from pipeline.common.process_group import Alone, Ranks
 from pipeline.config import RunConfig, skipped_digest
 from pipeline.episodes.stream import Episode, EpisodeStream
 from pipeline.evaluate import count_one_shot
+from pipeline.features.recipe import difference_lines
 from pipeline.loading.batch import EpisodeBatch, prefetch
 from pipeline.loading.resident import keep
 from pipeline.loading.source import FeatureSource
 from pipeline.ownership import sole_writer
-from pipeline.recipe import difference_lines
 from pipeline.run_dir import Progress, RunDir
 from pipeline.segmenters import LearnedSegmenter
 

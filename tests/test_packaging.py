@@ -49,7 +49,11 @@ def run_elsewhere(installed: Path, folder: Path, *command: str) -> str:
 
 
 def test_the_wheel_holds_the_rooms_the_weights_and_the_page_only(wheel):
-    wanted = {"cli.py", "pipeline/data/squeezenet1_1_imagenet_f16.safetensors", "pipeline/data/published_episodes.json"}
+    wanted = {
+        "cli.py",
+        "pipeline/features/data/squeezenet1_1_imagenet_f16.safetensors",
+        "pipeline/episodes/data/published_episodes.json",
+    }
     for room in ROOMS:
         wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / room).rglob("*.py")}
     wanted |= {f"pipeline/report/page/page.{suffix}" for suffix in ("html", "css", "js")}
@@ -67,7 +71,7 @@ def test_the_command_works_elsewhere(installed, tmp_path):
 
 
 def test_packaged_weights_load_elsewhere(installed, tmp_path):
-    code = "import pipeline.weights as w; print(w.__file__); print(w.load_weights('squeezenet1_1').origin)"
+    code = "import pipeline.features.weights as w; print(w.__file__); print(w.load_weights('squeezenet1_1').origin)"
     place, origin = run_elsewhere(installed, tmp_path, sys.executable, "-c", code).splitlines()
     assert Path(place).is_relative_to(installed)
     assert origin == "packaged squeezenet1_1_imagenet_f16.safetensors"

@@ -7,6 +7,3 @@ BATCH = {"cpu": 1, "cuda": 16}
 
 On a CPU one image at a time is also the fastest at real sizes, and a photo's features then depend on no other.
 """
-
-READ_AHEAD = 4
-"""Photos read and brought to network size before they are needed, or a batch if that is more: 2 MB each at 400 px."""

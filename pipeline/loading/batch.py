@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pipeline.episodes.stream import Episode
+from pipeline.features.budgeted import TransformCodec
 from pipeline.loading.source import FeatureSource
-from pipeline.transform import TransformCodec
 
 
 @dataclass(frozen=True)

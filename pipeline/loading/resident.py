@@ -16,9 +16,9 @@ from torch import Tensor
 from hsnet.errors import ConfigError
 from pipeline.common.text import size_text
 from pipeline.datasets.index import DatasetIndex
+from pipeline.features.budgeted import TransformCodec
+from pipeline.features.recipe import Recipe
 from pipeline.loading.source import FeatureSource
-from pipeline.recipe import Recipe
-from pipeline.transform import TransformCodec
 
 RESIDENT = ("off", "auto", "host", "device")
 RESERVED = 8 << 30

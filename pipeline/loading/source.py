@@ -13,10 +13,10 @@ from hsnet.backbone import FrozenBackbone
 from hsnet.errors import ConfigError
 from pipeline.datasets.images import network_image, resize_label
 from pipeline.datasets.index import DatasetIndex
+from pipeline.features.budgeted import TransformCodec
 from pipeline.features.forward import BATCH
-from pipeline.recipe import Recipe
+from pipeline.features.recipe import Recipe
 from pipeline.store import FeatureStore
-from pipeline.transform import TransformCodec
 
 if TYPE_CHECKING:
     from pipeline.datasets import Dataset

@@ -98,7 +98,7 @@ def test_help_lists_commands_under_headings_in_pipeline_order() -> None:
 def test_choices_equal_the_tables_they_are_copied_from() -> None:
     from hsnet.backbone import BACKBONES
     from pipeline.datasets import DATASETS
-    from pipeline.recipe import DTYPES
+    from pipeline.features.recipe import DTYPES
 
     assert tuple(BACKBONES) == options.BACKBONES
     assert tuple(DATASETS) == options.DATASETS
@@ -183,7 +183,7 @@ def test_a_bug_is_not_dressed_up_as_a_users_mistake(monkeypatch: pytest.MonkeyPa
 
 
 def test_ctrl_c_is_one_line_and_130(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from pipeline import weights
+    from pipeline.features import weights
 
     monkeypatch.setattr(weights, "load_weights", raising(KeyboardInterrupt()))
     done = invoke("extract", "shapes", "--backbone", "squeezenet1_1", "--store", tmp_path / "s.zarr")

@@ -33,11 +33,11 @@ from cluster.runner import RayRunner
 from hsnet.errors import DataError, StoreError
 from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.extract import ExtractSummary, extract
+from pipeline.features.weights import Weights, load_weights
 from pipeline.ownership import OWNER
 from pipeline.restore import needs_restoring, restore_metadata
 from pipeline.shards import marker_file, shard_file
 from pipeline.store import FeatureStore
-from pipeline.weights import Weights, load_weights
 
 SIZE = 64
 SHARD = 4

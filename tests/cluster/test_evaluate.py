@@ -14,10 +14,10 @@ from pipeline.datasets.shapes import Shapes
 from pipeline.episodes.protocols import resolve
 from pipeline.evaluate import evaluate
 from pipeline.extract import extract
+from pipeline.features.weights import load_weights
 from pipeline.loading.source import StoreSource
 from pipeline.segmenters import LearnedSegmenter
 from pipeline.store import FeatureStore
-from pipeline.weights import load_weights
 
 SHAPES = Shapes(size=64, trn_per_class=2, val_per_class=4)
 

@@ -14,9 +14,9 @@ from PIL import Image
 
 from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.extract import extract
+from pipeline.features.weights import load_weights
 from pipeline.store import FeatureStore
 from pipeline.verify import verify
-from pipeline.weights import load_weights
 
 SIZE = 64
 SHARD = 4

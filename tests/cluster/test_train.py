@@ -11,10 +11,10 @@ from hsnet.backbone import FrozenBackbone
 from hsnet.errors import ClusterError, ConfigError, DataError
 from pipeline.config import RunConfig
 from pipeline.datasets.shapes import Shapes
+from pipeline.features.recipe import Recipe
+from pipeline.features.weights import load_weights
 from pipeline.loading.source import OnlineSource
-from pipeline.recipe import Recipe
 from pipeline.train import StepDone, Validated, fit
-from pipeline.weights import load_weights
 
 # Ray Train imports Ray Data, which sets options of its own that it calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")

@@ -8,9 +8,9 @@ import torch
 from hsnet.backbone import FrozenBackbone
 from pipeline.config import RunConfig
 from pipeline.datasets.shapes import Shapes
+from pipeline.features.recipe import Recipe
+from pipeline.features.weights import load_weights
 from pipeline.loading.source import OnlineSource
-from pipeline.recipe import Recipe
-from pipeline.weights import load_weights
 
 
 class RememberingSource(OnlineSource):

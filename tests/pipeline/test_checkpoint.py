@@ -16,8 +16,8 @@ from pipeline.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from pipeline.recipe import Recipe
-from pipeline.weights import load_weights
+from pipeline.features.recipe import Recipe
+from pipeline.features.weights import load_weights
 
 SLIM = {"layers": [4, 2, 2], "channels": [4, 8, 16]}
 

@@ -18,14 +18,14 @@ import pipeline.shard_worker as worker_module
 import pipeline.store as store_module
 from hsnet.backbone import FrozenBackbone
 from hsnet.errors import ConfigError, DataError, StoreError, StoreMismatch
-from pipeline.codec import encode
 from pipeline.datasets.images import network_image, resize_label
 from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.extract import Planned, ShardDone, extract
+from pipeline.features.precision import encode
+from pipeline.features.weights import Weights, load_weights
 from pipeline.ownership import OWNER
 from pipeline.shards import shard_file
 from pipeline.store import FeatureStore
-from pipeline.weights import Weights, load_weights
 
 SIZE = 64
 SHARD = 8

@@ -22,10 +22,10 @@ from numcodecs import zstd
 from hsnet.errors import HSNetError, StoreError
 from pipeline.datasets.shapes import Shapes
 from pipeline.extract import extract
+from pipeline.features.weights import load_weights
 from pipeline.shards import marker_file, shard_file
 from pipeline.store import FeatureStore
 from pipeline.verify import verify
-from pipeline.weights import load_weights
 
 spec = importlib.util.spec_from_file_location("store_helpers", Path(__file__).with_name("test_store.py"))
 helpers = importlib.util.module_from_spec(spec)

@@ -11,8 +11,8 @@ import torch
 from hsnet.correlation import build_hypercorrelation
 from pipeline.datasets.shapes import Shapes
 from pipeline.extract import extract
+from pipeline.features.weights import load_weights
 from pipeline.store import FeatureStore
-from pipeline.weights import load_weights
 
 ROOT = Path(__file__).parents[2]
 

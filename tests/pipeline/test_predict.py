@@ -20,9 +20,9 @@ from pipeline.checkpoint import Checkpoint, CheckpointInfo, load_checkpoint, sav
 from pipeline.datasets.images import network_image, read_photo, resize_label
 from pipeline.datasets.own_support import read_support
 from pipeline.datasets.shapes import Shapes
+from pipeline.features.recipe import Recipe
+from pipeline.features.weights import Weights, load_weights
 from pipeline.predict import Predictor, list_queries, output_names, predict
-from pipeline.recipe import Recipe
-from pipeline.weights import Weights, load_weights
 
 SIZE = 64
 

@@ -16,9 +16,9 @@ import zarr
 
 import pipeline.store as store_module
 from hsnet.errors import ConfigError, DataError, StoreError, StoreIncomplete, StoreMismatch
-from pipeline.codec import encode
 from pipeline.datasets.index import DatasetIndex, Split
-from pipeline.recipe import Recipe
+from pipeline.features.precision import encode
+from pipeline.features.recipe import Recipe
 from pipeline.shards import marker_file, shard_file
 from pipeline.store import FeatureStore
 

@@ -11,12 +11,12 @@ from pipeline.config import RunConfig
 from pipeline.datasets.shapes import Shapes
 from pipeline.episodes.protocols import resolve
 from pipeline.extract import extract
+from pipeline.features.weights import load_weights
 from pipeline.loading.source import StoreSource
 from pipeline.results import read_results
 from pipeline.run_dir import RunDir
 from pipeline.store import FeatureStore
 from pipeline.sweep import make_cases, parse_choice, sweep
-from pipeline.weights import load_weights
 
 QUICK = {"steps": 2, "batch_size": 2, "validate_every": 1, "validate_episodes": 2}
 RULES = resolve(episodes=12, shots=(1, 2))

@@ -185,7 +185,7 @@ def photos() -> Photos:
 
 @pytest.fixture(scope="session")
 def weights():
-    from pipeline.weights import load_weights
+    from pipeline.features.weights import load_weights
 
     return load_weights("squeezenet1_1")
 

@@ -131,7 +131,7 @@ import os, signal, sys
 sys.path[:0] = {sys.path!r}
 from pipeline import remote
 from pipeline.extract import extract
-from pipeline.weights import load_weights
+from pipeline.features.weights import load_weights
 import importlib.util
 spec = importlib.util.spec_from_file_location("conf", {str(Path(__file__).with_name("conftest.py"))!r})
 conf = importlib.util.module_from_spec(spec); sys.modules["conf"] = conf; spec.loader.exec_module(conf)

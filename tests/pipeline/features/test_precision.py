@@ -7,7 +7,7 @@ from hypothesis.extra.numpy import arrays
 
 from hsnet.backbone import FrozenBackbone, pack_levels, random_state_dict
 from hsnet.errors import ConfigError, StoreError
-from pipeline.codec import encode, encode_taps
+from pipeline.features.precision import encode, encode_taps
 
 
 def level(*shape: int, seed: int = 0, scale: float = 1.0) -> np.ndarray:

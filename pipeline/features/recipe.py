@@ -14,10 +14,10 @@ from hsnet.errors import ConfigError
 from hsnet.model import squeezed_grids
 
 CODED = "coded"
-"""Precision of features in a byte budget: see `pipeline.transform`."""
+"""Precision of features in a byte budget: see `pipeline.features.budgeted`."""
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
-"""Precision -> type of a stored value. int8 keeps directions only: see `pipeline.codec`."""
+"""Precision -> type of a stored value. int8 keeps directions only: see `pipeline.features.precision`."""
 
 NORMALISATION = "rgb/255, minus (0.485, 0.456, 0.406), over (0.229, 0.224, 0.225)"
 RESIZE = "Pillow bilinear to a square; labels nearest, source = floor(target * in / out)"

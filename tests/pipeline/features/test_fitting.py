@@ -14,12 +14,12 @@ from pipeline.common.runner import SerialRunner
 from pipeline.datasets.shapes import Shapes
 from pipeline.episodes.stream import EpisodeStream
 from pipeline.extract import extract
-from pipeline.fitting import Fitting, fit_codec, nominal_recipe, sample_images
+from pipeline.features.budgeted import unit_vectors
+from pipeline.features.fitting import Fitting, fit_codec, nominal_recipe, sample_images
+from pipeline.features.recipe import Recipe
 from pipeline.loading.batch import load_batch
 from pipeline.loading.source import OnlineSource, StoreSource
-from pipeline.recipe import Recipe
 from pipeline.store import FeatureStore
-from pipeline.transform import unit_vectors
 
 SIZE = 64
 BUDGET = 30_000

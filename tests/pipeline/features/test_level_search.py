@@ -3,8 +3,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from pipeline.level_search import LevelSearch
-from pipeline.transform import LayerCode, fit_layers, unit_vectors
+from pipeline.features.budgeted import LayerCode, fit_layers, unit_vectors
+from pipeline.features.level_search import LevelSearch
 
 WIDTH = 255
 

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from hsnet.backbone import FrozenBackbone
 from hsnet.errors import ConfigError, DataError
-from pipeline.codec import check_levels
 from pipeline.common.philox import philox
 from pipeline.datasets import Dataset
 from pipeline.datasets.images import network_image
 from pipeline.datasets.index import DatasetIndex
-from pipeline.recipe import CODED, Coding, Recipe
-from pipeline.transform import TransformCodec, fit_layers, unit_vectors
-from pipeline.weights import Weights
+from pipeline.features.budgeted import TransformCodec, fit_layers, unit_vectors
+from pipeline.features.precision import check_levels
+from pipeline.features.recipe import CODED, Coding, Recipe
+from pipeline.features.weights import Weights
 
 POSITIONS = 16384
 """Feature vectors of each layer that are fitted on, at most: 470 MB in all for ResNet-50, 1.0 GB for ResNet-101."""

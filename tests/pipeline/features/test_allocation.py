@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from hsnet.errors import ConfigError
-from pipeline.allocation import LEVELS, allocate, share
+from pipeline.features.allocation import LEVELS, allocate, share
 
 
 def falling(channels: int, power: float = 2.0, scale: float = 1.0) -> np.ndarray:

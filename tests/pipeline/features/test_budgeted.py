@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from hsnet.errors import StoreError
-from pipeline.transform import LayerCode, TransformCodec, fit_layers, place_levels, unit_vectors
+from pipeline.features.budgeted import LayerCode, TransformCodec, fit_layers, place_levels, unit_vectors
 
 GRIDS = ((5, 5), (3, 3))
 LAYERS = (2, 3)

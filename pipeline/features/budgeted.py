@@ -1,7 +1,7 @@
 """The budgeted codec: features in a byte budget, by directions that matter and levels that they are worth.
 
 A feature vector is divided by its norm and turned into its layer's own directions, strongest first. Each direction
-that is kept has a number of levels by its variance (`pipeline.allocation`), placed by Lloyd and Max's rule, and a byte
+that is kept has a number of levels by its variance (`pipeline.features.allocation`), placed by Lloyd and Max's rule, and a byte
 holds the levels of a few directions as digits of one number. Reading is a table lookup: a byte is worth a few
 coordinates. An inner product is the same in any directions, so nothing is turned back, and nothing is normalised
 again: coordinates are those of a unit vector less what the codec dropped.
@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hsnet.errors import StoreError
-from pipeline.allocation import LEVELS, Run, allocate
-from pipeline.codec import check_levels
-from pipeline.level_search import LevelSearch
+from pipeline.features.allocation import LEVELS, Run, allocate
+from pipeline.features.level_search import LevelSearch
+from pipeline.features.precision import check_levels
 
 _ITERATIONS = 20
 _FEW = 16

@@ -6,7 +6,7 @@ import pytest
 
 from hsnet.backbone import BACKBONES
 from hsnet.errors import ConfigError
-from pipeline.recipe import Recipe, difference_lines
+from pipeline.features.recipe import Recipe, difference_lines
 
 SHA = "sha256:" + "0" * 64
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from hsnet.backbone import random_state_dict
 from hsnet.errors import ConfigError, WeightsError
-from pipeline import weights as module
-from pipeline.weights import PACKAGED, hash_tensors, load_weights
+from pipeline.features import weights as module
+from pipeline.features.weights import PACKAGED, hash_tensors, load_weights
 
 NAME = "squeezenet1_1"
 
