@@ -42,7 +42,7 @@ from pipeline.features.precision import encode
 from pipeline.features.recipe import CODED, Coding, Recipe
 from pipeline.features.weights import load_weights
 from pipeline.loading.source import FeatureSource, OnlineSource, StoreSource
-from pipeline.store import FeatureStore
+from pipeline.store.feature_store import FeatureStore
 
 WHOLE = {32.0: "float32", 16.0: "float16", 8.0: "int8"}
 

@@ -164,7 +164,7 @@ def measure_evaluate(
     from pipeline.episodes.stream import EpisodeStream
     from pipeline.loading.batch import load_batch
     from pipeline.loading.source import StoreSource
-    from pipeline.store import FeatureStore
+    from pipeline.store.feature_store import FeatureStore
 
     chosen = ["--checkpoint", str(run_dir)] if run_dir else ["--baseline", "untrained"]
     options = ["evaluate", *chosen, "--store", str(store), "--shots", str(shots), "--quiet", "--device", "cpu"]
@@ -213,7 +213,7 @@ def measure_train(store: Path, batch: int, steps: int, threads: int | None, scra
     """Seconds from the start of `hsnet train` to its first step, and the share of steps spent waiting for data."""
     from pipeline.config import RunConfig, skipped_digest
     from pipeline.loading.source import StoreSource
-    from pipeline.store import FeatureStore
+    from pipeline.store.feature_store import FeatureStore
     from pipeline.train import StepDone, fit
 
     run = scratch / "train-command"
@@ -367,7 +367,7 @@ def _make_store(data: Callable[[int], Dataset], size: int, scratch: Path) -> Pat
 
 def _made_for(store: Path) -> tuple[str, int]:
     """Backbone and image size of a store."""
-    from pipeline.store import FeatureStore
+    from pipeline.store.feature_store import FeatureStore
 
     recipe = FeatureStore.open(store).recipe
     return recipe.backbone, recipe.image_size

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pipeline.features.budgeted import unit_vectors
 from pipeline.features.precision import encode
-from pipeline.layout import ZSTD_LEVEL
+from pipeline.store.arrays import ZSTD_LEVEL
 
 KEPT_BITS = range(4, 11)
 DIGITS = (1, 2, 3)

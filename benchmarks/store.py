@@ -26,7 +26,7 @@ from benchmarks import timing
 from hsnet import torchvision_ops  # noqa: F401  (must run before torchvision is imported)
 from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.features.recipe import Recipe
-from pipeline.store import FeatureStore
+from pipeline.store.feature_store import FeatureStore
 
 EPISODES = 20
 """One-shot episodes of a batch: twice as many images."""

@@ -31,7 +31,7 @@ from pipeline.features.weights import Weights, load_weights
 from pipeline.loading.batch import load_batch
 from pipeline.loading.source import StoreSource
 from pipeline.segmenters import LearnedSegmenter
-from pipeline.store import FeatureStore
+from pipeline.store.feature_store import FeatureStore
 
 LEARNING_RATE = 1e-3
 IMAGES = 8

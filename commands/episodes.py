@@ -251,7 +251,7 @@ def _index(
             "--data-root, --splits and --data-option belong to a data set; --store has its own lists."
         )
     from hsnet.errors import StoreMismatch
-    from pipeline.store import FeatureStore
+    from pipeline.store.feature_store import FeatureStore
 
     try:
         opened = FeatureStore.open(store, require_complete=False, index_digest=digest)

@@ -275,7 +275,7 @@ def _transfer(
     """The store's index narrowed to what the head has not seen. Says which classes that are."""
     from pipeline.datasets.unseen import unseen_classes
     from pipeline.methods import names_seen
-    from pipeline.store import FeatureStore
+    from pipeline.store.feature_store import FeatureStore
 
     training = FeatureStore.open(trained_on, require_complete=False).index if trained_on else None
     held_out = (method.facts.get("trained_on") or {}).get("fold", fold)

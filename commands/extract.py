@@ -175,8 +175,8 @@ def _plan_extraction(
     from pipeline.features.recipe import Recipe
     from pipeline.features.weights import load_weights
     from pipeline.plan import plan_growth, plan_new, plan_store
-    from pipeline.remote import is_free
-    from pipeline.store import FeatureStore
+    from pipeline.store.feature_store import FeatureStore
+    from pipeline.store.mirror import is_free
 
     if not is_free(path):
         exact = Recipe.of(backbone, load_weights(backbone, weights).sha256, image_size, precision)

@@ -128,7 +128,7 @@ class StorePlace(click.ParamType):
     name = "path"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | Path:
-        from pipeline.bucket import address, local_path
+        from pipeline.store.bucket import address, local_path
 
         try:
             return address(value) or local_path(value)

@@ -66,10 +66,10 @@ def plan(
       hsnet plan pascal --data-root VOC2012 --backbone resnet50 --workers 4
     """
     set_up_logging(quiet)
-    from pipeline.bucket import address, local_path
     from pipeline.features.weights import load_weights
     from pipeline.forecast import BATCH, forecast
-    from pipeline.remote import cache_folder
+    from pipeline.store.bucket import address, local_path
+    from pipeline.store.mirror import cache_folder
 
     data = open_data(dataset, data_root, splits, data_options, quiet)
     # Of a store in a bucket the disk keeps what is being written and read.

@@ -108,11 +108,11 @@ def store_source(path: str | Path, data: str | None = None) -> Callable[[], Stor
     Args:
         data: digest of a data set that the store may have held before it grew, to be given that one if so.
     """
-    from pipeline.attributes import read_facts
-    from pipeline.bucket import location
     from pipeline.loading.source import StoreSource
-    from pipeline.remote import named, root_of
-    from pipeline.store import FeatureStore
+    from pipeline.store.attributes import read_facts
+    from pipeline.store.bucket import location
+    from pipeline.store.feature_store import FeatureStore
+    from pipeline.store.mirror import named, root_of
 
     place = location(path)  # a worker may have another working directory
     root = root_of(place)

@@ -36,8 +36,8 @@ from pipeline.common.text import printable, size_text
 
 if TYPE_CHECKING:
     from pipeline.loading.source import FeatureSource
-    from pipeline.recompute import Recomputation
-    from pipeline.verify import Verification
+    from pipeline.store.recompute import Recomputation
+    from pipeline.store.verify import Verification
 
 
 @click.group(cls=OrderedGroup)
@@ -60,7 +60,7 @@ def store_info(path: str | Path, as_json: bool) -> None:
     Example:
       hsnet store info voc.zarr
     """
-    from pipeline.store import FeatureStore
+    from pipeline.store.feature_store import FeatureStore
 
     opened = FeatureStore.open(path, require_complete=False)
     info = {**opened.info(), "notes": list(opened.index.notes)}
@@ -151,8 +151,8 @@ def _recompute(
     quiet: bool,
 ) -> Recomputation:
     from pipeline.features.weights import load_weights
-    from pipeline.recompute import recompute
-    from pipeline.store import FeatureStore
+    from pipeline.store.feature_store import FeatureStore
+    from pipeline.store.recompute import recompute
 
     opened = FeatureStore.open(path, require_complete=False)
     data = open_data(dataset, data_root, splits, data_options, quiet)
@@ -220,7 +220,7 @@ def _restore_metadata(options: Mapping[str, Any]) -> None:
     from pipeline.features.fitting import fit_codec
     from pipeline.features.recipe import Recipe
     from pipeline.features.weights import load_weights
-    from pipeline.restore import needs_restoring, restore_metadata
+    from pipeline.store.restore import needs_restoring, restore_metadata
 
     path = options["store"]
     reason = needs_restoring(path)
@@ -243,8 +243,8 @@ def _restore_metadata(options: Mapping[str, Any]) -> None:
 
 
 def _verify(path: str | Path, quiet: bool) -> Verification:
-    from pipeline.store import FeatureStore
-    from pipeline.verify import verify
+    from pipeline.store.feature_store import FeatureStore
+    from pipeline.store.verify import verify
 
     opened = FeatureStore.open(path, require_complete=False)
     with Progress("verify", "shards", quiet) as progress:
@@ -380,8 +380,8 @@ def store_export_sample(
     set_up_logging(quiet)
     if ids and (classes or fold is not None):
         raise click.UsageError("--image names exactly what is taken; --class and --fold are for images that are drawn.")
-    from pipeline.export import export_sample
-    from pipeline.store import FeatureStore
+    from pipeline.store.export import export_sample
+    from pipeline.store.feature_store import FeatureStore
 
     opened = FeatureStore.open(path, require_complete=False)
     result = export_sample(opened, target, images, ids=ids, classes=classes, fold=fold, shots=shots, seed=seed)

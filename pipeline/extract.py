@@ -15,18 +15,18 @@ from functools import partial
 from pathlib import Path
 
 from hsnet.errors import ConfigError, DataError, StoreError
-from pipeline.attributes import read_facts
-from pipeline.bucket import address, location
 from pipeline.common.runner import Runner, SerialRunner, in_groups
 from pipeline.datasets import Dataset
 from pipeline.features.fitting import Fitting, fit_codec, nominal_recipe, sample_size
 from pipeline.features.recipe import CODED, Recipe
 from pipeline.features.weights import Weights
-from pipeline.growth import grow, make_current
 from pipeline.plan import Planned, plan_growth, plan_new, plan_store
-from pipeline.remote import is_free, is_store, root_of
 from pipeline.shard_worker import ShardDone, ShardWorker
-from pipeline.store import SHARD_IMAGES, FeatureStore
+from pipeline.store.attributes import read_facts
+from pipeline.store.bucket import address, location
+from pipeline.store.feature_store import SHARD_IMAGES, FeatureStore
+from pipeline.store.growth import grow, make_current
+from pipeline.store.mirror import is_free, is_store, root_of
 
 ON_ERROR = ("fail", "skip")
 
@@ -73,7 +73,7 @@ def extract(
 ) -> ExtractSummary:
     """Make the feature store of a data set, finish the one at `path`, or add the images that the data set has more.
 
-    Readers of a store that grows are given its earlier state until all new images are in it (`pipeline.growth`).
+    Readers of a store that grows are given its earlier state until all new images are in it (`pipeline.store.growth`).
 
     Args:
         dataset: images and label maps; pickled to the workers of another process.

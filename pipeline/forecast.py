@@ -30,8 +30,8 @@ from pipeline.features.fitting import nominal_recipe
 from pipeline.features.precision import encode
 from pipeline.features.recipe import Recipe
 from pipeline.features.weights import Weights
-from pipeline.layout import image_nbytes
 from pipeline.loading.resident import SHARE, free_on
+from pipeline.store.arrays import image_nbytes
 
 BATCH = 20
 """Episodes of a training step that is spoken of."""

@@ -12,8 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hsnet.errors import StoreError
-from pipeline.lease import sole_remote_writer
-from pipeline.remote import mirror_at
+from pipeline.store.lease import sole_remote_writer
+from pipeline.store.mirror import mirror_at
 
 OWNER = "_owner.json"
 
@@ -26,7 +26,7 @@ def sole_writer(root: Path) -> Iterator[str]:
     processes cannot both decide that a left-over file is stale. The file's text names the holder for the error
     message. It is removed on the way out.
 
-    The folder of an object store's mirror is held by a lease in the bucket (`pipeline.lease`); its metadata are then
+    The folder of an object store's mirror is held by a lease in the bucket (`pipeline.store.lease`); its metadata are then
     as they are there.
 
     Raises:

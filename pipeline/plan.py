@@ -6,13 +6,13 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.bucket import address, local_path
 from pipeline.datasets.index import DatasetIndex
 from pipeline.features.recipe import Recipe
-from pipeline.growth import Grown, growth
-from pipeline.layout import image_nbytes
-from pipeline.remote import mirror_at, named, root_of
-from pipeline.store import SHARD_IMAGES, FeatureStore
+from pipeline.store.arrays import image_nbytes
+from pipeline.store.bucket import address, local_path
+from pipeline.store.feature_store import SHARD_IMAGES, FeatureStore
+from pipeline.store.growth import Grown, growth
+from pipeline.store.mirror import mirror_at, named, root_of
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from pipeline.features.forward import BATCH
 from pipeline.features.precision import encode_taps
 from pipeline.features.recipe import Recipe
 from pipeline.ownership import still_owned
-from pipeline.store import FeatureStore
+from pipeline.store.feature_store import FeatureStore
 
 if TYPE_CHECKING:
     from pipeline.datasets import Dataset

@@ -16,7 +16,7 @@ from pipeline.datasets.index import DatasetIndex
 from pipeline.features.budgeted import TransformCodec
 from pipeline.features.forward import BATCH
 from pipeline.features.recipe import Recipe
-from pipeline.store import FeatureStore
+from pipeline.store.feature_store import FeatureStore
 
 if TYPE_CHECKING:
     from pipeline.datasets import Dataset

@@ -351,7 +351,7 @@ class _Again:
 def open_store(file: Results, path: str | Path | None) -> StoreSource:
     """The store of the rows. Raises StoreError if it is not there or is another one."""
     from pipeline.loading.source import StoreSource
-    from pipeline.store import FeatureStore
+    from pipeline.store.feature_store import FeatureStore
 
     if not path:
         raise StoreError("The rows do not say where their store is: give --store.")

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 import cli
-from pipeline.shards import shard_file
+from pipeline.store.markers import shard_file
 
 EXTRACT = ["shapes", "--data-option", "trn_per_class=2", "--data-option", "val_per_class=2", "--data-option", "size=64"]
 EXTRACT += ["--backbone", "squeezenet1_1", "--image-size", "64", "--quiet"]

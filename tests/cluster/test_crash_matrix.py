@@ -35,9 +35,9 @@ from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.extract import ExtractSummary, extract
 from pipeline.features.weights import Weights, load_weights
 from pipeline.ownership import OWNER
-from pipeline.restore import needs_restoring, restore_metadata
-from pipeline.shards import marker_file, shard_file
-from pipeline.store import FeatureStore
+from pipeline.store.feature_store import FeatureStore
+from pipeline.store.markers import marker_file, shard_file
+from pipeline.store.restore import needs_restoring, restore_metadata
 
 SIZE = 64
 SHARD = 4

@@ -17,7 +17,7 @@ from pipeline.extract import extract
 from pipeline.features.weights import load_weights
 from pipeline.loading.source import StoreSource
 from pipeline.segmenters import LearnedSegmenter
-from pipeline.store import FeatureStore
+from pipeline.store.feature_store import FeatureStore
 
 SHAPES = Shapes(size=64, trn_per_class=2, val_per_class=4)
 

@@ -15,8 +15,8 @@ from PIL import Image
 from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.extract import extract
 from pipeline.features.weights import load_weights
-from pipeline.store import FeatureStore
-from pipeline.verify import verify
+from pipeline.store.feature_store import FeatureStore
+from pipeline.store.verify import verify
 
 SIZE = 64
 SHARD = 4

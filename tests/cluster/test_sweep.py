@@ -8,7 +8,7 @@ from pipeline.episodes.protocols import resolve
 from pipeline.extract import extract
 from pipeline.features.weights import load_weights
 from pipeline.loading.source import StoreSource
-from pipeline.store import FeatureStore
+from pipeline.store.feature_store import FeatureStore
 from pipeline.sweep import make_cases, sweep
 
 QUICK = {"steps": 2, "batch_size": 2, "validate_every": 1, "validate_episodes": 2}

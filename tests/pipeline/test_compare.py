@@ -6,7 +6,7 @@ from pipeline.checkpoint import CheckpointInfo, save_checkpoint
 from pipeline.compare import compare, compare_scores
 from pipeline.extract import extract
 from pipeline.loading.source import StoreSource
-from pipeline.store import FeatureStore
+from pipeline.store.feature_store import FeatureStore
 
 
 @pytest.fixture(scope="module")

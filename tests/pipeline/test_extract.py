@@ -15,7 +15,7 @@ from PIL import Image
 
 import pipeline.extract as extract_module
 import pipeline.shard_worker as worker_module
-import pipeline.store as store_module
+import pipeline.store.feature_store as store_module
 from hsnet.backbone import FrozenBackbone
 from hsnet.errors import ConfigError, DataError, StoreError, StoreMismatch
 from pipeline.datasets.images import network_image, resize_label
@@ -24,8 +24,8 @@ from pipeline.extract import Planned, ShardDone, extract
 from pipeline.features.precision import encode
 from pipeline.features.weights import Weights, load_weights
 from pipeline.ownership import OWNER
-from pipeline.shards import shard_file
-from pipeline.store import FeatureStore
+from pipeline.store.feature_store import FeatureStore
+from pipeline.store.markers import shard_file
 
 SIZE = 64
 SHARD = 8

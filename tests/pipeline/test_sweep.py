@@ -15,7 +15,7 @@ from pipeline.features.weights import load_weights
 from pipeline.loading.source import StoreSource
 from pipeline.results import read_results
 from pipeline.run_dir import RunDir
-from pipeline.store import FeatureStore
+from pipeline.store.feature_store import FeatureStore
 from pipeline.sweep import make_cases, parse_choice, sweep
 
 QUICK = {"steps": 2, "batch_size": 2, "validate_every": 1, "validate_episodes": 2}

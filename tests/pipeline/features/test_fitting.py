@@ -19,7 +19,7 @@ from pipeline.features.fitting import Fitting, fit_codec, nominal_recipe, sample
 from pipeline.features.recipe import Recipe
 from pipeline.loading.batch import load_batch
 from pipeline.loading.source import OnlineSource, StoreSource
-from pipeline.store import FeatureStore
+from pipeline.store.feature_store import FeatureStore
 
 SIZE = 64
 BUDGET = 30_000

@@ -11,7 +11,7 @@ from pipeline.episodes.stream import Episode, EpisodeStream
 from pipeline.extract import extract
 from pipeline.loading.batch import load_batch, prefetch
 from pipeline.loading.source import OnlineSource, StoreSource
-from pipeline.store import FeatureStore
+from pipeline.store.feature_store import FeatureStore
 from pipeline.train import fit
 
 

@@ -10,7 +10,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from hsnet.errors import StoreError
 from pipeline.features.budgeted import TransformCodec
 from pipeline.features.recipe import Recipe
-from pipeline.small_arrays import read_small
+from pipeline.store.small_arrays import read_small
 
 FOLDER = "codec"
 _MOST_VALUES = 4 << 20

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hsnet.errors import StoreError
-from pipeline.bucket import Bucket
+from pipeline.store.bucket import Bucket
 
 OWNER = "_owner.json"
 RENEW_S = 30.0

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from hsnet.errors import StoreError, StoreIncomplete
-from pipeline.shards import marker_file, shard_file
-from pipeline.store import FeatureStore
-from pipeline.verify import verify
+from pipeline.store.feature_store import FeatureStore
+from pipeline.store.markers import marker_file, shard_file
+from pipeline.store.verify import verify
 
 ARRAYS = ("level0", "level1", "level2", "label")
 

@@ -30,18 +30,16 @@ from numpy.typing import NDArray
 from zarr.core.buffer.cpu import NDBuffer
 
 from hsnet.errors import ConfigError, DataError, ShapeError, StoreError, StoreIncomplete, StoreMismatch
-from pipeline.attributes import attributes, read_facts, read_index, read_placement, write_state
-from pipeline.buffers import Buffers
-from pipeline.chunks import ChunkReader, OpenShards, reads, write_shard_file
 from pipeline.common.files import sync_folder
 from pipeline.datasets.index import DatasetIndex
 from pipeline.features.budgeted import TransformCodec
 from pipeline.features.recipe import Recipe, difference_lines
-from pipeline.fit_arrays import read_fit, write_fit
-from pipeline.layout import ZSTD_LEVEL, ArrayLayout, array_layouts, calm_zarr, open_array
 from pipeline.ownership import sole_writer
-from pipeline.remote import Wanted, is_store, mirror_at, mirror_of, named, resync, root_of
-from pipeline.shards import (
+from pipeline.store.arrays import ZSTD_LEVEL, ArrayLayout, array_layouts, calm_zarr, open_array
+from pipeline.store.attributes import attributes, read_facts, read_index, read_placement, write_state
+from pipeline.store.buffers import Buffers
+from pipeline.store.fit_arrays import read_fit, write_fit
+from pipeline.store.markers import (
     MARKERS,
     ShardFacts,
     marker_file,
@@ -52,11 +50,13 @@ from pipeline.shards import (
     sync_and_sum,
     write_marker,
 )
-from pipeline.states import State, StoreFacts
+from pipeline.store.mirror import Wanted, is_store, mirror_at, mirror_of, named, resync, root_of
+from pipeline.store.shard_file import ChunkReader, OpenShards, reads, write_shard_file
+from pipeline.store.states import State, StoreFacts
 
 SHARD_IMAGES = 16
 MAPPED_OF_MIRROR = 32
-"""Shard files of a bucket's store that stay mapped; see `pipeline.chunks.OPEN_SHARDS`."""
+"""Shard files of a bucket's store that stay mapped; see `pipeline.store.shard_file.OPEN_SHARDS`."""
 
 
 class FeatureStore:
@@ -290,7 +290,7 @@ class FeatureStore:
         Args:
             images: n image numbers, repeats allowed (read once).
             out: arrays to fill, as returned by an earlier call with as many images, or over pinned memory. Without
-                it memory is taken that an earlier result no longer needs (`pipeline.buffers`).
+                it memory is taken that an earlier result no longer needs (`pipeline.store.buffers`).
 
         Returns:
             One (n, layers, rows, columns, channels) array per level in the storage type. int8 vectors have lost

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hsnet.errors import ConfigError, StoreError
-from pipeline.bucket import Bucket, address, local_path, location
+from pipeline.store.bucket import Bucket, address, local_path, location
 
 
 @pytest.mark.parametrize("path", ["voc.zarr", "/data/voc.zarr", Path("voc.zarr"), "a:b", "file:///data/x.zarr"])
@@ -106,7 +106,7 @@ def failure(action) -> str:
 
 
 def test_every_refusal_is_one_clear_line(s3, monkeypatch):
-    monkeypatch.setattr("pipeline.bucket.RETRIES", 1)
+    monkeypatch.setattr("pipeline.store.bucket.RETRIES", 1)
     text = failure(lambda: Bucket("s3://nobucket/x").get("k", 1))
     assert "there is no such bucket at http://127.0.0.1" in text
     assert "no such bucket" in failure(lambda: Bucket("s3://nobucket/x").put("k", b""))
@@ -116,12 +116,12 @@ def test_every_refusal_is_one_clear_line(s3, monkeypatch):
     assert "access denied" in failure(lambda: Bucket("s3://bucket/x").put("k", b""))
     s3.faults.deny = False
     s3.faults.error = 1.0
-    monkeypatch.setattr("pipeline.bucket.ATTEMPTS", 2)
+    monkeypatch.setattr("pipeline.store.bucket.ATTEMPTS", 2)
     assert "SlowDown" in failure(lambda: Bucket("s3://bucket/x").get("k", 1))
 
 
 def test_a_server_that_is_not_there_is_named(s3, monkeypatch):
-    monkeypatch.setattr("pipeline.bucket.RETRIES", 1)
+    monkeypatch.setattr("pipeline.store.bucket.RETRIES", 1)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://me:hidden@127.0.0.1:9")
     text = failure(lambda: Bucket("s3://bucket/x").get("k", 1))
     assert "http://***@127.0.0.1:9 cannot be reached: nothing listens there" in text
@@ -133,7 +133,7 @@ def test_a_server_that_is_not_there_is_named(s3, monkeypatch):
 
 
 def test_no_credentials_are_named(s3, monkeypatch):
-    monkeypatch.setattr("pipeline.bucket.RETRIES", 0)
+    monkeypatch.setattr("pipeline.store.bucket.RETRIES", 0)
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     # Where a virtual machine would answer: nobody listens.

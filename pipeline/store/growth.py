@@ -21,14 +21,14 @@ from pathlib import Path
 import numpy as np
 
 from hsnet.errors import StoreError, StoreMismatch
-from pipeline.attributes import read_facts, read_index, read_placement, write_facts, write_state
 from pipeline.datasets.index import DatasetIndex
 from pipeline.features.recipe import Recipe, difference_lines
-from pipeline.layout import array_layouts
 from pipeline.ownership import sole_writer
-from pipeline.remote import named, publish, remove_remote_arrays, remove_remote_shard
-from pipeline.shards import remove_shard, sweep_partials
-from pipeline.states import Placement, State, StoreFacts, row_ranges
+from pipeline.store.arrays import array_layouts
+from pipeline.store.attributes import read_facts, read_index, read_placement, write_facts, write_state
+from pipeline.store.markers import remove_shard, sweep_partials
+from pipeline.store.mirror import named, publish, remove_remote_arrays, remove_remote_shard
+from pipeline.store.states import Placement, State, StoreFacts, row_ranges
 
 
 @dataclass(frozen=True)

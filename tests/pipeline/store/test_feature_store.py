@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import zarr
 
-import pipeline.store as store_module
+import pipeline.store.feature_store as store_module
 from hsnet.errors import ConfigError, DataError, StoreError, StoreIncomplete, StoreMismatch
 from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.features.precision import encode
 from pipeline.features.recipe import Recipe
-from pipeline.shards import marker_file, shard_file
-from pipeline.store import FeatureStore
+from pipeline.store.feature_store import FeatureStore
+from pipeline.store.markers import marker_file, shard_file
 
 SHA = "sha256:" + "0" * 64
 SIZE = 64

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.buffers import Buffers
+from pipeline.store.buffers import Buffers
 
 SHAPE = (3, 1 << 20)
 

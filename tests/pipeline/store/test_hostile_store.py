@@ -23,9 +23,9 @@ from hsnet.errors import HSNetError, StoreError
 from pipeline.datasets.shapes import Shapes
 from pipeline.extract import extract
 from pipeline.features.weights import load_weights
-from pipeline.shards import marker_file, shard_file
-from pipeline.store import FeatureStore
-from pipeline.verify import verify
+from pipeline.store.feature_store import FeatureStore
+from pipeline.store.markers import marker_file, shard_file
+from pipeline.store.verify import verify
 
 spec = importlib.util.spec_from_file_location("store_helpers", Path(__file__).with_name("test_store.py"))
 helpers = importlib.util.module_from_spec(spec)
@@ -296,8 +296,8 @@ BOMB = """
 import resource, sys
 from pathlib import Path
 from hsnet.errors import HSNetError
-from pipeline.store import FeatureStore
-from pipeline.verify import verify
+from pipeline.store.feature_store import FeatureStore
+from pipeline.store.verify import verify
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (int(sys.argv[2]) << 20),) * 2)
 try:

@@ -13,10 +13,10 @@ import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from hsnet.errors import StoreError
-from pipeline.chunks import laid_out
 from pipeline.common.files import read_json, replace_json
 from pipeline.datasets.index import DatasetIndex
 from pipeline.features.recipe import Recipe, difference_lines
+from pipeline.store.shard_file import laid_out
 
 ZSTD_LEVEL = 3
 _AXES = ("image", "layer", "row", "column", "channel")

@@ -18,8 +18,8 @@ from pipeline.datasets.index import DatasetIndex
 from pipeline.features.budgeted import TransformCodec
 from pipeline.features.recipe import Recipe
 from pipeline.ownership import sole_writer
-from pipeline.shards import marker_file, read_marker, shard_file
-from pipeline.store import FeatureStore
+from pipeline.store.feature_store import FeatureStore
+from pipeline.store.markers import marker_file, read_marker, shard_file
 
 _LOOKED_AT = 64
 """Shards that are asked what store they belong to."""

@@ -78,7 +78,7 @@ def test_info_verify_repair_and_compare_take_an_address(s3, tmp_path):
 
 
 def test_errors_are_one_line_and_hold_no_secret(s3, monkeypatch):
-    monkeypatch.setattr("pipeline.bucket.RETRIES", 1)
+    monkeypatch.setattr("pipeline.store.bucket.RETRIES", 1)
     for place, said in [
         ("s3://bucket/none.zarr", "There is no feature store at s3://bucket/none.zarr"),
         ("s3://nobody/none.zarr", "there is no such bucket"),

@@ -12,7 +12,7 @@ from hsnet.correlation import build_hypercorrelation
 from pipeline.datasets.shapes import Shapes
 from pipeline.extract import extract
 from pipeline.features.weights import load_weights
-from pipeline.store import FeatureStore
+from pipeline.store.feature_store import FeatureStore
 
 ROOT = Path(__file__).parents[2]
 

@@ -18,7 +18,7 @@ from hsnet.errors import ConfigError, StoreError
 from pipeline.common.files import sync_folder
 from pipeline.common.philox import Draws
 from pipeline.datasets.index import ROLES, DatasetIndex, Split
-from pipeline.store import FeatureStore
+from pipeline.store.feature_store import FeatureStore
 
 IMAGES = 32
 

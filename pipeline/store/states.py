@@ -5,7 +5,7 @@ images of a growth begin at the next shard, in the order of their data set, and 
 never grew has one state, whose image i is row i.
 
 The store is read in its current state. States before it can still be opened by their digest; one after it is a growth
-whose images are not all extracted. `pipeline.growth` adds states.
+whose images are not all extracted. `pipeline.store.growth` adds states.
 """
 
 from __future__ import annotations

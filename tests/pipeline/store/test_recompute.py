@@ -12,9 +12,9 @@ from hsnet.errors import ConfigError, DataError, StoreIncomplete, StoreMismatch
 from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.extract import extract
 from pipeline.features.weights import load_weights
-from pipeline.recompute import CODED_TOLERANCE, TOLERANCE, recompute, sample
-from pipeline.shards import marker_file, shard_file
-from pipeline.store import FeatureStore
+from pipeline.store.feature_store import FeatureStore
+from pipeline.store.markers import marker_file, shard_file
+from pipeline.store.recompute import CODED_TOLERANCE, TOLERANCE, recompute, sample
 
 COUNT = 21
 

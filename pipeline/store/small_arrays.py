@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hsnet.errors import StoreError
-from pipeline.chunks import read_small_array
 from pipeline.common.files import read_json
+from pipeline.store.shard_file import read_small_array
 
 _KEYS = {"name": "default", "configuration": {"separator": "/"}}
 

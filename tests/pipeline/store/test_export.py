@@ -10,12 +10,12 @@ import zarr
 from hsnet.errors import ConfigError, StoreError
 from pipeline.datasets.shapes import Shapes
 from pipeline.episodes.stream import EpisodeStream
-from pipeline.export import export_sample
 from pipeline.extract import extract
 from pipeline.features.weights import load_weights
-from pipeline.shards import marker_file, shard_file
-from pipeline.store import FeatureStore
-from pipeline.verify import verify
+from pipeline.store.export import export_sample
+from pipeline.store.feature_store import FeatureStore
+from pipeline.store.markers import marker_file, shard_file
+from pipeline.store.verify import verify
 
 
 @pytest.fixture(scope="module", params=["int8", "coded"])

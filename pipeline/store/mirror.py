@@ -29,9 +29,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hsnet.errors import ConfigError, HSNetError, StoreError
-from pipeline.bucket import Bucket, Entry, address, local_path
-from pipeline.lease import OWNER, holds
-from pipeline.shards import MARKERS, marker_file, shard_file, sum_file
+from pipeline.store.bucket import Bucket, Entry, address, local_path
+from pipeline.store.lease import OWNER, holds
+from pipeline.store.markers import MARKERS, marker_file, shard_file, sum_file
 
 CACHE = "HSNET_CACHE"
 CACHE_BYTES = "HSNET_CACHE_BYTES"

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from hsnet.backbone import FrozenBackbone, pack_levels
 from hsnet.errors import ConfigError, DataError, StoreError
-from pipeline.bucket import location
 from pipeline.common.philox import Draws
 from pipeline.common.runner import Runner, SerialRunner
 from pipeline.datasets import Dataset
@@ -27,7 +26,8 @@ from pipeline.features.budgeted import unit_vectors
 from pipeline.features.precision import encode
 from pipeline.features.recipe import Recipe
 from pipeline.features.weights import Weights
-from pipeline.store import FeatureStore
+from pipeline.store.bucket import location
+from pipeline.store.feature_store import FeatureStore
 
 TOLERANCE = 1e-3
 """Largest 1 - cosine of a stored and a recomputed feature vector that is put down to other arithmetic.

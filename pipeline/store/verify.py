@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hsnet.errors import StoreError
-from pipeline.recompute import Recomputation
-from pipeline.shards import marker_file, shard_file, sum_file
-from pipeline.store import FeatureStore
+from pipeline.store.feature_store import FeatureStore
+from pipeline.store.markers import marker_file, shard_file, sum_file
+from pipeline.store.recompute import Recomputation
 
 THREADS = min(8, os.cpu_count() or 1)
 """Shards read at a time. Copies and both checksums let go of Python's lock: two threads read 1.7 to 1.9 times as much
@@ -45,7 +45,7 @@ class Verification:
     """Bytes read."""
     damage: tuple[Damage, ...]
     recomputed: Recomputation | None = None
-    """Of `pipeline.recompute`, if it was asked for."""
+    """Of `pipeline.store.recompute`, if it was asked for."""
 
     @property
     def damaged_shards(self) -> tuple[int, ...]:

@@ -141,7 +141,7 @@ def s3(s3_server, tmp_path, monkeypatch) -> Iterator[S3Server]:
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.endpoint)
     monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
     monkeypatch.setenv("HSNET_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("pipeline.bucket.BACKOFF_S", 0.002)
+    monkeypatch.setattr("pipeline.store.bucket.BACKOFF_S", 0.002)
     s3_server.faults = Faults()
     for path in ("/moto-api/reset", "/bucket"):
         method = "POST" if path.startswith("/moto") else "PUT"

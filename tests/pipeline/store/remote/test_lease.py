@@ -10,9 +10,9 @@ import time
 import pytest
 
 from hsnet.errors import StoreError
-from pipeline import lease
-from pipeline.bucket import Bucket
-from pipeline.lease import OWNER, holds, sole_remote_writer
+from pipeline.store.bucket import Bucket
+from pipeline.store.feature_store import lease
+from pipeline.store.lease import OWNER, holds, sole_remote_writer
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_nothing_secret_is_in_the_lease(s3, bucket):
 
 
 def test_a_dead_process_of_this_machine_loses_it_at_once(bucket):
-    code = "from pipeline.bucket import Bucket; from pipeline.lease import sole_remote_writer; import os\n"
+    code = "from pipeline.store.bucket import Bucket; from pipeline.store.lease import sole_remote_writer; import os\n"
     code += "held = sole_remote_writer(Bucket('s3://bucket/x.zarr')); held.__enter__(); os._exit(9)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
     assert bucket.head(OWNER)

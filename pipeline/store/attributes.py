@@ -16,9 +16,9 @@ from hsnet.errors import ConfigError, DataError, StoreError
 from pipeline.common.files import read_json, replace_json, sync_folder
 from pipeline.datasets.index import DatasetIndex
 from pipeline.features.recipe import FORMAT, Recipe
-from pipeline.layout import ZSTD_LEVEL
-from pipeline.small_arrays import read_small
-from pipeline.states import Placement, State, StoreFacts
+from pipeline.store.arrays import ZSTD_LEVEL
+from pipeline.store.small_arrays import read_small
+from pipeline.store.states import Placement, State, StoreFacts
 
 GROWN_FORMAT = 2
 """Of a store that grew: programs that know only the first format must not take image numbers for rows."""

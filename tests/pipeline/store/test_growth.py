@@ -19,10 +19,9 @@ from numcodecs import zstd
 from PIL import Image
 
 import pipeline.extract as extract_module
-import pipeline.store as store_module
+import pipeline.store.feature_store as store_module
 from hsnet.errors import DataError, StoreError, StoreIncomplete, StoreMismatch
 from hsnet.model import HSNet
-from pipeline.attributes import _write_line, read_facts
 from pipeline.compare import compare
 from pipeline.datasets.folder import Folder
 from pipeline.datasets.index import DatasetIndex, Split
@@ -30,16 +29,17 @@ from pipeline.datasets.shapes import Shapes
 from pipeline.episodes.protocols import resolve
 from pipeline.evaluate import evaluate
 from pipeline.extract import extract
-from pipeline.growth import Grown, grow
 from pipeline.loading.resident import keep
 from pipeline.loading.source import StoreSource
 from pipeline.ownership import OWNER
 from pipeline.plan import plan_growth
 from pipeline.segmenters import LearnedSegmenter
-from pipeline.shards import marker_file, shard_file
-from pipeline.states import Placement
-from pipeline.store import FeatureStore
-from pipeline.verify import verify
+from pipeline.store.attributes import _write_line, read_facts
+from pipeline.store.feature_store import FeatureStore
+from pipeline.store.growth import Grown, grow
+from pipeline.store.markers import marker_file, shard_file
+from pipeline.store.states import Placement
+from pipeline.store.verify import verify
 
 SIZE = 64
 SHARD = 4

@@ -14,10 +14,9 @@ import pytest
 from PIL import Image
 
 from hsnet.errors import StoreError, StoreIncomplete, StoreMismatch
-from pipeline import remote
-from pipeline.remote import Mirror, Wanted, mirror_of
-from pipeline.store import FeatureStore
-from pipeline.verify import verify
+from pipeline.store.feature_store import FeatureStore
+from pipeline.store.mirror import Mirror, Wanted, mirror_of
+from pipeline.store.verify import verify
 
 URL = "s3://bucket/a/x.zarr"
 
@@ -129,7 +128,7 @@ def test_a_killed_extraction_is_gone_on_with(s3, photos, run, local, after, tmp_
     code = f"""
 import os, signal, sys
 sys.path[:0] = {sys.path!r}
-from pipeline import remote
+from pipeline.store.feature_store import mirror
 from pipeline.extract import extract
 from pipeline.features.weights import load_weights
 import importlib.util

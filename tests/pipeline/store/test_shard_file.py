@@ -11,8 +11,8 @@ import pytest
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
-import pipeline.chunks as chunks_module
-from pipeline.chunks import ChunkReader, OpenShards, reads
+import pipeline.store.shard_file as chunks_module
+from pipeline.store.shard_file import ChunkReader, OpenShards, reads
 
 SHAPE = (2, 5, 7, 16)
 

@@ -1,0 +1,1 @@
+"""The feature store: zarr arrays, shard files, markers, growth, buckets mirrored here, and upkeep."""
