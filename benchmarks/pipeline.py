@@ -159,9 +159,9 @@ def measure_evaluate(
     from hsnet.fusion import fuse
     from hsnet.metrics import count
     from pipeline import evaluate as stage
-    from pipeline import methods
     from pipeline.episodes.protocols import resolve
     from pipeline.episodes.stream import EpisodeStream
+    from pipeline.heads import methods
     from pipeline.loading.batch import load_batch
     from pipeline.loading.source import StoreSource
     from pipeline.store.feature_store import FeatureStore
@@ -211,7 +211,7 @@ def measure_evaluate(
 
 def measure_train(store: Path, batch: int, steps: int, threads: int | None, scratch: Path) -> dict[str, Any]:
     """Seconds from the start of `hsnet train` to its first step, and the share of steps spent waiting for data."""
-    from pipeline.config import RunConfig, skipped_digest
+    from pipeline.heads.config import RunConfig, skipped_digest
     from pipeline.loading.source import StoreSource
     from pipeline.store.feature_store import FeatureStore
     from pipeline.train import StepDone, fit

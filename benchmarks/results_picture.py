@@ -14,11 +14,11 @@ import numpy as np
 from PIL import Image
 
 from hsnet.backbone import FrozenBackbone
-from pipeline.checkpoint import load_checkpoint
 from pipeline.common import render
 from pipeline.datasets.images import read_binary_mask, read_photo
 from pipeline.datasets.own_support import read_support
 from pipeline.features.weights import load_weights
+from pipeline.heads.checkpoint import load_checkpoint
 from pipeline.predict import Predictor
 
 

@@ -28,9 +28,9 @@ from pipeline.datasets.images import network_image
 from pipeline.episodes.stream import Episode
 from pipeline.extract import extract
 from pipeline.features.weights import Weights, load_weights
+from pipeline.heads.segmenters import LearnedSegmenter
 from pipeline.loading.batch import load_batch
 from pipeline.loading.source import StoreSource
-from pipeline.segmenters import LearnedSegmenter
 from pipeline.store.feature_store import FeatureStore
 
 LEARNING_RATE = 1e-3

@@ -16,9 +16,9 @@ import torch
 from cluster.session import session
 from hsnet.errors import ClusterError, HSNetError
 from pipeline.common.process_group import Distributed
-from pipeline.config import RunConfig
+from pipeline.heads.config import RunConfig
+from pipeline.heads.run_dir import RunDir
 from pipeline.loading.source import FeatureSource
-from pipeline.run_dir import RunDir
 from pipeline.train import Event, FitSummary, check_run, fit
 
 MAX_FAILURES = 3

@@ -34,7 +34,7 @@ def checkpoint_info(path: Path, as_json: bool) -> None:
     Example:
       hsnet checkpoint info runs/voc-0
     """
-    from pipeline.checkpoint import load_checkpoint
+    from pipeline.heads.checkpoint import load_checkpoint
 
     loaded = load_checkpoint(path)
     info, recipe = loaded.info, loaded.recipe
@@ -72,7 +72,7 @@ def checkpoint_import(source: Path, target: Path, backbone: str | None, image_si
     Example:
       hsnet checkpoint import best_model.pt pascal-0.safetensors --backbone resnet50
     """
-    from pipeline.checkpoint import import_published
+    from pipeline.heads.checkpoint import import_published
 
     info = import_published(source, target, backbone, image_size)
     emit(

@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from pipeline.datasets.index import DatasetIndex
     from pipeline.episodes.manifest import Planned
     from pipeline.episodes.protocols import Protocol
+    from pipeline.heads.methods import Method
     from pipeline.loading.source import FeatureSource
-    from pipeline.methods import Method
 
 
 @click.command(short_help="mIoU and FB-IoU on held-out classes.")
@@ -149,11 +149,11 @@ def _evaluate(
         raise click.UsageError("--trained-on is for --transfer.")
     if manifest is not None and (transfer or episodes or distinct_supports or seed is not None):
         raise click.UsageError("--manifest says which episodes: leave out --transfer, --episodes, --seed and the like.")
-    from pipeline import methods
     from pipeline.common.files import require_writable, write_table
     from pipeline.episodes.manifest_file import read
     from pipeline.episodes.protocols import FUSIONS, resolve
     from pipeline.evaluate import evaluate as stage
+    from pipeline.heads import methods
 
     if out is not None:
         require_writable(out)
@@ -274,7 +274,7 @@ def _transfer(
 ) -> tuple[DatasetIndex, int]:
     """The store's index narrowed to what the head has not seen. Says which classes that are."""
     from pipeline.datasets.unseen import unseen_classes
-    from pipeline.methods import names_seen
+    from pipeline.heads.methods import names_seen
     from pipeline.store.feature_store import FeatureStore
 
     training = FeatureStore.open(trained_on, require_complete=False).index if trained_on else None
@@ -288,7 +288,7 @@ def _transfer(
 
 def _tested_fold(method: Method, source: FeatureSource, fold: int | None) -> int:
     """The fold to test a trained head on: its own unless another is asked for. Warns if it knows the classes."""
-    from pipeline.methods import classes_seen, tested_fold
+    from pipeline.heads.methods import classes_seen, tested_fold
 
     fold = tested_fold(method) if fold is None else fold
     seen = [source.index.classes[class_id] for class_id in classes_seen(method, source, fold)]

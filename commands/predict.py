@@ -75,9 +75,9 @@ def predict(
     set_up_logging(quiet)
     on_interrupt("The masks written so far are whole.")
     from pipeline import predict as stage
-    from pipeline.checkpoint import load_checkpoint
     from pipeline.datasets.own_support import parse_support
     from pipeline.features.weights import load_weights
+    from pipeline.heads.checkpoint import load_checkpoint
 
     pairs = [parse_support(text) for text in supports]
     loaded = load_checkpoint(checkpoint_path)

@@ -61,8 +61,8 @@ def supports(
     """
     set_up_logging(quiet)
     on_interrupt("No result was written.")
-    from pipeline import methods
     from pipeline.common.files import require_writable, write_table
+    from pipeline.heads import methods
     from pipeline.support_choice import choose_supports
 
     if out is not None:

@@ -35,7 +35,7 @@ from commands.terminal import Progress, set_up_logging
 from pipeline.common.text import printable, time_text
 
 if TYPE_CHECKING:
-    from pipeline.config import RunConfig
+    from pipeline.heads.config import RunConfig
     from pipeline.loading.source import FeatureSource
     from pipeline.train import FitSummary
 
@@ -170,8 +170,8 @@ def train(
         raise click.UsageError("Give --store S.zarr, or --features online with --dataset and --backbone.")
     if features == "online" and (dataset is None or backbone is None):
         raise click.UsageError("--features online needs --dataset and --backbone.")
-    from pipeline.config import RunConfig, skipped_digest
-    from pipeline.run_dir import run_data
+    from pipeline.heads.config import RunConfig, skipped_digest
+    from pipeline.heads.run_dir import run_data
     from pipeline.train import Validated, steps_per_epoch, training_stream
 
     device = pick_device(device, address)

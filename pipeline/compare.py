@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from hsnet.errors import ConfigError, StoreMismatch
-from pipeline import methods
 from pipeline.common.philox import Draws
 from pipeline.common.runner import Runner
 from pipeline.episodes.protocols import resolve
@@ -25,6 +24,7 @@ from pipeline.evaluate import evaluate
 from pipeline.features.budgeted import unit_vectors
 from pipeline.features.precision import encode
 from pipeline.features.recipe import difference_lines
+from pipeline.heads import methods
 from pipeline.loading.source import FeatureSource, StoreSource
 from pipeline.statistics import Interval, miou_interval, paired_difference
 

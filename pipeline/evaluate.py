@@ -29,11 +29,11 @@ from pipeline.episodes.manifest import Planned, of_protocol
 from pipeline.episodes.manifest import resolve as resolve_manifest
 from pipeline.episodes.protocols import FUSIONS, POLICIES, Policy, Protocol
 from pipeline.episodes.stream import Episode
+from pipeline.heads.segmenters import Answers, Segmenter
 from pipeline.loading.batch import EpisodeBatch, prefetch
 from pipeline.loading.resident import keep
 from pipeline.loading.source import FeatureSource
 from pipeline.result_rows import METADATA, count_columns, schema
-from pipeline.segmenters import Answers, Segmenter
 from pipeline.statistics import Interval, interval, resample
 
 if TYPE_CHECKING:

@@ -24,12 +24,12 @@ from hsnet.errors import ConfigError, DataError, HSNetError
 from hsnet.fused import FusedHSNet
 from hsnet.fusion import foreground, fuse
 from hsnet.model import HSNet, resize_logits
-from pipeline.checkpoint import Checkpoint
 from pipeline.common import render
 from pipeline.datasets.images import PHOTO_SUFFIXES, network_image, read_photo, resize_label
 from pipeline.datasets.own_support import Support, read_support
 from pipeline.features.recipe import Recipe
 from pipeline.features.weights import Weights
+from pipeline.heads.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ from pipeline.common.philox import philox
 from pipeline.common.runner import Runner, SerialRunner
 from pipeline.datasets.index import DatasetIndex
 from pipeline.episodes.stream import Episode
+from pipeline.heads.segmenters import Segmenter
 from pipeline.loading.batch import load_batch
 from pipeline.loading.source import FeatureSource
-from pipeline.segmenters import Segmenter
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from hsnet.errors import ConfigError, DataError, HSNetError
-from pipeline import methods
 from pipeline.analyze import Score, analyze
-from pipeline.checkpoint import load_checkpoint
 from pipeline.common.files import write_table
 from pipeline.common.runner import Runner, SerialRunner
-from pipeline.config import RunConfig, skipped_digest
 from pipeline.episodes.protocols import Protocol
 from pipeline.evaluate import evaluate
+from pipeline.heads import methods
+from pipeline.heads.checkpoint import load_checkpoint
+from pipeline.heads.config import RunConfig, skipped_digest
 from pipeline.loading.source import StoreSource
 from pipeline.results import read_results
 from pipeline.train import fit

@@ -22,16 +22,16 @@ from hsnet.loss import episode_losses
 from hsnet.metrics import foreground_background_iou, mean_iou, sum_by_class
 from hsnet.model import HSNet
 from pipeline.common.process_group import Alone, Ranks
-from pipeline.config import RunConfig, skipped_digest
 from pipeline.episodes.stream import Episode, EpisodeStream
 from pipeline.evaluate import count_one_shot
 from pipeline.features.recipe import difference_lines
+from pipeline.heads.config import RunConfig, skipped_digest
+from pipeline.heads.run_dir import Progress, RunDir
+from pipeline.heads.segmenters import LearnedSegmenter
 from pipeline.loading.batch import EpisodeBatch, prefetch
 from pipeline.loading.resident import keep
 from pipeline.loading.source import FeatureSource
 from pipeline.ownership import sole_writer
-from pipeline.run_dir import Progress, RunDir
-from pipeline.segmenters import LearnedSegmenter
 
 SAVE_SECONDS = 60
 """A killed run loses at most about this much work; an interrupted one nothing."""

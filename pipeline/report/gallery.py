@@ -26,8 +26,8 @@ from pipeline.results import Cell, Results, cell
 
 if TYPE_CHECKING:
     from pipeline.datasets import Dataset
+    from pipeline.heads.segmenters import Segmenter
     from pipeline.loading.source import StoreSource
-    from pipeline.segmenters import Segmenter
 
 log = logging.getLogger(__name__)
 
@@ -371,8 +371,8 @@ def open_store(file: Results, path: str | Path | None) -> StoreSource:
 
 def open_segmenter(file: Results, source: StoreSource, checkpoint: Path | None, device: str) -> Segmenter:
     """What answered the episodes of the rows. Raises CheckpointError or DataError if it cannot be had again."""
-    from pipeline import methods
-    from pipeline.segmenters import CosineSegmenter
+    from pipeline.heads import methods
+    from pipeline.heads.segmenters import CosineSegmenter
 
     said = as_dict(file.facts.get("method"))
     name = said.get("name")

@@ -15,8 +15,8 @@ from pipeline.episodes.protocols import resolve
 from pipeline.evaluate import evaluate
 from pipeline.extract import extract
 from pipeline.features.weights import load_weights
+from pipeline.heads.segmenters import LearnedSegmenter
 from pipeline.loading.source import StoreSource
-from pipeline.segmenters import LearnedSegmenter
 from pipeline.store.feature_store import FeatureStore
 
 SHAPES = Shapes(size=64, trn_per_class=2, val_per_class=4)

@@ -9,10 +9,10 @@ import pytest
 from cluster.train import _reason, fit_on_ray
 from hsnet.backbone import FrozenBackbone
 from hsnet.errors import ClusterError, ConfigError, DataError
-from pipeline.config import RunConfig
 from pipeline.datasets.shapes import Shapes
 from pipeline.features.recipe import Recipe
 from pipeline.features.weights import load_weights
+from pipeline.heads.config import RunConfig
 from pipeline.loading.source import OnlineSource
 from pipeline.train import StepDone, Validated, fit
 

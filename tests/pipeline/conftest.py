@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from hsnet.backbone import FrozenBackbone
-from pipeline.config import RunConfig
 from pipeline.datasets.shapes import Shapes
 from pipeline.features.recipe import Recipe
 from pipeline.features.weights import load_weights
+from pipeline.heads.config import RunConfig
 from pipeline.loading.source import OnlineSource
 
 

@@ -2,9 +2,9 @@ import pytest
 
 from hsnet.errors import StoreMismatch
 from hsnet.model import HSNet
-from pipeline.checkpoint import CheckpointInfo, save_checkpoint
 from pipeline.compare import compare, compare_scores
 from pipeline.extract import extract
+from pipeline.heads.checkpoint import CheckpointInfo, save_checkpoint
 from pipeline.loading.source import StoreSource
 from pipeline.store.feature_store import FeatureStore
 

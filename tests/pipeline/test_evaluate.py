@@ -14,9 +14,7 @@ from pipeline.common.files import require_writable, write_table
 from pipeline.episodes.protocols import Protocol, resolve
 from pipeline.episodes.stream import EpisodeStream
 from pipeline.evaluate import evaluate, score
-from pipeline.loading.batch import load_batch
-from pipeline.result_rows import COUNTS
-from pipeline.segmenters import (
+from pipeline.heads.segmenters import (
     Answers,
     CosineSegmenter,
     LearnedSegmenter,
@@ -26,6 +24,8 @@ from pipeline.segmenters import (
     fit_location_mask,
     pairs_per_pass,
 )
+from pipeline.loading.batch import load_batch
+from pipeline.result_rows import COUNTS
 
 
 def learner():
@@ -182,7 +182,7 @@ def test_passes_are_split_without_changing_a_mask(tiny_source, monkeypatch, pair
     whole = LearnedSegmenter(learner()).answer(batch).masks((64, 64))
     assert whole.shape == (3, 3, 64, 64)
     assert whole.any()
-    monkeypatch.setattr("pipeline.segmenters.pairs_per_pass", lambda batch: pairs)
+    monkeypatch.setattr("pipeline.heads.segmenters.pairs_per_pass", lambda batch: pairs)
     # Another batch size rounds differently; a pixel whose logits tie within 1e-6 may change sides.
     assert int((LearnedSegmenter(learner()).answer(batch).masks((64, 64)) != whole).sum()) <= 4
 
@@ -198,7 +198,7 @@ def test_passes_are_as_large_as_the_device_likes(tiny_source, monkeypatch):
     batch = load_batch(tiny_source, [tiny_episode(tiny_source)] * 3)
     many = pairs_per_pass(batch)
     assert 1 < many < pairs_per_pass(replace(batch, target=batch.target.to("meta")))
-    monkeypatch.setattr("pipeline.segmenters.PASS_ELEMENTS", {"cpu": 1})
+    monkeypatch.setattr("pipeline.heads.segmenters.PASS_ELEMENTS", {"cpu": 1})
     assert pairs_per_pass(batch) == 1
 
 

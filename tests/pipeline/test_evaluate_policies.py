@@ -18,9 +18,9 @@ from pipeline.episodes.manifest import Planned, make, of_protocol
 from pipeline.episodes.manifest import resolve as resolve_manifest
 from pipeline.episodes.protocols import FUSIONS, POLICIES, Policy, resolve
 from pipeline.evaluate import evaluate, score
+from pipeline.heads.segmenters import CosineSegmenter, LearnedSegmenter
 from pipeline.loading.batch import load_batch
 from pipeline.result_rows import COUNTS, count_columns
-from pipeline.segmenters import CosineSegmenter, LearnedSegmenter
 
 
 def learner():

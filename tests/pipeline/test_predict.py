@@ -16,12 +16,12 @@ from hsnet.correlation import build_pyramid
 from hsnet.errors import CheckpointMismatch, ConfigError, DataError
 from hsnet.model import HSNet, predict_mask, resize_logits
 from hsnet.vote import vote
-from pipeline.checkpoint import Checkpoint, CheckpointInfo, load_checkpoint, save_checkpoint
 from pipeline.datasets.images import network_image, read_photo, resize_label
 from pipeline.datasets.own_support import read_support
 from pipeline.datasets.shapes import Shapes
 from pipeline.features.recipe import Recipe
 from pipeline.features.weights import Weights, load_weights
+from pipeline.heads.checkpoint import Checkpoint, CheckpointInfo, load_checkpoint, save_checkpoint
 from pipeline.predict import Predictor, list_queries, output_names, predict
 
 SIZE = 64

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hsnet.errors import ConfigError
-from pipeline.segmenters import Answers
+from pipeline.heads.segmenters import Answers
 from pipeline.support_choice import _gain, choose_supports
 
 

@@ -6,15 +6,15 @@ import pytest
 
 from hsnet.errors import ConfigError
 from pipeline.analyze import analyze
-from pipeline.checkpoint import load_checkpoint
-from pipeline.config import RunConfig
 from pipeline.datasets.shapes import Shapes
 from pipeline.episodes.protocols import resolve
 from pipeline.extract import extract
 from pipeline.features.weights import load_weights
+from pipeline.heads.checkpoint import load_checkpoint
+from pipeline.heads.config import RunConfig
+from pipeline.heads.run_dir import RunDir
 from pipeline.loading.source import StoreSource
 from pipeline.results import read_results
-from pipeline.run_dir import RunDir
 from pipeline.store.feature_store import FeatureStore
 from pipeline.sweep import make_cases, parse_choice, sweep
 

@@ -12,11 +12,11 @@ import torch
 
 from hsnet.backbone import FrozenBackbone
 from hsnet.errors import CheckpointError, ConfigError, HSNetError, StoreError
-from pipeline.checkpoint import load_checkpoint
 from pipeline.common.process_group import Distributed
-from pipeline.config import skipped_digest
 from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.datasets.shapes import Shapes
+from pipeline.heads.checkpoint import load_checkpoint
+from pipeline.heads.config import skipped_digest
 from pipeline.loading.source import OnlineSource
 from pipeline.train import (
     StepDone,

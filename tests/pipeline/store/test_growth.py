@@ -29,11 +29,11 @@ from pipeline.datasets.shapes import Shapes
 from pipeline.episodes.protocols import resolve
 from pipeline.evaluate import evaluate
 from pipeline.extract import extract
+from pipeline.heads.segmenters import LearnedSegmenter
 from pipeline.loading.resident import keep
 from pipeline.loading.source import StoreSource
 from pipeline.ownership import OWNER
 from pipeline.plan import plan_growth
-from pipeline.segmenters import LearnedSegmenter
 from pipeline.store.attributes import _write_line, read_facts
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.growth import Grown, grow

@@ -17,10 +17,9 @@ import torch
 from hsnet.backbone import backbone_spec
 from hsnet.errors import ConfigError
 from hsnet.model import HSNet
-from pipeline.checkpoint import load_checkpoint
 from pipeline.datasets.index import DatasetIndex
-from pipeline.loading.source import FeatureSource
-from pipeline.segmenters import (
+from pipeline.heads.checkpoint import load_checkpoint
+from pipeline.heads.segmenters import (
     CosineSegmenter,
     LearnedSegmenter,
     LocationSegmenter,
@@ -28,6 +27,7 @@ from pipeline.segmenters import (
     fit_cosine_threshold,
     fit_location_mask,
 )
+from pipeline.loading.source import FeatureSource
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from hsnet.errors import CheckpointError, ConfigError
-from pipeline.checkpoint import BEST, LAST, CheckpointInfo, read_tensors, save_checkpoint, write_tensors
-from pipeline.config import RunConfig
 from pipeline.features.recipe import difference_lines
+from pipeline.heads.checkpoint import BEST, LAST, CheckpointInfo, read_tensors, save_checkpoint, write_tensors
+from pipeline.heads.config import RunConfig
 
 RESUME = "resume.safetensors"
 _CONFIG = "config.json"

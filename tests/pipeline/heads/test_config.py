@@ -5,7 +5,7 @@ import json
 import pytest
 
 from hsnet.errors import ConfigError
-from pipeline.config import RunConfig
+from pipeline.heads.config import RunConfig
 
 
 def test_comes_back_from_json(tiny_config):

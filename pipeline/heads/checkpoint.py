@@ -27,9 +27,9 @@ from hsnet.backbone import backbone_spec
 from hsnet.errors import CheckpointError, CheckpointMismatch, ConfigError, HSNetError
 from hsnet.model import HSNet
 from hsnet.published import layers_of, split_published
-from pipeline.config import RunConfig
 from pipeline.features.recipe import Recipe, difference_lines
 from pipeline.features.weights import weights_of
+from pipeline.heads.config import RunConfig
 
 log = logging.getLogger(__name__)
 

@@ -10,14 +10,14 @@ from safetensors.torch import save_file
 from hsnet.backbone import random_state_dict
 from hsnet.errors import CheckpointError, CheckpointMismatch
 from hsnet.model import HSNet
-from pipeline.checkpoint import (
+from pipeline.features.recipe import Recipe
+from pipeline.features.weights import load_weights
+from pipeline.heads.checkpoint import (
     CheckpointInfo,
     import_published,
     load_checkpoint,
     save_checkpoint,
 )
-from pipeline.features.recipe import Recipe
-from pipeline.features.weights import load_weights
 
 SLIM = {"layers": [4, 2, 2], "channels": [4, 8, 16]}
 

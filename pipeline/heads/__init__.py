@@ -1,0 +1,1 @@
+"""Who answers an episode: run configurations, run directories, checkpoints, segmenters by name."""
