@@ -13,7 +13,7 @@ from pipeline.episodes.protocols import POLICIES, Policy
 
 if TYPE_CHECKING:
     from pipeline.analyze import Analysis, Part, Score
-    from pipeline.statistics import Interval
+    from pipeline.scores.bootstrap import Interval
 
 POLICY_NAMES = {f"{p.resolution}{'' if p.ignore else '-all'}": p for p in POLICIES}
 """What a policy is called on the command line: network, network-all, original, original-all."""
@@ -72,7 +72,7 @@ def markdown_text(found: Analysis) -> str:
 
 
 def _facts(found: Analysis) -> dict[str, str]:
-    from pipeline.results import differences
+    from pipeline.scores.rows import differences
 
     first = found.files[0]
     facts = {

@@ -1,6 +1,7 @@
 """The analyze stage: scores with intervals, spreads and paired tests, from rows alone.
 
-Every figure is made of the rows of `pipeline.results`; nothing is predicted. A mean never comes without its interval.
+Every figure is made of the rows of `pipeline.scores.rows`; nothing is predicted. A mean never comes without its
+interval.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hsnet.errors import ConfigError, DataError
-from pipeline import statistics
 from pipeline.episodes.protocols import Policy
-from pipeline.results import (
+from pipeline.scores import bootstrap
+from pipeline.scores.bootstrap import Interval, Part, interval
+from pipeline.scores.rows import (
     Cell,
     Results,
     cell,
@@ -26,8 +28,7 @@ from pipeline.results import (
     require_same_episodes,
     require_same_rows,
 )
-from pipeline.statistics import Interval, Part, interval
-from pipeline.support_spread import Support, spread_by_support
+from pipeline.scores.support_spread import Support, spread_by_support
 
 SECTIONS = ("class", "size", "support", "seed")
 UNITS = ("episode", "query")
@@ -190,8 +191,8 @@ class _Maker:
                 found += each
         return found
 
-    def _resampled(self, own: Cell, counts: NDArray[np.int64] | None = None) -> statistics.Resampled:
-        return statistics.resample(
+    def _resampled(self, own: Cell, counts: NDArray[np.int64] | None = None) -> bootstrap.Resampled:
+        return bootstrap.resample(
             own.counts[None] if counts is None else counts,
             own.classes,
             own.class_ids,
@@ -210,7 +211,7 @@ class _Maker:
         policy: Policy,
         shots: int,
         fusion: str,
-        made: Sequence[tuple[Cell, statistics.Resampled]],
+        made: Sequence[tuple[Cell, bootstrap.Resampled]],
         image_size: int | None,
     ) -> Score:
         miou = _mean_interval([drawn.miou() for _, drawn in made])
@@ -229,7 +230,7 @@ class _Maker:
             queries=sum(len(set(zip(own.classes.tolist(), own.queries, strict=True))) for own in cells),
             miou=miou,
             fb_iou=None if np.isnan(fb.value) else fb,
-            needed=statistics.episodes_for(miou, episodes),
+            needed=bootstrap.episodes_for(miou, episodes),
             classes=_class_parts(*made[0]) if single and "class" in sections else (),
             sizes=self._sizes(cells, image_size) if "size" in sections else (),
             support=spread_by_support(cells, shots, self.seed) if "support" in sections else None,
@@ -254,7 +255,7 @@ class _Maker:
             if not episodes:
                 parts.append(Part(name, everything, None, 0))
                 continue
-            values, samples, classes = 0.0, np.zeros(statistics.RESAMPLES), 0
+            values, samples, classes = 0.0, np.zeros(bootstrap.RESAMPLES), 0
             for own in taken:
                 drawn = self._resampled(own)
                 value, sample = drawn.class_iou()
@@ -315,9 +316,9 @@ class _Maker:
             )
         return found
 
-    def _pair(self, mine: Cell, theirs: Cell) -> tuple[statistics.Resampled, float, Floats]:
+    def _pair(self, mine: Cell, theirs: Cell) -> tuple[bootstrap.Resampled, float, Floats]:
         counts = np.stack([mine.counts, theirs.counts])
-        real, swapped = statistics.swapped_differences(
+        real, swapped = bootstrap.swapped_differences(
             counts, mine.classes, mine.class_ids, seed=self._key(mine.fold), groups=self._groups(mine)
         )
         return self._resampled(mine, counts), real, swapped
@@ -328,7 +329,7 @@ class _Maker:
         shots: int,
         fusion: str,
         other: str,
-        made: Sequence[tuple[statistics.Resampled, float, Floats]],
+        made: Sequence[tuple[bootstrap.Resampled, float, Floats]],
         cells: Sequence[Cell],
     ) -> Difference:
         miou = _mean_interval([_apart(*drawn.miou()) for drawn, _, _ in made])
@@ -347,11 +348,11 @@ class _Maker:
             fold=cells[0].fold if len(made) == 1 else None,
             episodes=episodes,
             miou=miou,
-            p=statistics.p_value(
+            p=bootstrap.p_value(
                 float(np.mean([real for _, real, _ in made])), np.mean([s for _, _, s in made], axis=0)
             ),
             fb_iou=None if np.isnan(fb.value) else fb,
-            needed=statistics.episodes_for(miou, episodes),
+            needed=bootstrap.episodes_for(miou, episodes),
             classes=classes,
         )
 
@@ -410,7 +411,7 @@ def _varying(own: Cell, mask: NDArray[np.bool_]) -> Cell:
     return _only(own, mask & np.array([counts[c] > 1 for c in own.classes.tolist()], dtype=bool))
 
 
-def _class_parts(own: Cell, drawn: statistics.Resampled) -> tuple[Part, ...]:
+def _class_parts(own: Cell, drawn: bootstrap.Resampled) -> tuple[Part, ...]:
     values, samples = drawn.class_iou()
     return _parts(own, values[0], samples[:, 0], drawn.units, lowest=0)
 

@@ -26,7 +26,7 @@ from pipeline.features.precision import encode
 from pipeline.features.recipe import difference_lines
 from pipeline.heads import methods
 from pipeline.loading.source import FeatureSource, StoreSource
-from pipeline.statistics import Interval, miou_interval, paired_difference
+from pipeline.scores.bootstrap import Interval, miou_interval, paired_difference
 
 PAIRS = 32
 POSITIONS = 256

@@ -33,8 +33,8 @@ from pipeline.heads.segmenters import Answers, Segmenter
 from pipeline.loading.batch import EpisodeBatch, prefetch
 from pipeline.loading.resident import keep
 from pipeline.loading.source import FeatureSource
-from pipeline.result_rows import METADATA, count_columns, schema
-from pipeline.statistics import Interval, interval, resample
+from pipeline.scores.bootstrap import Interval, interval, resample
+from pipeline.scores.rows import METADATA, count_columns, schema
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -53,7 +53,7 @@ READ_AHEAD = 1
 
 @dataclass(frozen=True)
 class Scores:
-    """Results of one number of shots, in percent, with 95 % intervals (`pipeline.statistics`)."""
+    """Results of one number of shots, in percent, with 95 % intervals (`pipeline.scores.bootstrap`)."""
 
     shots: int
     episodes: int
@@ -71,7 +71,7 @@ class Evaluation:
     """All rows and the scores made of them."""
 
     rows: pa.Table
-    """See `pipeline.result_rows`."""
+    """See `pipeline.scores.rows`."""
     scores: tuple[Scores, ...]
     """One per number of shots, by the protocol's own policy and fusion, all seeds together."""
     facts: Mapping[str, Any]

@@ -24,7 +24,7 @@ from pipeline.heads import methods
 from pipeline.heads.checkpoint import load_checkpoint
 from pipeline.heads.config import RunConfig, skipped_digest
 from pipeline.loading.source import StoreSource
-from pipeline.results import read_results
+from pipeline.scores.rows import read_results
 from pipeline.train import fit
 
 _DECIDED = {"fold", "recipe", "data", "skipped", "learner"}

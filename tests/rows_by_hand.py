@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from pipeline.episodes.manifest import Manifest, Row
 from pipeline.episodes.protocols import POLICIES, resolve
-from pipeline.result_rows import COUNTS, METADATA, schema
+from pipeline.scores.rows import COUNTS, METADATA, schema
 
 SIZE = 100
 """Network size of the made-up photos, pixels."""

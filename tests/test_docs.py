@@ -17,7 +17,7 @@ import pytest
 import cli
 from pipeline.datasets import DATASETS
 from pipeline.datasets.folder_description import Description
-from pipeline.result_rows import schema
+from pipeline.scores.rows import schema
 
 ROOT = Path(cli.__file__).parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -22,7 +22,7 @@ from PIL import Image
 from hsnet.errors import ConfigError, DataError, HSNetError, StoreError
 from pipeline.common.philox import Draws
 from pipeline.report.inputs import RowSet, as_dict
-from pipeline.results import Cell, Results, cell
+from pipeline.scores.rows import Cell, Results, cell
 
 if TYPE_CHECKING:
     from pipeline.datasets import Dataset

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hsnet.errors import CheckpointError, ConfigError, DataError
-from pipeline.results import Results, differences, read_results, require_one_configuration
+from pipeline.scores.rows import Results, differences, read_results, require_one_configuration
 
 CONFIG = "config.json"
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.report.inputs import as_dict
-from pipeline.results import Results
+from pipeline.scores.rows import Results
 
 SOURCE = "Min, Kang and Cho: Hypercorrelation Squeeze for Few-Shot Segmentation, ICCV 2021, Tables 1 to 3"
 PROTOCOLS = {"pascal": "hsnet", "coco": "hsnet", "fss": "hsnet-fss"}

@@ -10,7 +10,7 @@ from pipeline.common.text import printable
 from pipeline.episodes.protocols import FUSIONS, POLICIES
 from pipeline.report.published import SOURCE, TITLES, papers_data, published
 from pipeline.report.scores import Comparison, SetScores
-from pipeline.statistics import Interval
+from pipeline.scores.bootstrap import Interval
 
 DASH = "–"
 

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.report.gallery import Places
 from pipeline.report.stage import report
-from pipeline.result_rows import METADATA
+from pipeline.scores.rows import METADATA
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = '<script>document.title = "taken"</script>', '"><img src=x onerror=\'document.title="taken"\'>', "b" * 400

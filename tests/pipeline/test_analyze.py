@@ -10,7 +10,7 @@ from hsnet.errors import ConfigError, DataError
 from hsnet.metrics import class_iou, foreground_background_iou, mean_iou, sum_by_class
 from pipeline.analyze import SECTIONS, analyze
 from pipeline.episodes.protocols import POLICIES, Policy
-from pipeline.result_rows import count_columns
+from pipeline.scores.rows import count_columns
 
 
 def metrics_of(table, shots, fusion, policy, classes):
@@ -231,7 +231,7 @@ def test_what_a_reader_should_know(rows_by_hand, tmp_path):
     table = rows_by_hand.made(n=12, shots=(1,), classes=(0, 1), notes=["The store has 96 px."])
     import json
 
-    from pipeline.result_rows import METADATA
+    from pipeline.scores.rows import METADATA
 
     facts = json.loads(table.schema.metadata[METADATA])
     facts["classes"]["9"] = "unseen"

@@ -25,7 +25,7 @@ from pipeline.heads.segmenters import (
     pairs_per_pass,
 )
 from pipeline.loading.batch import load_batch
-from pipeline.result_rows import COUNTS
+from pipeline.scores.rows import COUNTS
 
 
 def learner():

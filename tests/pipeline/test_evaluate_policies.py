@@ -20,7 +20,7 @@ from pipeline.episodes.protocols import FUSIONS, POLICIES, Policy, resolve
 from pipeline.evaluate import evaluate, score
 from pipeline.heads.segmenters import CosineSegmenter, LearnedSegmenter
 from pipeline.loading.batch import load_batch
-from pipeline.result_rows import COUNTS, count_columns
+from pipeline.scores.rows import COUNTS, count_columns
 
 
 def learner():

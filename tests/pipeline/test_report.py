@@ -17,8 +17,7 @@ from pipeline.report.inputs import read_inputs, read_run
 from pipeline.report.plots import learning_curves, smoothed
 from pipeline.report.published import NUMBERS, papers_data, published
 from pipeline.report.stage import report
-from pipeline.result_rows import METADATA, count_columns
-from pipeline.results import read_results
+from pipeline.scores.rows import METADATA, count_columns, read_results
 
 HOSTILE = '<script>alert("x")</script>', '"><img src=x onerror=alert(1)>', "a" * 300, "$x_{y}$ & \\frac"
 

@@ -16,8 +16,7 @@ from pipeline.episodes.protocols import POLICIES
 from pipeline.report.gallery import CELL, Places, choose, ious, make_gallery
 from pipeline.report.inputs import row_sets
 from pipeline.report.stage import report
-from pipeline.result_rows import METADATA
-from pipeline.results import cell, read_results
+from pipeline.scores.rows import METADATA, cell, read_results
 
 OPTIONS = (("size", 64), ("trn_per_class", 2), ("val_per_class", 5))
 HERE = Places(data_options=OPTIONS)

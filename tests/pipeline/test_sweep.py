@@ -14,7 +14,7 @@ from pipeline.heads.checkpoint import load_checkpoint
 from pipeline.heads.config import RunConfig
 from pipeline.heads.run_dir import RunDir
 from pipeline.loading.source import StoreSource
-from pipeline.results import read_results
+from pipeline.scores.rows import read_results
 from pipeline.store.feature_store import FeatureStore
 from pipeline.sweep import make_cases, parse_choice, sweep
 

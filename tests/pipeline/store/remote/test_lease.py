@@ -11,7 +11,7 @@ import pytest
 
 from hsnet.errors import StoreError
 from pipeline.store.bucket import Bucket
-from pipeline.store.feature_store import lease
+from pipeline.store import lease
 from pipeline.store.lease import OWNER, holds, sole_remote_writer
 
 

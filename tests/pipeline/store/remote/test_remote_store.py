@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import pipeline.store.mirror as mirror_module
 from hsnet.errors import StoreError, StoreIncomplete, StoreMismatch
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.mirror import Mirror, Wanted, mirror_of
@@ -103,7 +104,7 @@ def test_random_failures_and_slowness_end_well(s3, photos, run, local, seed, tmp
 @pytest.mark.parametrize("stop", [1, 5, 8, 14])
 def test_a_broken_upload_is_gone_on_with(s3, photos, run, local, monkeypatch, stop):
     """The upload number `stop` fails for good: nothing counts that is not whole, and the next run finishes."""
-    put, done = remote.Bucket.put, []
+    put, done = mirror_module.Bucket.put, []
 
     def failing(self, key, data):
         if "/c/" in key or "_done" in key:
@@ -112,10 +113,10 @@ def test_a_broken_upload_is_gone_on_with(s3, photos, run, local, monkeypatch, st
                 raise StoreError("the line is cut")
         put(self, key, data)
 
-    monkeypatch.setattr(remote.Bucket, "put", failing)
+    monkeypatch.setattr(mirror_module.Bucket, "put", failing)
     with pytest.raises(StoreError, match="the line is cut"):
         run(photos, URL)
-    monkeypatch.setattr(remote.Bucket, "put", put)
+    monkeypatch.setattr(mirror_module.Bucket, "put", put)
     there = {key for key in objects(s3) if key.startswith("_done")}
     assert len(there) == (stop - 1) // 5
     run(photos, URL)
@@ -128,18 +129,18 @@ def test_a_killed_extraction_is_gone_on_with(s3, photos, run, local, after, tmp_
     code = f"""
 import os, signal, sys
 sys.path[:0] = {sys.path!r}
-from pipeline.store.feature_store import mirror
+from pipeline.store import mirror
 from pipeline.extract import extract
 from pipeline.features.weights import load_weights
 import importlib.util
 spec = importlib.util.spec_from_file_location("conf", {str(Path(__file__).with_name("conftest.py"))!r})
 conf = importlib.util.module_from_spec(spec); sys.modules["conf"] = conf; spec.loader.exec_module(conf)
-put = remote.Bucket.put
+put = mirror_module.Bucket.put
 def killed(self, key, data):
     if key == {after!r}:
         os.kill(os.getpid(), signal.SIGKILL)
     put(self, key, data)
-remote.Bucket.put = killed
+mirror_module.Bucket.put = killed
 weights = load_weights("squeezenet1_1")
 extract(conf.Photos(), weights, "squeezenet1_1", 32, path={URL!r}, precision="int8", shard_images=4)
 """
@@ -177,7 +178,7 @@ def test_a_flipped_byte_is_found_named_and_mended(s3, photos, run, local, tmp_pa
 def test_a_download_that_arrives_damaged_is_repeated(s3, photos, run, tmp_path, monkeypatch):
     run(photos, URL)
     forget_cache(monkeypatch, tmp_path)
-    read, times = remote.Bucket.get_range, []
+    read, times = mirror_module.Bucket.get_range, []
 
     def flipping(self, key, start, end):
         data = bytearray(read(self, key, start, end))
@@ -186,7 +187,7 @@ def test_a_download_that_arrives_damaged_is_repeated(s3, photos, run, tmp_path, 
             data[7] ^= 1
         return bytes(data)
 
-    monkeypatch.setattr(remote.Bucket, "get_range", flipping)
+    monkeypatch.setattr(mirror_module.Bucket, "get_range", flipping)
     FeatureStore.open(URL).labels([0])
     assert len(times) == 2
 
@@ -260,14 +261,14 @@ def test_the_cache_keeps_its_bound_and_what_was_used_last(s3, photos, run, tmp_p
     mirror = mirror_of(URL)
 
     def cached() -> set[int]:
-        return {number for _, _, _, number in remote._cached(mirror.folder.parent)}
+        return {number for _, _, _, number in mirror_module._cached(mirror.folder.parent)}
 
     assert len(cached()) <= 2, "shards that are uploaded need not stay"
     store = FeatureStore.open(URL)
     for image, left in [(0, None), (4, {0, 1}), (0, {0, 1}), (8, {0, 2}), (4, {1, 2})]:
         store.features([image])
         assert left is None or cached() == left
-    assert sum(size for _, size, _, _ in remote._cached(mirror.folder.parent)) <= 2 * one + 5000
+    assert sum(size for _, size, _, _ in mirror_module._cached(mirror.folder.parent)) <= 2 * one + 5000
     same(store, FeatureStore.open(local))  # all at once: more than the bound, none of it evicted in use
 
 
@@ -278,9 +279,9 @@ def test_a_shard_in_use_is_not_evicted(s3, photos, run, monkeypatch):
     monkeypatch.setenv("HSNET_CACHE_BYTES", "1")
     with mirror.present([wanted]):
         Mirror(URL)._make_room(1)
-        assert {number for _, _, _, number in remote._cached(mirror.folder.parent)} == {0}
+        assert {number for _, _, _, number in mirror_module._cached(mirror.folder.parent)} == {0}
     Mirror(URL)._make_room(1)
-    assert remote._cached(mirror.folder.parent) == []
+    assert mirror_module._cached(mirror.folder.parent) == []
 
 
 def test_a_store_in_a_bucket_grows(s3, photos, run, local, tmp_path, monkeypatch):
@@ -323,7 +324,7 @@ class Cut:
 
     def __init__(self, monkeypatch) -> None:
         self.most, self.sent = 10**9, 0
-        put, cut = remote.Bucket.put, self
+        put, cut = mirror_module.Bucket.put, self
 
         def cutting(self, key, data):
             if "/c/" not in key.removeprefix("index") and "_done" not in key:
@@ -332,7 +333,7 @@ class Cut:
                 cut.sent += 1
             put(self, key, data)
 
-        monkeypatch.setattr(remote.Bucket, "put", cutting)
+        monkeypatch.setattr(mirror_module.Bucket, "put", cutting)
 
     def after(self, most: int) -> None:
         self.most, self.sent = most, 0

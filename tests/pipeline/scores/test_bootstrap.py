@@ -5,7 +5,7 @@ from scipy import stats
 
 from hsnet.errors import ConfigError
 from hsnet.metrics import class_iou, foreground_background_iou, mean_iou, sum_by_class
-from pipeline.statistics import (
+from pipeline.scores.bootstrap import (
     Interval,
     episodes_for,
     interval,
@@ -233,7 +233,7 @@ def test_long_tests_are_drawn_in_blocks(monkeypatch):
         return drawn.tolist(), swapped_differences(counts, classes, range(CLASSES), swaps=40)[1].tolist()
 
     at_once = both()
-    monkeypatch.setattr("pipeline.statistics._CHUNK", 170)
+    monkeypatch.setattr("pipeline.scores.bootstrap._CHUNK", 170)
     assert both() == at_once
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline import statistics
-from pipeline.results import Cell
-from pipeline.statistics import Floats, Interval, Part, interval
+from pipeline.scores import bootstrap
+from pipeline.scores.bootstrap import Floats, Interval, Part, interval
+from pipeline.scores.rows import Cell
 
 LEAST_USES = 5
 """Queries with which a support photo must occur before it is said to be good or bad."""
@@ -49,9 +49,9 @@ def spread_by_support(cells: Sequence[Cell], shots: int, seed: int) -> Support |
     if not several:
         return None
     squares = np.array([[((g - g.mean()) ** 2).sum(), len(g) - 1] for g in several])
-    samples = np.full(statistics.RESAMPLES, _root(squares.sum(0)))
+    samples = np.full(bootstrap.RESAMPLES, _root(squares.sum(0)))
     if len(several) > 1:
-        for rows, weights in statistics.weights(("support", seed), statistics.RESAMPLES, len(several)):
+        for rows, weights in bootstrap.weights(("support", seed), bootstrap.RESAMPLES, len(several)):
             samples[rows] = _root(weights @ squares)
     by_class: dict[tuple[int, int], list[float]] = {}
     for (fold, class_id, _), group in groups.items():
@@ -91,7 +91,7 @@ def _photos(groups: Iterable[tuple[str, Mapping[tuple[str, ...], float]]]) -> li
     for photo, values in apart.items():
         if len(values) >= LEAST_USES:
             mean = float(np.mean(values))
-            half = float(stats.t.ppf((1 + statistics.LEVEL) / 2, len(values) - 1) * np.std(values, ddof=1))
+            half = float(stats.t.ppf((1 + bootstrap.LEVEL) / 2, len(values) - 1) * np.std(values, ddof=1))
             half /= len(values) ** 0.5
             parts.append(Part(photo, len(values), Interval(mean, mean - half, mean + half)))
     return sorted(parts, key=lambda part: part.value.value if part.value else 0.0)

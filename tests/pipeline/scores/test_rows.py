@@ -11,8 +11,7 @@ import pytest
 
 from hsnet.errors import DataError
 from pipeline.episodes.protocols import POLICIES
-from pipeline.result_rows import METADATA
-from pipeline.results import cell, read_results, require_one_configuration, require_same_episodes
+from pipeline.scores.rows import METADATA, cell, read_results, require_one_configuration, require_same_episodes
 
 
 def change(table, name, edit):

@@ -1,4 +1,7 @@
-"""Rows of evaluations read back, checked, and put together only where they belong together.
+"""The rows of an evaluation: one per episode, number of shots and fusion, as Parquet; read back and checked.
+
+Counts are whole numbers of pixels, once per `pipeline.episodes.protocols.Policy`; every score, interval and test is
+made of them later (`pipeline.analyze`).
 
 Files of one set may be different folds, seeds and numbers of shots of one configuration; anything else is an error
 that names both values. Two sets are paired only on the same episodes.
@@ -18,10 +21,47 @@ from numpy.typing import NDArray
 from hsnet.errors import ConfigError, DataError
 from pipeline.common.files import read_table
 from pipeline.episodes.protocols import POLICIES, Policy, Protocol
-from pipeline.result_rows import METADATA, count_columns, schema
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+COUNTS = ("intersection_background", "intersection", "union_background", "union")
+"""Columns of an episode's counts, pixels, in the order of `hsnet.metrics.count`; each again with every suffix."""
+
+METADATA = b"hsnet"
+"""Key of the table's metadata under which the facts of the evaluation are, as JSON."""
+
+
+def count_columns(policy: Policy) -> tuple[str, ...]:
+    """The four columns of a policy's counts."""
+    return tuple(f"{name}{policy.suffix}" for name in COUNTS)
+
+
+def schema() -> pa.Schema:
+    """Columns and types. Those of the original size are null where its masks were not at hand."""
+    import pyarrow as pa
+
+    digest = pa.dictionary(pa.int32(), pa.string())
+    return pa.schema(
+        [
+            ("episode", pa.int32()),
+            ("fold", pa.int16()),
+            ("seed", pa.int64()),
+            ("shots", pa.int16()),
+            ("fusion", pa.string()),
+            ("class_id", pa.int32()),
+            ("class_name", pa.string()),
+            ("query", pa.string()),
+            ("supports", pa.list_(pa.string())),
+            *((name, pa.int64()) for policy in POLICIES for name in count_columns(policy)),
+            ("object_pixels", pa.int64()),
+            ("seconds", pa.float32()),
+            ("manifest", digest),
+            ("store", digest),
+            ("checkpoint", digest),
+        ]
+    )
+
 
 _FACTS: dict[str, type] = {"data": str, "dataset": str, "fold": int, "role": str, "classes": dict, "protocol": dict}
 _OF_A_FOLD = ("checkpoint", "step", "trained_on", "classes", "threshold", "object_share", "seed")
