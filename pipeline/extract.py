@@ -87,8 +87,8 @@ def extract(
         on_event: called here with `Planned`, then with `ShardDone` for each shard; before both with `Fitting` when a
             codec is to be fitted.
         device: where the backbone runs. Features of different kinds of devices differ in their last bits.
-        bytes_per_image: budget of an image's features, kept by the budgeted codec (`pipeline.features.budgeted`), which is
-            fitted first; an existing store keeps its fit.
+        bytes_per_image: budget of an image's features, kept by the budgeted codec (`pipeline.features.budgeted`), which
+            is fitted first; an existing store keeps its fit.
         damaged: shards to delete and make anew, once it is known that this call can make them.
 
     Raises:

@@ -27,8 +27,8 @@ from pipeline.datasets.images import Size, network_image, object_pixels, resize_
 from pipeline.features.forward import BATCH
 from pipeline.features.precision import encode_taps
 from pipeline.features.recipe import Recipe
-from pipeline.ownership import still_owned
 from pipeline.store.feature_store import FeatureStore
+from pipeline.store.place import still_owned
 
 if TYPE_CHECKING:
     from pipeline.datasets import Dataset

@@ -21,6 +21,7 @@ from hsnet.fused import FusedHSNet
 from hsnet.loss import episode_losses
 from hsnet.metrics import foreground_background_iou, mean_iou, sum_by_class
 from hsnet.model import HSNet
+from pipeline.common.lock import sole_writer
 from pipeline.common.process_group import Alone, Ranks
 from pipeline.episodes.stream import Episode, EpisodeStream
 from pipeline.evaluate import count_one_shot
@@ -31,7 +32,6 @@ from pipeline.heads.segmenters import LearnedSegmenter
 from pipeline.loading.batch import EpisodeBatch, prefetch
 from pipeline.loading.resident import keep
 from pipeline.loading.source import FeatureSource
-from pipeline.ownership import sole_writer
 
 SAVE_SECONDS = 60
 """A killed run loses at most about this much work; an interrupted one nothing."""

@@ -1,9 +1,9 @@
 """The budgeted codec: features in a byte budget, by directions that matter and levels that they are worth.
 
 A feature vector is divided by its norm and turned into its layer's own directions, strongest first. Each direction
-that is kept has a number of levels by its variance (`pipeline.features.allocation`), placed by Lloyd and Max's rule, and a byte
-holds the levels of a few directions as digits of one number. Reading is a table lookup: a byte is worth a few
-coordinates. An inner product is the same in any directions, so nothing is turned back, and nothing is normalised
+that is kept has a number of levels by its variance (`pipeline.features.allocation`), placed by Lloyd and Max's rule,
+and a byte holds the levels of a few directions as digits of one number. Reading is a table lookup: a byte is worth a
+few coordinates. An inner product is the same in any directions, so nothing is turned back, and nothing is normalised
 again: coordinates are those of a unit vector less what the codec dropped.
 
 Dimension key: B images, L layers of a level, H W grid, C channels, R directions kept, P positions.

@@ -34,7 +34,6 @@ from pipeline.common.files import sync_folder
 from pipeline.datasets.index import DatasetIndex
 from pipeline.features.budgeted import TransformCodec
 from pipeline.features.recipe import Recipe, difference_lines
-from pipeline.ownership import sole_writer
 from pipeline.store.arrays import ZSTD_LEVEL, ArrayLayout, array_layouts, calm_zarr, open_array
 from pipeline.store.attributes import attributes, read_facts, read_index, read_placement, write_state
 from pipeline.store.buffers import Buffers
@@ -51,6 +50,7 @@ from pipeline.store.markers import (
     write_marker,
 )
 from pipeline.store.mirror import Wanted, is_store, mirror_at, mirror_of, named, resync, root_of
+from pipeline.store.place import sole_writer
 from pipeline.store.shard_file import ChunkReader, OpenShards, reads, write_shard_file
 from pipeline.store.states import State, StoreFacts
 
@@ -446,7 +446,7 @@ class FeatureStore:
     def writing(self) -> Iterator[str]:
         """Hold the store as its only writer and clear away what a killed writer left.
 
-        Yields a token for helper processes: `pipeline.ownership.still_owned`.
+        Yields a token for helper processes: `pipeline.store.place.still_owned`.
 
         Raises:
             StoreError: another process is writing it.

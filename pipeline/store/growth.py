@@ -23,11 +23,11 @@ import numpy as np
 from hsnet.errors import StoreError, StoreMismatch
 from pipeline.datasets.index import DatasetIndex
 from pipeline.features.recipe import Recipe, difference_lines
-from pipeline.ownership import sole_writer
 from pipeline.store.arrays import array_layouts
 from pipeline.store.attributes import read_facts, read_index, read_placement, write_facts, write_state
 from pipeline.store.markers import remove_shard, sweep_partials
 from pipeline.store.mirror import named, publish, remove_remote_arrays, remove_remote_shard
+from pipeline.store.place import sole_writer
 from pipeline.store.states import Placement, State, StoreFacts, row_ranges
 
 

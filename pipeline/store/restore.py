@@ -17,9 +17,9 @@ from pipeline.common.files import read_json, sync_folder
 from pipeline.datasets.index import DatasetIndex
 from pipeline.features.budgeted import TransformCodec
 from pipeline.features.recipe import Recipe
-from pipeline.ownership import sole_writer
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.markers import marker_file, read_marker, shard_file
+from pipeline.store.place import sole_writer
 
 _LOOKED_AT = 64
 """Shards that are asked what store they belong to."""

@@ -31,10 +31,10 @@ from PIL import Image
 
 from cluster.runner import RayRunner
 from hsnet.errors import DataError, StoreError
+from pipeline.common.lock import OWNER
 from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.extract import ExtractSummary, extract
 from pipeline.features.weights import Weights, load_weights
-from pipeline.ownership import OWNER
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.markers import marker_file, shard_file
 from pipeline.store.restore import needs_restoring, restore_metadata

@@ -18,12 +18,12 @@ import pipeline.shard_worker as worker_module
 import pipeline.store.feature_store as store_module
 from hsnet.backbone import FrozenBackbone
 from hsnet.errors import ConfigError, DataError, StoreError, StoreMismatch
+from pipeline.common.lock import OWNER
 from pipeline.datasets.images import network_image, resize_label
 from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.extract import Planned, ShardDone, extract
 from pipeline.features.precision import encode
 from pipeline.features.weights import Weights, load_weights
-from pipeline.ownership import OWNER
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.markers import shard_file
 

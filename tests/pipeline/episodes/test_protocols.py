@@ -158,7 +158,7 @@ def test_what_a_store_cannot_give_is_said():
 
 
 def test_the_docs_list_every_protocol_with_its_reason():
-    text = (Path(__file__).resolve().parents[2] / "docs" / "evaluation.md").read_text()
+    text = (Path(__file__).resolve().parents[3] / "docs" / "evaluation.md").read_text()
     for name, (_, reason) in PROTOCOLS.items():
         assert f"| `{name}` |" in text
         assert reason in text

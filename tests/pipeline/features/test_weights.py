@@ -190,6 +190,6 @@ def test_a_download_is_used(monkeypatch):
 
 
 def test_every_packaged_file_is_in_the_third_party_notice():
-    notice = (Path(module.__file__).parent.parent / "THIRD_PARTY.md").read_text()
+    notice = (Path(module.__file__).parents[2] / "THIRD_PARTY.md").read_text()
     for path, _ in PACKAGED.values():
         assert path.name in notice

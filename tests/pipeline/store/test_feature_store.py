@@ -513,7 +513,7 @@ def test_arguments_that_cannot_work(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from pipeline.ownership import sole_writer
+from pipeline.store.place import sole_writer
 with sole_writer(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -521,7 +521,7 @@ with sole_writer(Path(sys.argv[1])):
 
 
 def hold(path: Path) -> subprocess.Popen:
-    root = Path(store_module.__file__).parent.parent
+    root = Path(store_module.__file__).parents[2]
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True, cwd=root, env={**os.environ}
     )

@@ -22,6 +22,7 @@ import pipeline.extract as extract_module
 import pipeline.store.feature_store as store_module
 from hsnet.errors import DataError, StoreError, StoreIncomplete, StoreMismatch
 from hsnet.model import HSNet
+from pipeline.common.lock import OWNER
 from pipeline.compare import compare
 from pipeline.datasets.folder import Folder
 from pipeline.datasets.index import DatasetIndex, Split
@@ -32,7 +33,6 @@ from pipeline.extract import extract
 from pipeline.heads.segmenters import LearnedSegmenter
 from pipeline.loading.resident import keep
 from pipeline.loading.source import StoreSource
-from pipeline.ownership import OWNER
 from pipeline.plan import plan_growth
 from pipeline.store.attributes import _write_line, read_facts
 from pipeline.store.feature_store import FeatureStore
@@ -223,7 +223,7 @@ def test_plain_zarr_finds_an_image_as_the_documentation_says(path, fresh, squeez
 
 def test_the_example_of_the_documentation_runs_on_both(path, fresh, squeezenet, tmp_path, monkeypatch, capsys):
     run(Photos(MORE), squeezenet, path)
-    text = (Path(store_module.__file__).parents[1] / "docs" / "store.md").read_text()
+    text = (Path(store_module.__file__).parents[2] / "docs" / "store.md").read_text()
     program = next(part for part in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "correlation" in part)
     for number, made in enumerate((path, fresh)):
         (tmp_path / str(number)).mkdir()

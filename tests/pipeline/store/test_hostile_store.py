@@ -27,7 +27,7 @@ from pipeline.store.feature_store import FeatureStore
 from pipeline.store.markers import marker_file, shard_file
 from pipeline.store.verify import verify
 
-spec = importlib.util.spec_from_file_location("store_helpers", Path(__file__).with_name("test_store.py"))
+spec = importlib.util.spec_from_file_location("store_helpers", Path(__file__).with_name("test_feature_store.py"))
 helpers = importlib.util.module_from_spec(spec)
 sys.modules["store_helpers"] = helpers
 spec.loader.exec_module(helpers)
@@ -310,7 +310,7 @@ except HSNetError as error:
 
 
 def in_little_memory(path: Path, megabytes: int = 400) -> str:
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     done = subprocess.run(
         [sys.executable, "-c", BOMB, str(path), str(megabytes)], cwd=root, capture_output=True, text=True
     )

@@ -14,7 +14,7 @@ from pipeline.extract import extract
 from pipeline.features.weights import load_weights
 from pipeline.store.feature_store import FeatureStore
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from pipeline.store.verify import verify
 
 ARRAYS = ("level0", "level1", "level2", "label")
 
-spec = importlib.util.spec_from_file_location("store_helpers", Path(__file__).with_name("test_store.py"))
+spec = importlib.util.spec_from_file_location("store_helpers", Path(__file__).with_name("test_feature_store.py"))
 helpers = importlib.util.module_from_spec(spec)
 sys.modules["store_helpers"] = helpers
 spec.loader.exec_module(helpers)

@@ -10,8 +10,8 @@ import time
 import pytest
 
 from hsnet.errors import StoreError
-from pipeline.store.bucket import Bucket
 from pipeline.store import lease
+from pipeline.store.bucket import Bucket
 from pipeline.store.lease import OWNER, holds, sole_remote_writer
 
 

@@ -135,12 +135,12 @@ from pipeline.features.weights import load_weights
 import importlib.util
 spec = importlib.util.spec_from_file_location("conf", {str(Path(__file__).with_name("conftest.py"))!r})
 conf = importlib.util.module_from_spec(spec); sys.modules["conf"] = conf; spec.loader.exec_module(conf)
-put = mirror_module.Bucket.put
+put = mirror.Bucket.put
 def killed(self, key, data):
     if key == {after!r}:
         os.kill(os.getpid(), signal.SIGKILL)
     put(self, key, data)
-mirror_module.Bucket.put = killed
+mirror.Bucket.put = killed
 weights = load_weights("squeezenet1_1")
 extract(conf.Photos(), weights, "squeezenet1_1", 32, path={URL!r}, precision="int8", shard_images=4)
 """

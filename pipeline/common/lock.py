@@ -12,8 +12,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hsnet.errors import StoreError
-from pipeline.store.lease import sole_remote_writer
-from pipeline.store.mirror import mirror_at
 
 OWNER = "_owner.json"
 
@@ -26,19 +24,9 @@ def sole_writer(root: Path) -> Iterator[str]:
     processes cannot both decide that a left-over file is stale. The file's text names the holder for the error
     message. It is removed on the way out.
 
-    The folder of an object store's mirror is held by a lease in the bucket (`pipeline.store.lease`); its metadata are then
-    as they are there.
-
     Raises:
         StoreError: another process holds it (named), or the folder cannot be written.
     """
-    mirror = mirror_at(root)
-    if mirror is not None:
-        with sole_remote_writer(mirror.bucket) as token:
-            mirror.sync()
-            with mirror.writing_metadata():
-                yield token
-        return
     path = root / OWNER
     try:
         descriptor = _lock(path)
@@ -67,8 +55,7 @@ def still_owned(root: Path, token: str) -> bool:
     For its helper processes, which may outlive it by seconds when it is killed: they must not write into what the
     next holder is making.
     """
-    mirror = mirror_at(root)
-    return _owner(root / OWNER).get("token") == token if mirror is None else mirror.owned(token)
+    return _owner(root / OWNER).get("token") == token
 
 
 def _lock(path: Path) -> int:
