@@ -35,7 +35,7 @@ from pipeline.compare import compare, compare_scores
 from pipeline.datasets import open_dataset
 from pipeline.datasets.images import network_image
 from pipeline.datasets.index import DatasetIndex
-from pipeline.extract import extract
+from pipeline.extract.stage import extract
 from pipeline.features import fitting
 from pipeline.features.budgeted import TransformCodec, fit_layers
 from pipeline.features.precision import encode

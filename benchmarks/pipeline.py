@@ -67,7 +67,7 @@ def measure_extract(
     data: Callable[[int], Dataset], backbone: str, size: int, images: int, repeats: int, workers: int, scratch: Path
 ) -> dict[str, Any]:
     """Rates of extraction and of the bare backbone, in turn; with Ray if workers > 0, each process with one thread."""
-    from pipeline.extract import extract
+    from pipeline.extract.stage import extract
     from pipeline.features.weights import load_weights
 
     dataset, weights = data(images), load_weights(backbone, "random")
@@ -357,7 +357,7 @@ def _size(backbone: str, size: int) -> int:
 
 
 def _make_store(data: Callable[[int], Dataset], size: int, scratch: Path) -> Path:
-    from pipeline.extract import extract
+    from pipeline.extract.stage import extract
     from pipeline.features.weights import load_weights
 
     return Path(

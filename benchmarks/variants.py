@@ -26,7 +26,7 @@ from hsnet.loss import episode_losses
 from hsnet.model import HSNet
 from pipeline.datasets.images import network_image
 from pipeline.episodes.stream import Episode
-from pipeline.extract import extract
+from pipeline.extract.stage import extract
 from pipeline.features.weights import Weights, load_weights
 from pipeline.heads.segmenters import LearnedSegmenter
 from pipeline.loading.batch import load_batch

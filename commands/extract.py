@@ -106,10 +106,10 @@ def run_extraction(
     chosen = [given == click.core.ParameterSource.COMMANDLINE, bytes_per_image is not None, budget is not None]
     if sum(chosen) > 1:
         raise click.UsageError("Give one of --precision, --bytes-per-image and --budget.")
-    from pipeline.extract import extract as stage
+    from pipeline.extract.plan import Planned
+    from pipeline.extract.stage import extract as stage
     from pipeline.features.fitting import Fitting
     from pipeline.features.weights import load_weights
-    from pipeline.plan import Planned
 
     data = open_data(dataset, data_root, splits, data_options, quiet)
     if budget is not None:
@@ -171,10 +171,10 @@ def _plan_extraction(
     shard_images: int,
 ) -> Any:
     """The plan of a store; weights, which may have to be downloaded, are looked at only to compare a store with."""
-    from pipeline.extract import wanted_recipe
+    from pipeline.extract.plan import plan_growth, plan_new, plan_store
+    from pipeline.extract.stage import wanted_recipe
     from pipeline.features.recipe import Recipe
     from pipeline.features.weights import load_weights
-    from pipeline.plan import plan_growth, plan_new, plan_store
     from pipeline.store.feature_store import FeatureStore
     from pipeline.store.mirror import is_free
 

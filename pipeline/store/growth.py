@@ -4,7 +4,7 @@ A growth is written in three steps, each of which leaves a whole store if it is 
 
 1. `grow`: the new index and the rows of its images are written beside the old ones; then the attributes list the new
    state behind the current one; then the arrays are made longer. Readers still get the old state.
-2. `pipeline.extract` makes the shards of the new images.
+2. `pipeline.extract.stage` makes the shards of the new images.
 3. `make_current`: the attributes name the new state as the current one.
 
 Killed on the way, the same extraction goes on where it was. If the data set has changed again by then so that the

@@ -33,7 +33,7 @@ from cluster.runner import RayRunner
 from hsnet.errors import DataError, StoreError
 from pipeline.common.lock import OWNER
 from pipeline.datasets.index import DatasetIndex, Split
-from pipeline.extract import ExtractSummary, extract
+from pipeline.extract.stage import ExtractSummary, extract
 from pipeline.features.weights import Weights, load_weights
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.markers import marker_file, shard_file

@@ -13,7 +13,7 @@ from hsnet.model import HSNet
 from pipeline.datasets.shapes import Shapes
 from pipeline.episodes.protocols import resolve
 from pipeline.evaluate import evaluate
-from pipeline.extract import extract
+from pipeline.extract.stage import extract
 from pipeline.features.weights import load_weights
 from pipeline.heads.segmenters import LearnedSegmenter
 from pipeline.loading.source import StoreSource

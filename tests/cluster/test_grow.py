@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from pipeline.datasets.index import DatasetIndex, Split
-from pipeline.extract import extract
+from pipeline.extract.stage import extract
 from pipeline.features.weights import load_weights
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.verify import verify

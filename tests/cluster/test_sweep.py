@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipeline.datasets.shapes import Shapes
 from pipeline.episodes.protocols import resolve
-from pipeline.extract import extract
+from pipeline.extract.stage import extract
 from pipeline.features.weights import load_weights
 from pipeline.loading.source import StoreSource
 from pipeline.store.feature_store import FeatureStore

@@ -3,7 +3,7 @@ import pytest
 from hsnet.errors import StoreMismatch
 from hsnet.model import HSNet
 from pipeline.compare import compare, compare_scores
-from pipeline.extract import extract
+from pipeline.extract.stage import extract
 from pipeline.heads.checkpoint import CheckpointInfo, save_checkpoint
 from pipeline.loading.source import StoreSource
 from pipeline.store.feature_store import FeatureStore

@@ -8,7 +8,7 @@ from PIL import Image
 
 from hsnet.errors import ConfigError, DataError
 from pipeline import forecast as module
-from pipeline.extract import extract
+from pipeline.extract.stage import extract
 from pipeline.forecast import forecast
 
 

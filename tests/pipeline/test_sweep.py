@@ -8,7 +8,7 @@ from hsnet.errors import ConfigError
 from pipeline.analyze import analyze
 from pipeline.datasets.shapes import Shapes
 from pipeline.episodes.protocols import resolve
-from pipeline.extract import extract
+from pipeline.extract.stage import extract
 from pipeline.features.weights import load_weights
 from pipeline.heads.checkpoint import load_checkpoint
 from pipeline.heads.config import RunConfig

@@ -13,7 +13,7 @@ from hsnet.errors import ConfigError, DataError, StoreError, StoreMismatch
 from pipeline.common.runner import SerialRunner
 from pipeline.datasets.shapes import Shapes
 from pipeline.episodes.stream import EpisodeStream
-from pipeline.extract import extract
+from pipeline.extract.stage import extract
 from pipeline.features.budgeted import unit_vectors
 from pipeline.features.fitting import Fitting, fit_codec, nominal_recipe, sample_images
 from pipeline.features.recipe import Recipe

@@ -8,7 +8,7 @@ import torch
 from hsnet.backbone import FrozenBackbone
 from pipeline.common.runner import one_torch_thread
 from pipeline.episodes.stream import Episode, EpisodeStream
-from pipeline.extract import extract
+from pipeline.extract.stage import extract
 from pipeline.loading.batch import load_batch, prefetch
 from pipeline.loading.source import OnlineSource, StoreSource
 from pipeline.store.feature_store import FeatureStore

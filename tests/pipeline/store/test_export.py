@@ -10,7 +10,7 @@ import zarr
 from hsnet.errors import ConfigError, StoreError
 from pipeline.datasets.shapes import Shapes
 from pipeline.episodes.stream import EpisodeStream
-from pipeline.extract import extract
+from pipeline.extract.stage import extract
 from pipeline.features.weights import load_weights
 from pipeline.store.export import export_sample
 from pipeline.store.feature_store import FeatureStore

@@ -18,7 +18,7 @@ import zarr
 from numcodecs import zstd
 from PIL import Image
 
-import pipeline.extract as extract_module
+import pipeline.extract.stage as extract_module
 import pipeline.store.feature_store as store_module
 from hsnet.errors import DataError, StoreError, StoreIncomplete, StoreMismatch
 from hsnet.model import HSNet
@@ -29,11 +29,11 @@ from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.datasets.shapes import Shapes
 from pipeline.episodes.protocols import resolve
 from pipeline.evaluate import evaluate
-from pipeline.extract import extract
+from pipeline.extract.plan import plan_growth
+from pipeline.extract.stage import extract
 from pipeline.heads.segmenters import LearnedSegmenter
 from pipeline.loading.resident import keep
 from pipeline.loading.source import StoreSource
-from pipeline.plan import plan_growth
 from pipeline.store.attributes import _write_line, read_facts
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.growth import Grown, grow

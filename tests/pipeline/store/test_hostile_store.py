@@ -21,7 +21,7 @@ from numcodecs import zstd
 
 from hsnet.errors import HSNetError, StoreError
 from pipeline.datasets.shapes import Shapes
-from pipeline.extract import extract
+from pipeline.extract.stage import extract
 from pipeline.features.weights import load_weights
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.markers import marker_file, shard_file

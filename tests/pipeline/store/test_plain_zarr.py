@@ -10,7 +10,7 @@ import torch
 
 from hsnet.correlation import build_hypercorrelation
 from pipeline.datasets.shapes import Shapes
-from pipeline.extract import extract
+from pipeline.extract.stage import extract
 from pipeline.features.weights import load_weights
 from pipeline.store.feature_store import FeatureStore
 

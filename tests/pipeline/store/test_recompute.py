@@ -10,7 +10,7 @@ from PIL import Image
 from hsnet.backbone import FrozenBackbone
 from hsnet.errors import ConfigError, DataError, StoreIncomplete, StoreMismatch
 from pipeline.datasets.index import DatasetIndex, Split
-from pipeline.extract import extract
+from pipeline.extract.stage import extract
 from pipeline.features.weights import load_weights
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.markers import marker_file, shard_file

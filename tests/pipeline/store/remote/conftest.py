@@ -193,7 +193,7 @@ def weights():
 @pytest.fixture
 def run(weights):
     """Extracts photos at 32 px, four to a shard."""
-    from pipeline.extract import extract
+    from pipeline.extract.stage import extract
 
     def call(photos, path, **options):
         options = {"precision": "int8", "shard_images": 4, **options}

@@ -130,7 +130,7 @@ def test_a_killed_extraction_is_gone_on_with(s3, photos, run, local, after, tmp_
 import os, signal, sys
 sys.path[:0] = {sys.path!r}
 from pipeline.store import mirror
-from pipeline.extract import extract
+from pipeline.extract.stage import extract
 from pipeline.features.weights import load_weights
 import importlib.util
 spec = importlib.util.spec_from_file_location("conf", {str(Path(__file__).with_name("conftest.py"))!r})

@@ -1,7 +1,7 @@
 """Run a frozen backbone once over every image of a data set and store its features.
 
 Work is planned in shards (a fixed run of images). A worker makes a whole shard and writes it itself
-(`pipeline.shard_worker`), so features never travel between processes; what is complete is skipped, so running again
+(`pipeline.extract.worker`), so features never travel between processes; what is complete is skipped, so running again
 finishes what is missing. The bytes do not depend on how many workers there are: the images of a forward pass are
 always the same ones, and torch runs with one thread.
 """
@@ -17,11 +17,11 @@ from pathlib import Path
 from hsnet.errors import ConfigError, DataError, StoreError
 from pipeline.common.runner import Runner, SerialRunner, in_groups
 from pipeline.datasets import Dataset
+from pipeline.extract.plan import Planned, plan_growth, plan_new, plan_store
+from pipeline.extract.worker import ShardDone, ShardWorker
 from pipeline.features.fitting import Fitting, fit_codec, nominal_recipe, sample_size
 from pipeline.features.recipe import CODED, Recipe
 from pipeline.features.weights import Weights
-from pipeline.plan import Planned, plan_growth, plan_new, plan_store
-from pipeline.shard_worker import ShardDone, ShardWorker
 from pipeline.store.attributes import read_facts
 from pipeline.store.bucket import address, location
 from pipeline.store.feature_store import SHARD_IMAGES, FeatureStore

@@ -13,15 +13,15 @@ import torch
 import zarr
 from PIL import Image
 
-import pipeline.extract as extract_module
-import pipeline.shard_worker as worker_module
+import pipeline.extract.stage as extract_module
+import pipeline.extract.worker as worker_module
 import pipeline.store.feature_store as store_module
 from hsnet.backbone import FrozenBackbone
 from hsnet.errors import ConfigError, DataError, StoreError, StoreMismatch
 from pipeline.common.lock import OWNER
 from pipeline.datasets.images import network_image, resize_label
 from pipeline.datasets.index import DatasetIndex, Split
-from pipeline.extract import Planned, ShardDone, extract
+from pipeline.extract.stage import Planned, ShardDone, extract
 from pipeline.features.precision import encode
 from pipeline.features.weights import Weights, load_weights
 from pipeline.store.feature_store import FeatureStore
