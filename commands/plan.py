@@ -67,7 +67,7 @@ def plan(
     """
     set_up_logging(quiet)
     from pipeline.features.weights import load_weights
-    from pipeline.forecast import BATCH, forecast
+    from pipeline.plan import BATCH, forecast
     from pipeline.store.bucket import address, local_path
     from pipeline.store.mirror import cache_folder
 

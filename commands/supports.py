@@ -63,7 +63,7 @@ def supports(
     on_interrupt("No result was written.")
     from pipeline.common.files import require_writable, write_table
     from pipeline.heads import methods
-    from pipeline.support_choice import choose_supports
+    from pipeline.supports import choose_supports
 
     if out is not None:
         require_writable(out)

@@ -6,7 +6,7 @@ import torch
 
 from hsnet.errors import ConfigError
 from pipeline.heads.segmenters import Answers
-from pipeline.support_choice import _gain, choose_supports
+from pipeline.supports import _gain, choose_supports
 
 
 class Fickle:
@@ -71,7 +71,7 @@ def test_photos_are_not_both_where_there_are_enough(tiny_source):
 
 def test_more_supports_than_a_batch_holds_change_nothing(tiny_source, monkeypatch):
     whole = choose(tiny_source)
-    monkeypatch.setattr("pipeline.support_choice.SUPPORTS_AT_ONCE", 2)
+    monkeypatch.setattr("pipeline.supports.SUPPORTS_AT_ONCE", 2)
     assert choose(tiny_source).pairs == whole.pairs
 
 

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 from hsnet.errors import ConfigError, DataError
-from pipeline import forecast as module
+from pipeline import plan as module
 from pipeline.extract.stage import extract
-from pipeline.forecast import forecast
+from pipeline.plan import forecast
 
 
 def test_bytes_are_an_upper_limit_of_the_store(tiny_shapes, squeezenet, tmp_path):
