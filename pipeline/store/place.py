@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipeline.common import lock
 from pipeline.store.lease import sole_remote_writer
 from pipeline.store.mirror import mirror_at
 
@@ -32,6 +33,6 @@ def sole_writer(root: Path) -> Iterator[str]:
 
 
 def still_owned(root: Path, token: str) -> bool:
-    """Whether the holder that was given `token` is still the last one, see `pipeline.store.place.still_owned`."""
+    """Whether the holder that was given `token` is still the last one, see `pipeline.common.lock.still_owned`."""
     mirror = mirror_at(root)
     return lock.still_owned(root, token) if mirror is None else mirror.owned(token)
