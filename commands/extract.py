@@ -14,6 +14,7 @@ from commands.options import (
     Bytes,
     Whole,
     address_option,
+    autocast_option,
     backbone_option,
     bytes_option,
     common_options,
@@ -25,6 +26,7 @@ from commands.options import (
     options,
     precision_option,
     splits_option,
+    taps_option,
     weights_option,
     workers_option,
 )
@@ -34,12 +36,13 @@ from pipeline.common.text import printable, size_text, time_text
 
 if TYPE_CHECKING:
     from pipeline.datasets import Dataset
+    from pipeline.features.backbones import Reading
 
 
 @click.command(short_help="Run the backbone once over all photos; keep features.")
 @dataset_argument
 @options(data_root_option, splits_option, data_option)
-@options(backbone_option, weights_option, image_size_option)
+@options(backbone_option, weights_option, image_size_option, taps_option, autocast_option)
 @click.option(
     "--store",
     type=STORE,
@@ -86,6 +89,8 @@ def run_extraction(
     backbone: str,
     weights: str | None,
     image_size: int,
+    taps: str | None,
+    autocast: str | None,
     store: str | Path,
     precision: str,
     bytes_per_image: int | None,
@@ -108,14 +113,18 @@ def run_extraction(
         raise click.UsageError("Give one of --precision, --bytes-per-image and --budget.")
     from pipeline.extract.plan import Planned
     from pipeline.extract.stage import extract as stage
+    from pipeline.features.backbones import Reading
     from pipeline.features.fitting import Fitting
     from pipeline.features.weights import load_weights
 
     data = open_data(dataset, data_root, splits, data_options, quiet)
     if budget is not None:
         bytes_per_image = budget // max(1, len(data.index.images))
+    reading = Reading(taps, autocast or "")
     if dry_run:
-        plan = _plan_extraction(data, backbone, weights, image_size, precision, bytes_per_image, store, shard_images)
+        plan = _plan_extraction(
+            data, backbone, weights, image_size, precision, bytes_per_image, store, shard_images, reading
+        )
         return emit(plan, f"{_plan_text(plan)} Nothing was written.", as_json)
     loaded = load_weights(backbone, weights)
     device = pick_device(device, address)
@@ -148,6 +157,7 @@ def run_extraction(
             device,
             bytes_per_image,
             damaged,
+            reading,
         )
     lines = [
         f"{printable(summary.path)}: {summary.images} images, {size_text(summary.bytes)} "
@@ -169,23 +179,24 @@ def _plan_extraction(
     bytes_per_image: int | None,
     path: str | Path,
     shard_images: int,
+    reading: Reading,
 ) -> Any:
     """The plan of a store; weights, which may have to be downloaded, are looked at only to compare a store with."""
     from pipeline.extract.plan import plan_growth, plan_new, plan_store
     from pipeline.extract.stage import wanted_recipe
-    from pipeline.features.recipe import Recipe
+    from pipeline.features.backbones import new_recipe
     from pipeline.features.weights import load_weights
     from pipeline.store.feature_store import FeatureStore
     from pipeline.store.mirror import is_free
 
     if not is_free(path):
-        exact = Recipe.of(backbone, load_weights(backbone, weights).sha256, image_size, precision)
+        exact = new_recipe(backbone, load_weights(backbone, weights), image_size, precision, reading)
         recipe = wanted_recipe(exact, bytes_per_image, path)
         plan = plan_growth(path, recipe, data.index)
         if plan is not None:
             return plan
         return plan_store(FeatureStore.open(path, recipe, require_complete=False, index_digest=data.index.digest))
-    unknown = Recipe.of(backbone, "sha256:" + "0" * 64, image_size, precision)
+    unknown = new_recipe(backbone, None, image_size, precision, reading)
     return plan_new(data.index, wanted_recipe(unknown, bytes_per_image, path), path, shard_images)
 
 

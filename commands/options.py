@@ -20,6 +20,18 @@ PRECISIONS = ("int8", "float16", "float32")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+class Backbone(click.ParamType):
+    """A built-in network, or timm:NAME, which only timm can judge."""
+
+    name = "network"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        name = str(value)
+        if name not in BACKBONES and not (name.startswith("timm:") and name != "timm:"):
+            self.fail(f"'{value}' is none of {', '.join(BACKBONES)}, timm:NAME; see `hsnet backbones`", param, ctx)
+        return name
+
+
 class Device(click.ParamType):
     """auto, cpu, or a GPU that torch can name."""
 
@@ -155,13 +167,28 @@ data_option = click.option(
     metavar="KEY=VALUE",
     help="An option of the data set's reader, such as trn_per_class=30 for shapes. May be repeated.",
 )
+BACKBONE_NAMES = f"{'|'.join(BACKBONES)}|timm:NAME"
 backbone_option = click.option(
-    "--backbone", type=click.Choice(BACKBONES), required=True, help="Network whose features are used."
+    "--backbone",
+    type=Backbone(),
+    metavar=BACKBONE_NAMES,
+    required=True,
+    help="Network whose features are used; see `hsnet backbones`.",
+)
+taps_option = click.option(
+    "--taps",
+    metavar="LIST",
+    help="Layers of a timm network, such as 8,9,10,11; a slash begins another level. [default: by rule]",
+)
+autocast_option = click.option(
+    "--autocast",
+    type=click.Choice(("bfloat16", "float16")),
+    help="Arithmetic of a timm network, for GPUs. [default: float32]",
 )
 weights_option = click.option(
     "--weights",
     metavar="FILE|random",
-    help="Backbone weights: .safetensors or torch state dict, or random. [default: ImageNet]",
+    help="Backbone weights: .safetensors or torch state dict, or random. [default: the published ones]",
 )
 image_size_option = click.option(
     "--image-size",

@@ -11,6 +11,7 @@ import click
 from commands.options import (
     STORE,
     Whole,
+    autocast_option,
     backbone_option,
     bytes_option,
     data_option,
@@ -23,6 +24,7 @@ from commands.options import (
     precision_option,
     quiet_option,
     splits_option,
+    taps_option,
     weights_option,
     workers_option,
 )
@@ -34,7 +36,8 @@ from pipeline.common.text import size_text, time_text
 @click.command(short_help="Bytes and seconds a data set will take; writes nothing.")
 @dataset_argument
 @options(data_root_option, splits_option, data_option)
-@options(backbone_option, weights_option, image_size_option, precision_option, bytes_option)
+@options(backbone_option, weights_option, image_size_option, taps_option, autocast_option)
+@options(precision_option, bytes_option)
 @click.option(
     "--store", type=STORE, metavar="S.zarr", default=Path("store.zarr"), help="Where it would lie. [default: here]"
 )
@@ -48,6 +51,8 @@ def plan(
     backbone: str,
     weights: str | None,
     image_size: int,
+    taps: str | None,
+    autocast: str | None,
     precision: str,
     bytes_per_image: int | None,
     store: str | Path,
@@ -66,6 +71,7 @@ def plan(
       hsnet plan pascal --data-root VOC2012 --backbone resnet50 --workers 4
     """
     set_up_logging(quiet)
+    from pipeline.features.backbones import Reading
     from pipeline.features.weights import load_weights
     from pipeline.plan import BATCH, forecast
     from pipeline.store.bucket import address, local_path
@@ -85,6 +91,7 @@ def plan(
         workers=workers,
         device=pick_device(device, None),
         sample=photos,
+        reading=Reading(taps, autocast or ""),
     )
     each = ", ".join(f"{name} {1000 * value:.0f}" for name, value in found.seconds_per_image.items())
     room = {"disk": found.disk_free, "memory": found.memory_free, "device": found.device_free}

@@ -19,6 +19,8 @@ from hsnet.errors import ConfigError
 if TYPE_CHECKING:
     from pipeline.common.runner import Runner
     from pipeline.datasets import Dataset
+    from pipeline.features.recipe import Recipe
+    from pipeline.features.weights import Weights
     from pipeline.loading.source import FeatureSource, StoreSource
 
 
@@ -125,18 +127,12 @@ def store_source(path: str | Path, data: str | None = None) -> Callable[[], Stor
     return lambda: StoreSource(FeatureStore.open(place, index_digest=digest))
 
 
-def online_source(
-    data: Dataset, backbone: str, weights: str | None, image_size: int, device: str
-) -> Callable[[], FeatureSource]:
-    """Runs the backbone whenever features are asked for."""
-    from hsnet.backbone import FrozenBackbone
-    from pipeline.features.recipe import Recipe
-    from pipeline.features.weights import load_weights
+def online_source(data: Dataset, weights: Weights, recipe: Recipe, device: str) -> Callable[[], FeatureSource]:
+    """Runs the backbone of a float32 recipe whenever features are asked for."""
+    from pipeline.features.backbones import open_backbone
     from pipeline.loading.source import OnlineSource
 
-    loaded = load_weights(backbone, weights)
-    recipe = Recipe.of(backbone, loaded.sha256, image_size, "float32")
-    return lambda: OnlineSource(data, FrozenBackbone(backbone, loaded.state_dict), recipe, device)
+    return lambda: OnlineSource(data, open_backbone(recipe, weights), recipe, device)
 
 
 @contextlib.contextmanager

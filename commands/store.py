@@ -72,6 +72,7 @@ def store_info(path: str | Path, as_json: bool) -> None:
         "backbone": f"{recipe['backbone']}, weights {recipe['weights'][:15]}",
         "image size": f"{recipe['image_size']} px",
         "precision": recipe["precision"] + _coding_text(recipe.get("coding")),
+        **_network_facts(recipe),
         "levels": "  ".join("x".join(map(str, level)) for level in info["levels"]),
         "shards": f"{info['shards']} of {info['shard_images']} images, {done}",
         "bytes": size_text(info["bytes"]) + (f", {size_text(each)} per image" if each else ""),
@@ -217,8 +218,8 @@ def store_repair(**options: Any) -> Any:
 
 def _restore_metadata(options: Mapping[str, Any]) -> None:
     """Write damaged attributes anew, so that the store can be opened."""
+    from pipeline.features.backbones import Reading, new_recipe
     from pipeline.features.fitting import fit_codec
-    from pipeline.features.recipe import Recipe
     from pipeline.features.weights import load_weights
     from pipeline.store.restore import needs_restoring, restore_metadata
 
@@ -231,7 +232,8 @@ def _restore_metadata(options: Mapping[str, Any]) -> None:
         options["dataset"], options["data_root"], options["splits"], options["data_options"], options["quiet"]
     )
     loaded = load_weights(options["backbone"], options["weights"])
-    recipe = Recipe.of(options["backbone"], loaded.sha256, options["image_size"], options["precision"])
+    reading = Reading(options["taps"], options["autocast"] or "")
+    recipe = new_recipe(options["backbone"], loaded, options["image_size"], options["precision"], reading)
     budget, codec = options["bytes_per_image"], None
     if options["budget"] is not None:
         budget = options["budget"] // max(1, len(data.index.images))
@@ -295,6 +297,8 @@ def store_compare(
     if (against is None) == (dataset is None):
         raise click.UsageError("Give --against B.zarr, or --dataset for exact features made on the fly.")
     from pipeline.compare import compare, compare_scores
+    from pipeline.features.backbones import same_reading
+    from pipeline.features.weights import load_weights
 
     device = pick_device(device, address)
     make_source = store_source(path)
@@ -304,7 +308,8 @@ def store_compare(
         make_against = store_source(against)
     else:
         data = open_data(str(dataset), data_root, splits, data_options, quiet)
-        make_against = online_source(data, source.recipe.backbone, weights, source.recipe.image_size, device)
+        loaded = load_weights(source.recipe.backbone, weights)
+        make_against = online_source(data, loaded, same_reading(source.recipe, loaded, "float32"), device)
     score = None
     if checkpoint_path is not None:
         with open_runner(workers, address, device) as runner, Progress("compare", "episodes", quiet) as progress:
@@ -398,6 +403,18 @@ def store_export_sample(
         + table(rows, ["list", "classes", "entries", "classes left out", "entries left out"])
     )
     return emit(result, text, as_json)
+
+
+def _network_facts(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """Layers of a network that is not built in, and where its weights came from."""
+    network = recipe.get("network")
+    if network is None:
+        return {}
+    facts = {"layers": printable(", ".join(recipe["taps"]))}
+    if network["autocast"]:
+        facts["arithmetic"] = f"{network['autocast']} in the backbone"
+    told = [network["source"] or "unknown source", network["licence"] or "licence unknown"]
+    return {**facts, "weights from": printable(", ".join(told))}
 
 
 def _coding_text(coding: Mapping[str, Any] | None) -> str:

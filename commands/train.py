@@ -11,12 +11,14 @@ import click
 
 from commands.options import (
     ANY_PATH,
-    BACKBONES,
+    BACKBONE_NAMES,
     DATASETS,
     STORE,
+    Backbone,
     Whole,
     address_option,
     arithmetic_option,
+    autocast_option,
     common_options,
     data_option,
     data_root_option,
@@ -27,6 +29,7 @@ from commands.options import (
     resident_option,
     seed_option,
     splits_option,
+    taps_option,
     weights_option,
     workers_option,
 )
@@ -121,8 +124,8 @@ def _fit_somewhere(
 )
 @click.option("--dataset", type=click.Choice(DATASETS), help="With --features online: the data set.")
 @options(data_root_option, splits_option, data_option)
-@click.option("--backbone", type=click.Choice(BACKBONES), help="With --features online: the network.")
-@options(weights_option, image_size_option)
+@click.option("--backbone", type=Backbone(), metavar=BACKBONE_NAMES, help="With --features online: the network.")
+@options(weights_option, image_size_option, taps_option, autocast_option)
 @common_options
 def train(
     store: str | Path | None,
@@ -152,6 +155,8 @@ def train(
     backbone: str | None,
     weights: str | None,
     image_size: int,
+    taps: str | None,
+    autocast: str | None,
     as_json: bool,
     quiet: bool,
 ) -> Any:
@@ -170,6 +175,8 @@ def train(
         raise click.UsageError("Give --store S.zarr, or --features online with --dataset and --backbone.")
     if features == "online" and (dataset is None or backbone is None):
         raise click.UsageError("--features online needs --dataset and --backbone.")
+    from pipeline.features.backbones import Reading, new_recipe
+    from pipeline.features.weights import load_weights
     from pipeline.heads.config import RunConfig, skipped_digest
     from pipeline.heads.run_dir import run_data
     from pipeline.train import Validated, steps_per_epoch, training_stream
@@ -182,7 +189,10 @@ def train(
         assert dataset is not None
         assert backbone is not None
         data = open_data(dataset, data_root, splits, data_options, quiet)
-        make_source = online_source(data, backbone, weights, image_size, device)
+        loaded = load_weights(backbone, weights)
+        recipe = new_recipe(backbone, loaded, image_size, "float32", Reading(taps, autocast or ""))
+        recipe.require_trainable()
+        make_source = online_source(data, loaded, recipe, device)
     source = make_source()
     config = RunConfig(
         fold=fold,

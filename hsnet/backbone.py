@@ -1,13 +1,14 @@
-"""Frozen ImageNet backbones: which layers are read, and the networks that give them.
+"""Frozen backbones: which layers are read, how they make levels, and the built-in ImageNet networks.
 
-A network is one row of `BACKBONES`. Everything else in the project (pyramid levels, grid sizes, store layout,
-learner input channels) follows from its row.
+A built-in network is one row of `BACKBONES`. Everything else in the project (pyramid levels, grid sizes, store layout,
+learner input channels) follows from a network's `TapLayout`, whoever runs the network.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -49,17 +50,11 @@ class Window:
 
 
 @dataclass(frozen=True)
-class BackboneSpec:
-    """One network: its torchvision name, taps from shallow to deep, what shrinks the map, and the head no tap needs.
-
-    `shrinks` are the windows on the way from the image to level 0, then from each level to the next. They say what
-    the network says itself (tests compare), without building it: torchvision takes a second to import.
-    """
+class TapLayout:
+    """What is read of a network: its name, and its taps from shallow to deep, level by level."""
 
     name: str
     taps: tuple[Tap, ...]
-    shrinks: tuple[tuple[Window, ...], ...]
-    head: str
 
     @property
     def levels(self) -> int:
@@ -75,6 +70,18 @@ class BackboneSpec:
     def channels(self) -> tuple[tuple[int, ...], ...]:
         """Channels of each tap, level by level, finest level first."""
         return tuple(tuple(tap.channels for tap in self.taps if tap.level == level) for level in range(self.levels))
+
+
+@dataclass(frozen=True)
+class BackboneSpec(TapLayout):
+    """A built-in network: its torchvision name and taps, what shrinks the map, and the head no tap needs.
+
+    `shrinks` are the windows on the way from the image to level 0, then from each level to the next. They say what
+    the network says itself (tests compare), without building it: torchvision takes a second to import.
+    """
+
+    shrinks: tuple[tuple[Window, ...], ...]
+    head: str
 
     def level_shape(self, level: int, image_size: tuple[int, int]) -> tuple[int, int, int, int]:
         """(layers, rows, columns, channels) of a level for an image of (height, width) pixels.
@@ -150,7 +157,7 @@ def backbone_spec(name: str) -> BackboneSpec:
         raise ConfigError(f"Unknown backbone '{name}'. Choose one of: {', '.join(BACKBONES)}.") from None
 
 
-def pack_levels(taps: Sequence[Tensor], spec: BackboneSpec, out: Sequence[Tensor] | None = None) -> list[Tensor]:
+def pack_levels(taps: Sequence[Tensor], spec: TapLayout, out: Sequence[Tensor] | None = None) -> list[Tensor]:
     """Arrange tap outputs as pyramid levels, positions before channels.
 
     Args:
@@ -182,8 +189,29 @@ def pack_levels(taps: Sequence[Tensor], spec: BackboneSpec, out: Sequence[Tensor
     return levels
 
 
-class FrozenBackbone(nn.Module):
-    """An ImageNet network that is read and never changes: eval mode, no gradients, fixed BatchNorm statistics.
+class Backbone(nn.Module):
+    """A network that is read and never changes, whoever built it: photos in, pyramid levels out."""
+
+    spec: TapLayout
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    """Of each colour, 0 to 1: photos are normalised with it before they come here."""
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode, also inside a model that is switched to training."""
+        return super().train(False)
+
+    def taps(self, images: Tensor) -> list[Tensor]:
+        """Tap outputs, in the order of `spec`, each (B, C, H, W) float32, for normalised (B, 3, H, W) images."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Pyramid levels, finest first, each (B, layers, rows, columns, channels); see `pack_levels`."""
+        return pack_levels(self.taps(images), self.spec)
+
+
+class FrozenBackbone(Backbone):
+    """A built-in ImageNet network that is read and never changes: eval mode, no gradients, fixed BatchNorm statistics.
 
     Args:
         name: a key of `BACKBONES`.
@@ -198,11 +226,11 @@ class FrozenBackbone(nn.Module):
 
     def __init__(self, name: str, state_dict: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.spec = backbone_spec(name)
+        self.spec = spec = backbone_spec(name)
         with torch.device("meta"):  # without drawing initial weights, which takes VGG16 a second
             network = _network(name)
         network = network.to_empty(device=torch.get_default_device())
-        _load(network, self.spec, state_dict)
+        _load(network, spec, state_dict)
         for module in network.modules():
             if isinstance(module, nn.ReLU):
                 module.inplace = False
@@ -216,21 +244,18 @@ class FrozenBackbone(nn.Module):
         self.requires_grad_(False)
         self.eval()
 
-    def train(self, mode: bool = True) -> FrozenBackbone:
-        """Stay in eval mode, also inside a model that is switched to training."""
-        return super().train(False)
-
     @torch.no_grad()
     def taps(self, images: Tensor) -> list[Tensor]:
         """Tap outputs, shallow to deep, each (B, C, H, W), for (B, 3, H, W) images normalised as ImageNet's."""
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ShapeError(f"Images must be (B, 3, H, W), got {tuple(images.shape)}.")
+        require_images(images)
         outputs = self.network(images)
         return [outputs[tap.node] for tap in self.spec.taps]
 
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Pyramid levels, finest first, each (B, layers, rows, columns, channels); see `pack_levels`."""
-        return pack_levels(self.taps(images), self.spec)
+
+def require_images(images: Tensor) -> None:
+    """Raise ShapeError unless images are (B, 3, H, W)."""
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ShapeError(f"Images must be (B, 3, H, W), got {tuple(images.shape)}.")
 
 
 def random_state_dict(name: str, seed: int = 0) -> dict[str, Tensor]:

@@ -6,7 +6,8 @@ Pyramids and everything that lists levels here run deepest level first, the orde
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,7 +51,8 @@ class HSNet(nn.Module):
     Args:
         layers: correlation layers of each level, deepest first: (1, 3, 3) for VGG-16, (3, 6, 4) for ResNet-50,
             (3, 23, 4) for ResNet-101.
-        channels, kernels, strides: of the squeeze blocks; the published ones by default.
+        channels, kernels, strides: of the squeeze blocks; the published ones, for three levels, by default. For others
+            see `squeeze_plan`.
         mix_convolutions: convolutions per mix block.
 
     `forward` takes the pyramid, one (B, L, U, V, H, W) tensor per level, deepest first
@@ -78,7 +80,8 @@ class HSNet(nn.Module):
         super().__init__()
         if not len(layers) == len(kernels) == len(strides):
             raise ConfigError(
-                f"Levels, kernels and strides must be as many: {len(layers)}, {len(kernels)} and {len(strides)}."
+                f"Levels, kernels and strides must be as many: {len(layers)}, {len(kernels)} and {len(strides)}. For "
+                "other levels than three, `squeeze_plan` chooses kernels and strides."
             )
         width = channels[-1]
         self.squeeze = nn.ModuleList(
@@ -144,6 +147,61 @@ def squeezed_grids(
             rows, columns = -(-rows // step), -(-columns // step)
         ends.append((rows, columns))
     return ends
+
+
+def squeeze_plan(
+    grids: Sequence[tuple[int, int]],
+) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
+    """Kernels and strides of squeeze blocks that bring the support grids of any levels together.
+
+    Args:
+        grids: (rows, columns) of every level, deepest level first; equal, halving or any other sizes.
+
+    Returns:
+        Kernel sides and support strides of every level's three convolutions, for `HSNet`.
+
+    Raises:
+        ConfigError: no strides bring these grids together.
+
+    A block shrinks its support grid by 2 three times, as the published one of the deepest level; a finer level doubles
+    as many of its strides as it takes, the first ones first, and a stride of 4 has a kernel of 5, as published. Equal
+    grids have equal strides. The published strides (one doubling more for each finer grid) are taken where they fit;
+    otherwise the coarsest grid's own are as small as bring it to 2 x 2 or less, and the others follow.
+
+    >>> squeeze_plan([(13, 13), (25, 25), (50, 50)]) == (SQUEEZE_KERNELS, SQUEEZE_STRIDES)
+    True
+    >>> squeeze_plan([(16, 16)])
+    (((3, 3, 3),), ((2, 2, 2),))
+    >>> squeeze_plan([(37, 37), (37, 37)])
+    (((5, 5, 3), (5, 5, 3)), ((4, 4, 2), (4, 4, 2)))
+    """
+    different = sorted(set(grids))
+    for doublings in _stride_choices(different):
+        by_grid = {grid: _strides(count) for grid, count in zip(different, doublings, strict=True)}
+        strides = tuple(by_grid[grid] for grid in grids)
+        if len(set(squeezed_grids(grids, strides))) == 1:
+            kernels = tuple(tuple(5 if stride == 4 else 3 for stride in steps) for steps in strides)
+            return kernels, strides
+    raise ConfigError(
+        f"Support grids of {', '.join(f'{rows}x{columns}' for rows, columns in grids)} (deepest level first) cannot be "
+        "brought together by the learner's strides: choose another image size or other layers."
+    )
+
+
+def _strides(doublings: int) -> tuple[int, ...]:
+    return tuple(4 if place < doublings else 2 for place in range(len(CHANNELS)))
+
+
+def _stride_choices(grids: Sequence[tuple[int, int]]) -> Iterator[tuple[int, ...]]:
+    """Numbers of doubled strides of different grids, coarsest first, the better choices earlier."""
+    most = len(CHANNELS)
+    if 1 < len(grids) <= most + 1:
+        yield tuple(range(len(grids)))
+    enough = [count for count in range(most + 1) if max(squeezed_grids(grids[:1], [_strides(count)])[0]) <= 2]
+    smallest = enough[0] if enough else most
+    for first in (*range(smallest, most + 1), *range(smallest - 1, -1, -1)):
+        others = itertools.combinations_with_replacement(range(first, most + 1), len(grids) - 1)
+        yield from ((first, *rest) for rest in others)
 
 
 def upsample_query_grid(x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hsnet.backbone import FrozenBackbone, backbone_spec
+from hsnet.backbone import Backbone
 from hsnet.errors import ConfigError, DataError
 from hsnet.fused import FusedHSNet
 from hsnet.loss import episode_losses
@@ -25,6 +25,7 @@ from hsnet.model import HSNet, predict_mask, resize_logits
 from pipeline.common.runner import one_torch_thread
 from pipeline.datasets import Dataset
 from pipeline.datasets.images import network_image, resize_label
+from pipeline.features.backbones import Reading, new_recipe, open_backbone
 from pipeline.features.budgeted import TransformCodec, fit_layers, unit_vectors
 from pipeline.features.fitting import nominal_recipe
 from pipeline.features.precision import encode
@@ -82,6 +83,7 @@ def forecast(
     workers: int = 0,
     device: str = "cpu",
     sample: int = 4,
+    reading: Reading = Reading(),  # noqa: B008  (frozen)
 ) -> Forecast:
     """Measure `sample` photos of the data set and say what all of them will take.
 
@@ -90,16 +92,17 @@ def forecast(
         bytes_per_image: instead of it, the budgeted codec, fitted here to the photos measured: good enough to time it.
         folder: where the store would lie; for free space and the rate of writing. Nothing stays there.
         workers: of extraction and evaluation; 0 is this process.
+        reading: layers and arithmetic of a network of timm's.
 
     Raises:
         ConfigError: no photo of the sample can be read, the image size does not suit the backbone, or the budget
             cannot work.
     """
-    recipe = Recipe.of(weights.backbone, weights.sha256, image_size, precision)
+    recipe = new_recipe(weights.backbone, weights, image_size, precision, reading)
     recipe.require_trainable()
     index = dataset.index
     nbytes = image_nbytes(nominal_recipe(recipe, bytes_per_image) if bytes_per_image is not None else recipe, index)
-    backbone = FrozenBackbone(weights.backbone, weights.state_dict).to(device)
+    backbone = open_backbone(recipe, weights).to(device)
     with one_torch_thread():
         photos = _Photos(recipe, bytes_per_image)
         seconds = photos.extract(dataset, backbone, folder, device, sample)
@@ -133,9 +136,7 @@ class _Photos:
         """As they are stored, of the photos that could be read."""
         self.masks: Tensor
 
-    def extract(
-        self, dataset: Dataset, backbone: FrozenBackbone, folder: Path, device: str, sample: int
-    ) -> dict[str, float]:
+    def extract(self, dataset: Dataset, backbone: Backbone, folder: Path, device: str, sample: int) -> dict[str, float]:
         """Seconds per photo of each part."""
         count, size = len(dataset.index.images), self.recipe.image_size
         chosen = sorted({count * place // sample for place in range(sample)})
@@ -146,7 +147,7 @@ class _Photos:
             for turn, image in enumerate([chosen[0], *chosen]):  # the first one twice: once to warm up
                 start = time.perf_counter()
                 try:
-                    photo = torch.from_numpy(network_image(dataset.image(image), size))
+                    photo = torch.from_numpy(network_image(dataset.image(image), size, backbone.mean, backbone.std))
                     label = resize_label(dataset.label(image), (size, size))
                 except (DataError, OSError):
                     continue
@@ -209,8 +210,7 @@ class _Photos:
         return self.codec.on(levels[0].device).decode(levels) if self.codec else levels
 
     def _learner(self) -> FusedHSNet:
-        layers = tuple(reversed(backbone_spec(self.recipe.backbone).layers))
-        return FusedHSNet(HSNet(layers).to(self.masks.device))
+        return FusedHSNet(HSNet(**self.recipe.learner_arguments()).to(self.masks.device))
 
 
 def _fit(features: list[Tensor], nbytes: int) -> TransformCodec:

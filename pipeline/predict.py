@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from hsnet.backbone import FrozenBackbone
+from hsnet.backbone import Backbone
 from hsnet.errors import ConfigError, DataError, HSNetError
 from hsnet.fused import FusedHSNet
 from hsnet.fusion import foreground, fuse
@@ -27,7 +27,7 @@ from hsnet.model import HSNet, resize_logits
 from pipeline.common import render
 from pipeline.datasets.images import PHOTO_SUFFIXES, network_image, read_photo, resize_label
 from pipeline.datasets.own_support import Support, read_support
-from pipeline.features.recipe import Recipe
+from pipeline.features.backbones import open_backbone, same_reading
 from pipeline.features.weights import Weights
 from pipeline.heads.checkpoint import Checkpoint
 
@@ -79,9 +79,7 @@ class Predictor:
         device: where to compute.
     """
 
-    def __init__(
-        self, learner: HSNet, backbone: FrozenBackbone, image_size: int, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, learner: HSNet, backbone: Backbone, image_size: int, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self.learner = FusedHSNet(learner.to(self.device).eval())
         self.backbone = backbone.to(self.device)
@@ -90,7 +88,7 @@ class Predictor:
     @torch.inference_mode()
     def encode(self, photo: Image.Image) -> list[Tensor]:
         """Levels of one photo, shallow to deep, each (1, L, H, W, C) float32."""
-        pixels = torch.from_numpy(network_image(photo, self.image_size))
+        pixels = torch.from_numpy(network_image(photo, self.image_size, self.backbone.mean, self.backbone.std))
         return list(self.backbone(pixels[None].to(self.device)))
 
     def encode_support(self, support: Support) -> EncodedSupport:
@@ -156,7 +154,7 @@ def predict(
     """
     started = time.monotonic()
     recipe = checkpoint.recipe
-    offered = Recipe.of(weights.backbone, weights.sha256, recipe.image_size)
+    offered = same_reading(recipe, weights)
     checkpoint.require(offered, f"the backbone {weights.backbone} ({weights.origin})")
     if not supports:
         raise ConfigError("At least one support (a photo with its mask) is needed")
@@ -165,7 +163,7 @@ def predict(
     _check_out_dir(out_dir, queries)
     read = [read_support(photo, mask) for photo, mask in supports]
 
-    backbone = FrozenBackbone(weights.backbone, weights.state_dict)
+    backbone = open_backbone(recipe, weights)
     predictor = Predictor(checkpoint.learner(), backbone, recipe.image_size, device)
     encoded = [predictor.encode_support(support) for support in read]
     out_dir.mkdir(parents=True, exist_ok=True)

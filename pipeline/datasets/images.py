@@ -114,8 +114,10 @@ def same_aspect(one: Size, other: Size) -> bool:
     return abs(one[0] * other[1] - one[1] * other[0]) <= max(*one, *other) / 2 if one != other else True
 
 
-def network_image(image: Image.Image, size: int) -> np.ndarray:
-    """An RGB image as network input: (3, size, size) float32, normalised with ImageNet's mean and deviation.
+def network_image(
+    image: Image.Image, size: int, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD
+) -> np.ndarray:
+    """An RGB image as network input: (3, size, size) float32, normalised with the network's mean and deviation.
 
     Squeezed to a square by Pillow's bilinear filter with its antialiasing; the aspect ratio is not kept. Equals
     the published transform exactly. A tensor resize without antialiasing would differ by up to 57/255.
@@ -126,18 +128,16 @@ def network_image(image: Image.Image, size: int) -> np.ndarray:
         raise ShapeError(f"network_image needs an RGB image, got mode '{image.mode}': use read_image.")
     squeezed = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
     network = np.empty((3, size, size), np.float32)
-    for channel, values in enumerate(_normalised()):
+    for channel, values in enumerate(_normalised(mean, std)):
         np.take(values, squeezed[..., channel], out=network[channel], mode="clip")  # "raise" would copy
     return network
 
 
 @cache
-def _normalised() -> np.ndarray:
+def _normalised(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
     """(3, 256) float32: what a pixel of each channel and value becomes. Looked up in a sixth of the time."""
     scaled = np.arange(256, dtype=np.float32)[None] / np.float32(255)
-    mean = np.array(IMAGENET_MEAN, np.float32)[:, None]
-    deviation = np.array(IMAGENET_STD, np.float32)[:, None]
-    return (scaled - mean) / deviation
+    return (scaled - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
 
 
 def resize_label(label: np.ndarray, size: Size) -> np.ndarray:

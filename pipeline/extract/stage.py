@@ -19,6 +19,7 @@ from pipeline.common.runner import Runner, SerialRunner, in_groups
 from pipeline.datasets import Dataset
 from pipeline.extract.plan import Planned, plan_growth, plan_new, plan_store
 from pipeline.extract.worker import ShardDone, ShardWorker
+from pipeline.features.backbones import Reading, new_recipe
 from pipeline.features.fitting import Fitting, fit_codec, nominal_recipe, sample_size
 from pipeline.features.recipe import CODED, Recipe
 from pipeline.features.weights import Weights
@@ -70,6 +71,7 @@ def extract(
     device: str = "cpu",
     bytes_per_image: int | None = None,
     damaged: Collection[int] = (),
+    reading: Reading = Reading(),  # noqa: B008  (frozen)
 ) -> ExtractSummary:
     """Make the feature store of a data set, finish the one at `path`, or add the images that the data set has more.
 
@@ -90,6 +92,7 @@ def extract(
         bytes_per_image: budget of an image's features, kept by the budgeted codec (`pipeline.features.budgeted`), which
             is fitted first; an existing store keeps its fit.
         damaged: shards to delete and make anew, once it is known that this call can make them.
+        reading: layers and arithmetic of a network of timm's.
 
     Raises:
         DataError: an image cannot be read and on_error is "fail". Complete shards stay.
@@ -104,7 +107,7 @@ def extract(
         raise ConfigError(f"These are weights of {weights.backbone}, but the backbone is {backbone}.")
     start = time.monotonic()
     emit = on_event or (lambda event: None)
-    recipe = wanted_recipe(Recipe.of(backbone, weights.sha256, image_size, precision), bytes_per_image, path)
+    recipe = wanted_recipe(new_recipe(backbone, weights, image_size, precision, reading), bytes_per_image, path)
     recipe.require_trainable()
     if is_free(path):  # before anything is made
         _require_space(path, plan_new(dataset.index, recipe, path, shard_images))

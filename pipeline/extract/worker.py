@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsnet.backbone import FrozenBackbone, pack_levels
+from hsnet.backbone import pack_levels
 from hsnet.errors import DataError, StoreError
 from pipeline.datasets.images import Size, network_image, object_pixels, resize_label, same_aspect
+from pipeline.features.backbones import open_backbone
 from pipeline.features.forward import BATCH
 from pipeline.features.precision import encode_taps
 from pipeline.features.recipe import Recipe
@@ -106,7 +107,7 @@ class ShardWorker:
         self.skip_errors = on_error == "skip"
         self.device = torch.device(device)
         self.batch = BATCH["cpu" if self.device.type == "cpu" else "cuda"]
-        self.backbone = FrozenBackbone(recipe.backbone, weights.state_dict).to(self.device)
+        self.backbone = open_backbone(recipe, weights).to(self.device)
         self.store = FeatureStore.open(
             path, recipe, require_complete=False, index_digest=dataset.index.digest, writable=True
         )
@@ -220,7 +221,7 @@ class ShardWorker:
                     f"(height x width)"
                 )
             return _Photo(
-                network_image(photo, size),
+                network_image(photo, size, self.backbone.mean, self.backbone.std),
                 resize_label(label, (size, size)),
                 (photo.height, photo.width),
                 tuple(object_pixels(label, index.ignore_label)),

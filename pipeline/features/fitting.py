@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsnet.backbone import FrozenBackbone
+from hsnet.backbone import Backbone
 from hsnet.errors import ConfigError, DataError
 from pipeline.common.philox import philox
 from pipeline.datasets import Dataset
 from pipeline.datasets.images import network_image
 from pipeline.datasets.index import DatasetIndex
+from pipeline.features.backbones import open_backbone
 from pipeline.features.budgeted import TransformCodec, fit_layers, unit_vectors
 from pipeline.features.precision import check_levels
 from pipeline.features.recipe import CODED, Coding, Recipe
@@ -118,9 +119,9 @@ def _sample(
     dataset: Dataset, weights: Weights, recipe: Recipe, count: int, device: str, skip: bool
 ) -> tuple[list[list[Tensor]], int]:
     """Per level and layer (n, C) unit vectors in float16, and the number of photos they come from."""
-    backbone = FrozenBackbone(recipe.backbone, weights.state_dict).to(device)
+    backbone = open_backbone(recipe, weights).to(device)
     kept: list[list[list[Tensor]]] = []
-    for pixels, image in islice(_photos(dataset, recipe.image_size, skip), count):
+    for pixels, image in islice(_photos(dataset, recipe.image_size, skip, backbone), count):
         levels = backbone(pixels[None].to(device))
         for _ in check_levels(levels, [dataset.index.images[image]]):
             pass
@@ -130,10 +131,10 @@ def _sample(
     return [[torch.cat(layer) for layer in zip(*level, strict=True)] for level in zip(*kept, strict=True)], len(kept)
 
 
-def _photos(dataset: Dataset, size: int, skip: bool) -> Iterator[tuple[Tensor, int]]:
+def _photos(dataset: Dataset, size: int, skip: bool, backbone: Backbone) -> Iterator[tuple[Tensor, int]]:
     for image in sample_images(dataset.index):
         try:
-            yield torch.from_numpy(network_image(dataset.image(image), size)), image
+            yield torch.from_numpy(network_image(dataset.image(image), size, backbone.mean, backbone.std)), image
         except (DataError, OSError) as error:
             if not skip:
                 name = dataset.index.images[image]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsnet.backbone import BackboneSpec
+from hsnet.backbone import TapLayout
 from hsnet.errors import ConfigError, StoreError
 
 _INT8_MAX = 127
@@ -52,7 +52,7 @@ def encode(
 
 
 def encode_taps(
-    taps: Sequence[Tensor], spec: BackboneSpec, precision: str, out: Sequence[np.ndarray], images: Sequence[str]
+    taps: Sequence[Tensor], spec: TapLayout, precision: str, out: Sequence[np.ndarray], images: Sequence[str]
 ) -> None:
     """As `encode(pack_levels(taps, spec), ...)`, to the bit, without the packed copy and straight to its place.
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
-from hsnet.backbone import backbone_spec
+from hsnet.backbone import IMAGENET_MEAN, IMAGENET_STD, TapLayout, backbone_spec
 from hsnet.errors import ConfigError
-from hsnet.model import squeezed_grids
+from hsnet.model import squeeze_plan, squeezed_grids
+from pipeline.features.network import Network
 
 CODED = "coded"
 """Precision of features in a byte budget: see `pipeline.features.budgeted`."""
@@ -19,11 +21,20 @@ CODED = "coded"
 DTYPES = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
 """Precision -> type of a stored value. int8 keeps directions only: see `pipeline.features.precision`."""
 
-NORMALISATION = "rgb/255, minus (0.485, 0.456, 0.406), over (0.229, 0.224, 0.225)"
+TIMM = "timm:"
+"""Begins the names of networks that timm gives: see `pipeline.features.timm_backbone`."""
 RESIZE = "Pillow bilinear to a square; labels nearest, source = floor(target * in / out)"
 LARGEST_IMAGE = 4096
 FORMAT = 1
 """Version of the store's layout. A reader refuses a higher one."""
+
+
+def normalisation_text(mean: tuple[float, ...], std: tuple[float, ...]) -> str:
+    """What a recipe says about the normalisation of photos."""
+    return f"rgb/255, minus {mean}, over {std}"
+
+
+NORMALISATION = normalisation_text(IMAGENET_MEAN, IMAGENET_STD)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +65,13 @@ class Coding:
         if not (isinstance(self.fit, str) and re.fullmatch(r"sha256:[0-9a-f]{64}", self.fit)):
             raise ConfigError(f"The recipe's coding must name its fit by 'sha256:' and 64 digits, got {self.fit!r}.")
 
+    def to_dict(self) -> dict[str, object]:
+        """Plain JSON values; `from_dict` reads them back."""
+        return {**asdict(self), "level_bytes": list(self.level_bytes)}
+
     @classmethod
     def from_dict(cls, values: object) -> Coding:
-        """Read what `dataclasses.asdict` gave, by way of JSON. Raises ConfigError for anything else."""
+        """Read what `to_dict` gave. Raises ConfigError for anything else."""
         names = {f.name for f in fields(cls)}
         if not isinstance(values, Mapping) or set(values) != names or not isinstance(values["level_bytes"], list):
             raise ConfigError(f"The recipe's coding has the fields {', '.join(sorted(names))}; found: {values!r}.")
@@ -80,7 +95,7 @@ class Recipe:
     """
 
     backbone: str
-    """A key of `hsnet.backbone.BACKBONES`."""
+    """A key of `hsnet.backbone.BACKBONES`, or "timm:" and a name of timm's."""
     weights: str
     """"sha256:..." over the tensors used, not a file name: names are reused, bytes are not."""
     image_size: int = 400
@@ -94,10 +109,12 @@ class Recipe:
     format: int = FORMAT
     coding: Coding | None = None
     """Of coded features only."""
+    network: Network | None = None
+    """What the table of built-in networks would say: of other networks only."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if field.name == "coding":
+            if field.name in _OPTIONAL:
                 continue
             wanted = {"image_size": int, "format": int, "taps": tuple}.get(field.name, str)
             if type(getattr(self, field.name)) is not wanted:
@@ -114,10 +131,22 @@ class Recipe:
             raise ConfigError(f"Image size must be 1 to {LARGEST_IMAGE} pixels, got {self.image_size}.")
         if not all(isinstance(tap, str) for tap in self.taps):
             raise ConfigError(f"Recipe field 'taps' must hold layer names, got {self.taps!r}.")
+        if self.backbone.startswith(TIMM) != isinstance(self.network, Network):
+            raise ConfigError(f"Recipe field 'network' does not fit backbone '{self.backbone}': {self.network!r}.")
+        if self.network is not None:
+            count = sum(len(level.channels) for level in self.network.levels)
+            if count != len(self.taps):
+                raise ConfigError(f"The recipe's network has {count} layers, its taps are {len(self.taps)}.")
+            text = normalisation_text(self.network.mean, self.network.std)
+            if self.normalisation != text:
+                raise ConfigError(f"Recipe field 'normalisation' must be {text!r}, got {self.normalisation!r}.")
 
     @classmethod
     def of(cls, backbone: str, weights: str, image_size: int = 400, precision: str = "int8") -> Recipe:
-        """The recipe of this version of the program; taps come from the backbone table."""
+        """The recipe of a built-in network by this version of the program; taps come from the backbone table.
+
+        For any network: `pipeline.features.backbones.new_recipe`.
+        """
         taps = tuple(tap.node for tap in backbone_spec(backbone).taps)
         return cls(backbone=backbone, weights=weights, image_size=image_size, precision=precision, taps=taps)
 
@@ -149,6 +178,8 @@ class Recipe:
             ConfigError: unknown backbone, or the taps are not those this version reads from it.
             ShapeError: the backbone cannot read so small an image.
         """
+        if self.network is not None:
+            return tuple((len(level.channels), *level.grid, max(level.channels)) for level in self.network.levels)
         spec = backbone_spec(self.backbone)
         taps = tuple(tap.node for tap in spec.taps)
         if self.taps != taps:
@@ -156,12 +187,36 @@ class Recipe:
         size = (self.image_size, self.image_size)
         return tuple(spec.level_shape(level, size) for level in range(spec.levels))
 
+    @property
+    def layout(self) -> TapLayout:
+        """Taps and levels of the network. Raises ConfigError: unknown backbone."""
+        if self.network is None:
+            return backbone_spec(self.backbone)
+        return TapLayout(self.backbone, self.network.named(self.taps))
+
+    def learner_arguments(self) -> dict[str, Any]:
+        """The arguments of `hsnet.model.HSNet` that follow from these features.
+
+        Built-in networks have the published kernels and strides; for others `squeeze_plan` chooses them.
+
+        Raises:
+            ConfigError: no learner could mix these levels.
+        """
+        arguments: dict[str, Any] = {"layers": list(reversed(self.layout.layers))}
+        if self.network is not None:
+            kernels, strides = squeeze_plan([level.grid for level in reversed(self.network.levels)])
+            arguments |= {"kernels": [list(sides) for sides in kernels], "strides": [list(steps) for steps in strides]}
+        return arguments
+
     def require_trainable(self) -> None:
         """Refuse an image size whose levels end at different support grids: no learner could mix them.
 
         Raises:
-            ConfigError: names the grids and the nearest sizes that work.
+            ConfigError: names the grids and, of a built-in network, the nearest sizes that work.
         """
+        if self.network is not None:
+            self.learner_arguments()
+            return
         if _ends_agree(self.backbone, self.image_size):
             return
         ends = squeezed_grids([shape[1:3] for shape in reversed(self.level_shapes())])
@@ -176,16 +231,25 @@ class Recipe:
     def differences(self, other: Recipe) -> dict[str, tuple[object, object]]:
         """Field -> (value here, value in `other`), for the fields that differ."""
         pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
-        if self.coding and other.coding:
-            one, two = asdict(self.coding), asdict(pairs.pop("coding")[1])
-            pairs |= {f"coding {name}": (one[name], two[name]) for name in one}
+        for name in _OPTIONAL:
+            mine, theirs = pairs[name]
+            if mine and theirs:
+                del pairs[name]
+                one, two = asdict(mine), asdict(theirs)
+                compared = [f.name for f in fields(mine) if f.compare]
+                pairs |= {f"{name} {part}": (one[part], two[part]) for part in compared}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
     def to_dict(self) -> dict[str, object]:
         """Plain JSON values; `from_dict` reads them back."""
-        values = {**asdict(self), "taps": list(self.taps)}
-        coding = values.pop("coding")  # recipes without one are written as they always were
-        return {**values, "coding": {**coding, "level_bytes": list(coding["level_bytes"])}} if coding else values
+        parts = {name: getattr(self, name) for name in _OPTIONAL}  # recipes without are written as they always were
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _OPTIONAL}
+        return {**values, "taps": list(self.taps), **{name: part.to_dict() for name, part in parts.items() if part}}
+
+    def identity(self) -> dict[str, object]:
+        """`to_dict` less what is only told: where weights came from, and their licence."""
+        network = self.network and replace(self.network, source="", licence="")
+        return replace(self, network=network).to_dict()
 
     def to_json(self) -> str:
         """The recipe as one line of JSON."""
@@ -194,13 +258,13 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: object) -> Recipe:
         """Read what `to_dict` gave. Raises ConfigError for anything else."""
-        names = [f.name for f in fields(cls) if f.name != "coding"]
-        if not isinstance(values, Mapping) or sorted(map(str, values.keys() - {"coding"})) != sorted(names):
+        names = [f.name for f in fields(cls) if f.name not in _OPTIONAL]
+        if not isinstance(values, Mapping) or sorted(map(str, values.keys() - set(_OPTIONAL))) != sorted(names):
             found = ", ".join(map(str, values)) if isinstance(values, Mapping) else type(values).__name__
             raise ConfigError(f"A recipe has the fields {', '.join(names)}; found: {found}.")
         taps = values["taps"]
-        coding = Coding.from_dict(values["coding"]) if "coding" in values else None
-        return cls(**{**values, "taps": tuple(taps) if isinstance(taps, list) else taps, "coding": coding})
+        parts = {name: kind.from_dict(values[name]) for name, kind in _OPTIONAL.items() if name in values}
+        return cls(**{**values, "taps": tuple(taps) if isinstance(taps, list) else taps, **parts})
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
@@ -210,6 +274,10 @@ class Recipe:
         except ValueError as error:
             raise ConfigError(f"The recipe is not JSON: {error}.") from None
         return cls.from_dict(values)
+
+
+_OPTIONAL: dict[str, type[Coding] | type[Network]] = {"coding": Coding, "network": Network}
+"""Fields that are written only where they are not None."""
 
 
 def _ends_agree(backbone: str, image_size: int) -> bool:

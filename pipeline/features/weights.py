@@ -13,15 +13,16 @@ import re
 import sys
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hsnet.backbone import FrozenBackbone, backbone_spec, random_state_dict
 from hsnet.errors import ConfigError, WeightsError
+from pipeline.features.backbones import check_names, head_names, is_timm, random_weights, require_known
 
 log = logging.getLogger(__name__)
 
@@ -43,21 +44,25 @@ class Weights:
 
     backbone: str
     state_dict: dict[str, Tensor]
-    """float32, by torchvision's names."""
+    """float32, by torchvision's or timm's names."""
     sha256: str
     """"sha256:" and 64 hex digits over names, shapes and values (`hash_tensors`): the identity in a store."""
     origin: str
     """Where they came from, in words."""
+    source: str = ""
+    """The same for a store: without folders of this machine; "" if unknown."""
+    licence: str = ""
+    """Theirs; "" if unknown."""
 
 
 def load_weights(backbone: str, source: str | Path | None = None, expected_sha256: str | None = None) -> Weights:
     """Find, check and hash the weights of a backbone.
 
     Args:
-        backbone: a key of `hsnet.backbone.BACKBONES`.
-        source: None for ImageNet weights (inside this package for squeezenet1_1, else torchvision's download);
-            "random" or "random:SEED" for a fresh network; otherwise a .safetensors or torch (.pth, .pt) file
-            with torchvision's names. A file called "random" can be given as a Path.
+        backbone: a key of `hsnet.backbone.BACKBONES`, or "timm:" and a name of timm's.
+        source: None for published weights (inside this package for squeezenet1_1, else torchvision's or timm's
+            download); "random" or "random:SEED" for a fresh network; otherwise a .safetensors or torch (.pth, .pt)
+            file with torchvision's or timm's names. A file called "random" can be given as a Path.
         expected_sha256: refuse weights with another `sha256`; at least its first 8 hex digits.
 
     Raises:
@@ -65,10 +70,12 @@ def load_weights(backbone: str, source: str | Path | None = None, expected_sha25
         WeightsError: file missing or unreadable, download failed, weights of another network, NaN or infinity,
             or another sha256 than expected.
     """
-    backbone_spec(backbone)
+    require_known(backbone)
     wanted = _hex_digits(expected_sha256) if expected_sha256 is not None else ""
-    tensors, origin = _read(backbone, source)
-    weights = weights_of(backbone, tensors, origin)
+    tensors, origin, told = _read(backbone, source)
+    weights = replace(
+        weights_of(backbone, tensors, origin), source=told.get("source", ""), licence=told.get("licence", "")
+    )
     if source is None and backbone in PACKAGED and weights.sha256 != PACKAGED[backbone][1]:
         raise _other_bytes(weights, PACKAGED[backbone][1], "Install hsnet-pipeline again")
     if not weights.sha256.removeprefix("sha256:").startswith(wanted):
@@ -99,16 +106,32 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _read(backbone: str, source: str | Path | None) -> tuple[Mapping[str, object], str]:
+def _read(backbone: str, source: str | Path | None) -> tuple[Mapping[str, object], str, dict[str, str]]:
+    """Tensors, where they came from, and what a store may tell of that."""
     if source is None:
         if backbone in PACKAGED:
             path = PACKAGED[backbone][0]
-            return _read_file(path), f"packaged {path.name}"
-        return _download(backbone)
+            return read_file(path), f"packaged {path.name}", {}
+        if is_timm(backbone):
+            from pipeline.features.timm_registry import download
+
+            published, entry = download(backbone)
+            return published, f"timm {entry.source}", {"source": entry.source, "licence": entry.licence}
+        return *_download(backbone), {}
     if isinstance(source, str) and (source == "random" or source.startswith("random:")):
-        return _random(backbone, source)
+        tensors, origin = _random(backbone, source)
+        return tensors, origin, {"source": origin}
     path = Path(source)
-    return _read_file(path), str(path)
+    return read_file(path), str(path), {"source": f"file {path.name}"} | told_by(path)
+
+
+def told_by(path: Path) -> dict[str, str]:
+    """What a safetensors file says of its weights' source and licence (`hsnet weights convert` writes it)."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, framework="pt") as file:
+        said = file.metadata() or {}
+    return {name: said[name][:500] for name in ("source", "licence") if said.get(name)}
 
 
 def _random(backbone: str, source: str) -> tuple[Mapping[str, object], str]:
@@ -118,10 +141,11 @@ def _random(backbone: str, source: str) -> tuple[Mapping[str, object], str]:
     log.warning(
         "Random weights for %s (seed %s): the features mean nothing. For tests and timings only.", backbone, digits
     )
-    return random_state_dict(backbone, int(digits)), f"random, seed {int(digits)}"
+    return random_weights(backbone, int(digits)), f"random, seed {int(digits)}"
 
 
-def _read_file(path: Path) -> Mapping[str, object]:
+def read_file(path: Path) -> Mapping[str, object]:
+    """Named values of a safetensors or torch file. Raises WeightsError if it is neither, or missing."""
     if not path.is_file():
         raise WeightsError(
             f"Weights file {path} does not exist. Give an existing .safetensors or .pth file, or leave it out for "
@@ -170,7 +194,7 @@ def _download(backbone: str) -> tuple[Mapping[str, object], str]:
 
 
 def _check(backbone: str, tensors: Mapping[str, object], origin: str) -> dict[str, Tensor]:
-    head = f"{backbone_spec(backbone).head}."
+    head = head_names(backbone)
     given: dict[str, Tensor] = {}
     for name, value in tensors.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
@@ -182,8 +206,7 @@ def _check(backbone: str, tensors: Mapping[str, object], origin: str) -> dict[st
         if not name.startswith(head) and not name.endswith("num_batches_tracked"):
             given[name] = value
     try:
-        with torch.device("meta"):  # compares names and shapes before anything is allocated for them
-            FrozenBackbone(backbone, {name: value.to("meta") for name, value in given.items()})
+        check_names(backbone, given)
     except WeightsError as error:
         raise WeightsError(f"{origin}: {error}") from None
     used = {name: value.to(torch.float32) for name, value in given.items()}

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 BEST, LAST = "best.safetensors", "last.safetensors"
 _KEY = "hsnet"
-_SAME_FEATURES = ("backbone", "weights", "image_size", "taps", "normalisation", "resize")
+_SAME_FEATURES = ("backbone", "weights", "image_size", "taps", "normalisation", "resize", "network levels")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
-from hsnet.backbone import backbone_spec
 from hsnet.errors import ConfigError
 from hsnet.fused import ARITHMETIC
 from pipeline.features.recipe import Recipe
@@ -59,7 +58,7 @@ class RunConfig:
     """Steps between validations."""
     validate_episodes: int = 200
     learner: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments of `hsnet.model.HSNet` beside `layers`, which follows from the backbone."""
+    """Arguments of `hsnet.model.HSNet` beside those that follow from the features."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "validate_every", "validate_episodes"):
@@ -77,12 +76,13 @@ class RunConfig:
     @property
     def learner_arguments(self) -> dict[str, Any]:
         """All arguments of `hsnet.model.HSNet`."""
-        return {"layers": list(reversed(backbone_spec(self.recipe.backbone).layers)), **self.learner}
+        return {**self.recipe.learner_arguments(), **self.learner}
 
     @property
     def digest(self) -> str:
         """sha256 over all fields but the number of steps: runs with one digest are the same run."""
         values = {name: value for name, value in self.to_dict().items() if name != "steps"}
+        values["recipe"] = self.recipe.identity()
         return "sha256:" + hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def differences(self, other: RunConfig) -> dict[str, tuple[object, object]]:

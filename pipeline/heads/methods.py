@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from hsnet.backbone import backbone_spec
 from hsnet.errors import ConfigError
 from hsnet.model import HSNet
 from pipeline.datasets.index import DatasetIndex
@@ -99,8 +98,8 @@ def classes_seen(method: Method, source: FeatureSource, fold: int) -> tuple[int,
 
 def untrained(source: FeatureSource, seed: int = 0, device: str = "cpu") -> Method:
     """A head with the initial weights of a training run of the same seed."""
-    layers = tuple(reversed(backbone_spec(source.recipe.backbone).layers))
-    return Method(partial(_initialise, layers, seed, device), {"name": "untrained", "seed": seed})
+    arguments = source.recipe.learner_arguments()
+    return Method(partial(_initialise, arguments, seed, device), {"name": "untrained", "seed": seed})
 
 
 def cosine(source: FeatureSource, fold: int, seed: int = 0) -> Method:
@@ -120,6 +119,6 @@ def _load(path: Path, device: str, arithmetic: str) -> Segmenter:
     return LearnedSegmenter(load_checkpoint(path).learner().to(device), arithmetic)
 
 
-def _initialise(layers: tuple[int, ...], seed: int, device: str) -> Segmenter:
+def _initialise(arguments: dict[str, Any], seed: int, device: str) -> Segmenter:
     torch.manual_seed(seed)
-    return LearnedSegmenter(HSNet(layers).to(device).eval())
+    return LearnedSegmenter(HSNet(**arguments).to(device).eval())

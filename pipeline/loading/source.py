@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsnet.backbone import FrozenBackbone
+from hsnet.backbone import Backbone
 from hsnet.errors import ConfigError
 from pipeline.datasets.images import network_image, resize_label
 from pipeline.datasets.index import DatasetIndex
@@ -96,7 +96,7 @@ class OnlineSource:
     skipped: Collection[int] = frozenset()
     codec: TransformCodec | None = None
 
-    def __init__(self, dataset: Dataset, backbone: FrozenBackbone, recipe: Recipe, device: str = "cpu") -> None:
+    def __init__(self, dataset: Dataset, backbone: Backbone, recipe: Recipe, device: str = "cpu") -> None:
         if recipe.coding is not None:
             raise ConfigError("Features made on the fly are exact: a recipe of coded features needs their store.")
         self.dataset = dataset
@@ -120,7 +120,8 @@ class OnlineSource:
 
     def features(self, images: Sequence[int]) -> list[Tensor]:
         size = self.recipe.image_size
-        photos = torch.from_numpy(np.stack([network_image(self.dataset.image(i), size) for i in images]))
+        mean, std = self.backbone.mean, self.backbone.std
+        photos = torch.from_numpy(np.stack([network_image(self.dataset.image(i), size, mean, std) for i in images]))
         parts = [self.backbone(part.to(self.device)) for part in photos.split(self.batch)]
         return [torch.cat(level) for level in zip(*parts, strict=True)]
 

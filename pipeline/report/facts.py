@@ -145,11 +145,11 @@ def store_table(sets: Sequence[RowSet], store: str | Path | None = None) -> tupl
 
 def _plain_bytes(recipe: Mapping[str, Any]) -> int:
     """Bytes of an image's features as float16, without any coding."""
-    from hsnet.backbone import backbone_spec
+    from pipeline.features.recipe import Recipe
 
-    spec, size = backbone_spec(str(recipe["backbone"])), int(recipe["image_size"])
-    grids = [spec.level_shape(level, (size, size))[1:3] for level in range(spec.levels)]
-    return 2 * sum(math.prod(grid) * sum(widths) for grid, widths in zip(grids, spec.channels, strict=True))
+    read = Recipe.from_dict(recipe)
+    grids = [shape[1:3] for shape in read.level_shapes()]
+    return 2 * sum(math.prod(grid) * sum(widths) for grid, widths in zip(grids, read.layout.channels, strict=True))
 
 
 def environments(sets: Sequence[RowSet]) -> list[Facts]:

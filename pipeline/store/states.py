@@ -11,6 +11,7 @@ whose images are not all extracted. `pipeline.store.growth` adds states.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ class StoreFacts:
     @property
     def identity(self) -> str:
         """Of the store, for its markers: the recipe and the first data set, so that growing leaves them valid."""
-        text = f"{self.recipe.to_json()}\n{self.states[0].digest}"
+        text = f"{json.dumps(self.recipe.identity())}\n{self.states[0].digest}"
         return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
     @property
