@@ -11,6 +11,7 @@ import os
 import click
 
 from commands.analyze import analyze
+from commands.backbones import backbones
 from commands.checkpoint import checkpoint
 from commands.demo import demo
 from commands.doctor import doctor
@@ -27,13 +28,14 @@ from commands.supports import supports
 from commands.sweep import sweep
 from commands.terminal import set_up_logging
 from commands.train import train
+from commands.weights import weights
 
 DISTRIBUTION = "hsnet-pipeline"
 
 SECTIONS = {
     "Data": (prepare,),
     "Store": (plan, extract, store),
-    "Model": (train, sweep, checkpoint),
+    "Model": (backbones, weights, train, sweep, checkpoint),
     "Use": (episodes, evaluate, analyze, report, supports, predict),
     "Machine": (doctor, demo),
 }

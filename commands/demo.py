@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from commands.groups import on_interrupt
-from commands.options import ANY_PATH, Whole, json_option
+from commands.options import ANY_PATH, BACKBONE_NAMES, Backbone, Whole, json_option, options, weights_option
 from commands.steps import emit, open_runner
 from commands.terminal import table
 from pipeline.common.text import printable, time_text
@@ -21,9 +21,22 @@ from pipeline.common.text import printable, time_text
 @click.command(short_help="The whole job once, on generated pictures.")
 @click.option("--out", type=ANY_PATH, default=Path("demo-output"), show_default=True, help="Folder for all of it.")
 @click.option("--workers", type=Whole(0), default=2, show_default=True, help="Ray workers; 0 needs no Ray.")
+@click.option(
+    "--backbone", type=Backbone(), metavar=BACKBONE_NAMES, default="squeezenet1_1", show_default=True, help="Network."
+)
+@options(weights_option)
+@click.option("--image-size", type=Whole(32), help="Side of the square network input, pixels. [default: 96]")
 @json_option
 @click.pass_context
-def demo(ctx: click.Context, out: Path, workers: int, as_json: bool) -> Any:
+def demo(
+    ctx: click.Context,
+    out: Path,
+    workers: int,
+    backbone: str,
+    weights: str | None,
+    image_size: int | None,
+    as_json: bool,
+) -> Any:
     """Do the whole job once on generated pictures: extract, train, evaluate, predict. A few minutes.
 
     Prints every command it runs, as you would type it. Running it again goes on with what is there.
@@ -46,7 +59,7 @@ def demo(ctx: click.Context, out: Path, workers: int, as_json: bool) -> Any:
 
     on_interrupt("Run the demo again to go on.")
     with open_runner(workers, None, "cpu"):  # one Ray for all commands: they use the one that is running
-        summary = stage(out, run, workers)
+        summary = stage(out, run, workers, backbone, weights, image_size)
     rows = [
         ["untrained head", f"{summary.untrained_miou:.1f}"],
         ["cosine map, best threshold", f"{summary.cosine_miou:.1f}"],

@@ -50,13 +50,21 @@ class DemoSummary:
     seconds: float
 
 
-def demo(out: Path, run: Run, workers: int = 2) -> DemoSummary:
+def demo(
+    out: Path,
+    run: Run,
+    workers: int = 2,
+    backbone: str = BACKBONE,
+    weights: str | None = None,
+    image_size: int | None = None,
+) -> DemoSummary:
     """Do the main job in `out`. Running it again goes on with what is there.
 
     Args:
         out: folder for store, run, photos and pictures; about 300 MB.
         run: how a command is run.
         workers: Ray workers for extraction, training and evaluation; 0 needs no Ray.
+        backbone, weights, image_size: as the options of `hsnet extract`; a size of None is IMAGE_SIZE.
     """
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
@@ -65,7 +73,8 @@ def demo(out: Path, run: Run, workers: int = 2) -> DemoSummary:
     spread = ("--workers", str(workers), "--device", "cpu")
     held_out = ("--store", store, "--fold", str(FOLD), "--episodes", str(EPISODES))
 
-    network = ("--backbone", BACKBONE, "--image-size", str(IMAGE_SIZE))
+    given = ("--weights", weights) if weights else ()
+    network = ("--backbone", backbone, "--image-size", str(image_size or IMAGE_SIZE), *given)
     run(["extract", "shapes", *DATA_OPTIONS, *network, "--store", store, *spread])
     untrained = run(["evaluate", "--baseline", "untrained", *held_out])
     cosine = run(["evaluate", "--baseline", "cosine", *held_out])
@@ -78,7 +87,7 @@ def demo(out: Path, run: Run, workers: int = 2) -> DemoSummary:
     data = Shapes(size=PHOTO_SIZE)
     sheet_rows = []
     for class_id in data.index.split(FOLD, "test").class_ids[:SHOWN_CLASSES]:
-        sheet_rows += _predict_class(data, class_id, out, run_dir, run)
+        sheet_rows += _predict_class(data, class_id, out, run_dir, run, given)
     sheet = out / "pictures.png"
     title = "Classes never trained on: one support, three new pictures"
     render.sheet(sheet_rows, cell=180, title=title, legend=render.ERROR_LEGEND).save(sheet)
@@ -94,7 +103,9 @@ def demo(out: Path, run: Run, workers: int = 2) -> DemoSummary:
     )
 
 
-def _predict_class(data: Shapes, class_id: int, out: Path, run_dir: str, run: Run) -> list[list[render.Panel]]:
+def _predict_class(
+    data: Shapes, class_id: int, out: Path, run_dir: str, run: Run, weights: Sequence[str]
+) -> list[list[render.Panel]]:
     """Write pictures of a class as files, predict them by the first one's mask, and draw what came of it."""
     name = data.index.classes[class_id].replace(" ", "-")
     photos, masks = out / "photos" / name, out / "masks" / name
@@ -107,7 +118,7 @@ def _predict_class(data: Shapes, class_id: int, out: Path, run_dir: str, run: Ru
         data.image(image).save(queries / f"{number}.jpg", quality=95)
     run([
         "predict", "--checkpoint", run_dir, "--support", f"{photos / 'support.jpg'}:{photos / 'support.png'}",
-        "--query", str(queries), "--out", str(masks),
+        "--query", str(queries), "--out", str(masks), *weights,
     ])  # fmt: skip
     example = data.image(support), _object(data, support, class_id)
     rows = []

@@ -19,6 +19,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -300,6 +301,7 @@ class _Reader:
 
     def _hooked(self, network: Any, images: Tensor) -> list[Tensor]:
         kept: dict[str, Tensor] = {}
+        versions: dict[str, int] = {}
 
         def keep(name: str, output: object) -> None:
             shape = _map_shape(network, output)
@@ -311,7 +313,6 @@ class _Reader:
             if len(kept) == len(self.names):
                 raise _Enough
 
-        versions: dict[str, int] = {}
         with _hooked(network, self.names, keep), contextlib.suppress(_Enough):
             network.forward_features(images)
         missing = [name for name in self.names if name not in kept]

@@ -159,7 +159,7 @@ def build(backbone: str, meta: bool = False) -> nn.Module:
     for module in network.modules():
         if getattr(module, "inplace", False):
             module.inplace = False  # it would overwrite what a tap has read
-    return network.eval()  # type: ignore[no-any-return]
+    return network.eval()
 
 
 def _timm() -> Any:
