@@ -1,12 +1,15 @@
+import hashlib
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from hsnet.backbone import BACKBONES
 from hsnet.errors import ConfigError
-from pipeline.features.recipe import Recipe, difference_lines
+from pipeline.features.recipe import Coding, Recipe, difference_lines
+from pipeline.store.states import State, StoreFacts
 
 SHA = "sha256:" + "0" * 64
 
@@ -37,6 +40,49 @@ def test_differences_name_every_field_with_both_values():
 def test_every_backbone_has_a_recipe():
     for name in BACKBONES:
         assert Recipe.of(name, SHA).taps == tuple(tap.node for tap in BACKBONES[name].taps)
+
+
+RECORDED = {
+    "vgg16": (
+        "dab95dd9218200304577176ddb12f058b4161f311f233580f5931e424ec984b6",
+        "353c0802e666e49beb1dad909a64a0816144eaa76a7ef11630357685e352e6fa",
+        "0d740366fd8407b2be03279945ad42df101786055ee471ed4c7d53026ad9f3ba",
+    ),
+    "resnet50": (
+        "90a25a589d95661264875ab77ac410505d456145bbafbd71a8534d5323e89b2d",
+        "f4ad9a0146f85c0f14a84a2e69901a23f3484b58adb2ab4d5386f89bc83da8a6",
+        "b4468b8ea1124143b07b97559be1387ecad26f36d2c7cb11c5f4d3bf6fd8ca12",
+    ),
+    "resnet101": (
+        "55e53591ae325fdab072b7f4b98548e93153e876d3998e52331ae5d9d95b7101",
+        "62fba57ec4179d53ee3a1ca8f14434fa87eaa170935e71e81d6cf36221577b87",
+        "1620eac4ae94793a07798e3cca00b69bb581d93aee87fcb9d493be058c888c56",
+    ),
+    "squeezenet1_1": (
+        "e00df3c45ab629527919f659022fafaf1cbd7963dc0093eff555575cd5da7032",
+        "f22cadfd29141958077229d852c1409820ba1377abe8a2a2f3ce907fd1372e56",
+        "fbfccffe85317b52ce165b0ac307796f5dd0ae44c46e3dc1b2aa3fc7fef3e321",
+    ),
+}
+"""sha256 of recipe JSON, of the same when coded, and digest of a run: by the version before networks of timm's."""
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_recipes_and_runs_of_built_in_networks_are_what_they_always_were(name):
+    """Stores, markers and run directories are recognised by these."""
+    from pipeline.heads.config import RunConfig
+
+    recipe = Recipe.of(name, SHA, 401, "int8")
+    coding = Coding(bytes_per_image=5, images=2, positions=3, seed=0, fit=SHA, level_bytes=(4, 5, 6))
+    coded = replace(recipe, precision="coded", coding=coding)
+    config = RunConfig(fold=1, recipe=recipe, data=SHA, steps=7)
+    texts = [hashlib.sha256(one.to_json().encode()).hexdigest() for one in (recipe, coded)]
+    assert (*texts, config.digest.removeprefix("sha256:")) == RECORDED[name]
+    assert config.learner_arguments == {"layers": list(reversed(BACKBONES[name].layers))}
+    assert recipe.identity() == recipe.to_dict()
+    assert StoreFacts(recipe, 16, (State(SHA, 3, 0),)).identity == (
+        "sha256:" + hashlib.sha256(f"{recipe.to_json()}\n{SHA}".encode()).hexdigest()
+    )
 
 
 @pytest.mark.parametrize(
