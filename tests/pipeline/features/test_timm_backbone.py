@@ -17,7 +17,7 @@ from hsnet.backbone import pack_levels
 from hsnet.errors import ConfigError, ShapeError, WeightsError
 from pipeline.features.backbones import Reading, new_recipe, open_backbone, same_reading
 from pipeline.features.recipe import Recipe
-from pipeline.features.weights import Weights, hash_tensors, load_weights
+from pipeline.features.weights import Weights, hash_tensors, load_weights, weights_of
 
 KINDS = {
     "convolutional": ("timm:test_resnet", 64),
@@ -293,8 +293,6 @@ def test_names_sizes_and_layers_that_do_not_fit_say_why(backbone, size, reading,
 def test_weights_of_another_network_or_position_grid_are_refused(tmp_path):
     state = random("timm:test_vit").state_dict
     with pytest.raises(WeightsError, match=r"not weights of timm:test_vit2.*timm's names"):
-        from pipeline.features.weights import weights_of
-
         weights_of("timm:test_vit2", state, "file")
     torch.save({**state, "pos_embed": torch.zeros(1, 26, 64)}, tmp_path / "grid.pth")
     with pytest.raises(WeightsError, match=r"26 positions, timm:test_vit has 101.*resample_abs_pos_embed"):
