@@ -30,13 +30,13 @@ from torch import Tensor
 
 from benchmarks import rounding
 from commands.terminal import plain
-from hsnet.backbone import FrozenBackbone
 from pipeline.compare import compare, compare_scores
 from pipeline.datasets import open_dataset
 from pipeline.datasets.images import network_image
 from pipeline.datasets.index import DatasetIndex
 from pipeline.extract.stage import extract
 from pipeline.features import fitting
+from pipeline.features.backbones import new_recipe, open_backbone
 from pipeline.features.budgeted import TransformCodec, fit_layers
 from pipeline.features.precision import encode
 from pipeline.features.recipe import CODED, Coding, Recipe
@@ -56,7 +56,7 @@ def measure(options: argparse.Namespace) -> None:
     results: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {}
     dataset = open_dataset(options.dataset, options.data_root, options.splits)
     weights = load_weights(options.backbone, options.weights)
-    shapes = Recipe.of(options.backbone, weights.sha256, options.image_size).level_shapes()
+    shapes = new_recipe(options.backbone, weights, options.image_size).level_shapes()
     values = sum(math.prod(shape) for shape in shapes)
     results["setting"] = {
         "dataset": options.dataset,
@@ -140,10 +140,8 @@ def correlate(options: argparse.Namespace) -> None:
     """Bytes and errors of correlations only, on few large photos: fitted to training photos, tried on test photos."""
     dataset = open_dataset(options.dataset, options.data_root, options.splits)
     weights = load_weights(options.backbone, options.weights)
-    recipe = Recipe.of(options.backbone, weights.sha256, options.image_size, "int8")
-    exact = Remembered(
-        dataset, FrozenBackbone(options.backbone, weights.state_dict), replace(recipe, precision="float32")
-    )
+    recipe = new_recipe(options.backbone, weights, options.image_size, "int8")
+    exact = Remembered(dataset, open_backbone(recipe, weights), replace(recipe, precision="float32"))
     fitting.IMAGES = options.photos, options.photos
     started = time.perf_counter()
     samples, images = fitting._sample(dataset, weights, recipe, options.photos, "cpu", skip=False)
@@ -177,10 +175,11 @@ def round_floats(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     dataset = open_dataset(options.dataset, options.data_root, options.splits)
     weights = load_weights(options.backbone, options.weights)
-    backbone = FrozenBackbone(options.backbone, weights.state_dict)
+    backbone = open_backbone(new_recipe(options.backbone, weights, options.image_size), weights)
     listed = sorted({image for image, _ in dataset.index.split(0, "test").entries})
     chosen = listed[:: max(1, len(listed) // options.photos)][: options.photos]
-    pixels = (network_image(dataset.image(image), options.image_size) for image in chosen)
+    mean, std = backbone.mean, backbone.std
+    pixels = (network_image(dataset.image(image), options.image_size, mean, std) for image in chosen)
     photos = [backbone(torch.from_numpy(photo)[None]) for photo in pixels]
     found = []
     for rounded in rounding.measure(photos):

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from hsnet.backbone import FrozenBackbone
 from pipeline.common import render
 from pipeline.datasets.images import read_binary_mask, read_photo
 from pipeline.datasets.own_support import read_support
+from pipeline.features.backbones import open_backbone
 from pipeline.features.weights import load_weights
 from pipeline.heads.checkpoint import load_checkpoint
 from pipeline.predict import Predictor
@@ -25,7 +25,7 @@ from pipeline.predict import Predictor
 def main(run: str, classes: str, out: str, support: int = 1, queries: int = 3) -> None:
     checkpoint = load_checkpoint(Path(run))
     weights = load_weights(checkpoint.recipe.backbone)
-    backbone = FrozenBackbone(weights.backbone, weights.state_dict)
+    backbone = open_backbone(checkpoint.recipe, weights)
     predictor = Predictor(checkpoint.learner(), backbone, checkpoint.recipe.image_size)
     rows = []
     for folder in map(Path, classes.split(",")):

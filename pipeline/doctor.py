@@ -303,6 +303,12 @@ def _weights() -> Iterator[Finding]:
         else:
             todo = f"downloaded on first use; offline: put {file.name} into {cache}, or give --weights FILE"
             yield Finding(f"weights {name}", "warn", "not on this machine", todo)
+    from pipeline.features.timm_registry import INSTALL, available
+
+    if available():
+        yield Finding("timm", "ok", f"{importlib.metadata.version('timm')}: backbones timm:NAME can be used")
+    else:
+        yield Finding("timm", "warn", "not installed: no backbones timm:NAME", INSTALL)
 
 
 def _cluster() -> Iterator[Finding]:
