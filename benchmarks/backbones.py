@@ -148,11 +148,11 @@ def named(group: Group, taps: Sequence[str], layers: Sequence[int]) -> list[str]
     return [taps[start + layer] for start, run in zip(starts, group, strict=True) for layer in run]
 
 
-def rate(backbone: str, weights: str | None, image_size: int, reading: Reading, photos: int) -> dict[str, object]:
+def rate(backbone: str, weights: str | None, image_size: int, reading: Reading) -> dict[str, object]:
     """Photos per second of the bare network and of extraction, one thread, generated photos."""
     loaded = load_weights(backbone, weights)
     recipe = new_recipe(backbone, loaded, image_size, reading=reading)
-    data = Shapes(size=400, trn_per_class=1, val_per_class=max(1, photos // 64))
+    data = Shapes(size=400, trn_per_class=2, val_per_class=2)
     with one_torch_thread(), tempfile.TemporaryDirectory() as folder:
         network = open_backbone(recipe, loaded)
         inputs = [
@@ -191,7 +191,6 @@ def main() -> None:
     two.add_argument("--weights")
     two.add_argument("--image-size", type=int, default=224)
     two.add_argument("--taps")
-    two.add_argument("--photos", type=int, default=128)
     for each in (one, two):
         each.add_argument("--out", type=Path, help="also write the JSON there")
     options = parser.parse_args()
@@ -200,7 +199,7 @@ def main() -> None:
         result = score(options.store, options.fold, options.episodes, shots, options.seed, options.widest)
     else:
         reading = Reading(options.taps)
-        result = rate(options.backbone, options.weights, options.image_size, reading, options.photos)
+        result = rate(options.backbone, options.weights, options.image_size, reading)
     text = json.dumps(result, indent=2)
     print(text)
     if options.out is not None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from benchmarks.backbones import contrast_maps, groups, score
+from benchmarks.backbones import contrast_maps, groups, rate, score
 from pipeline.datasets.shapes import Shapes
 from pipeline.extract.stage import extract
+from pipeline.features.backbones import Reading
 from pipeline.features.weights import load_weights
 
 
@@ -30,6 +31,13 @@ def test_contrast_is_the_largest_cosine_to_the_object_less_the_largest_to_the_ba
                 inside = max(cosines[u][v] for u in range(3) for v in range(3) if mask[u, v])
                 outside = max(cosines[u][v] for u in range(3) for v in range(3) if not mask[u, v])
                 assert abs(float(found[group, row, column]) - (inside - outside)) < 1e-5
+
+
+def test_a_backbone_is_timed():
+    found = rate("timm:test_vit", "random", 32, Reading("5"))
+    assert found["layers"] == ["blocks.5"]
+    assert found["photos"] > 8
+    assert found["share"] > 0
 
 
 def test_groups_are_layers_runs_levels_and_all():
