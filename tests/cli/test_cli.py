@@ -23,6 +23,7 @@ from click.testing import CliRunner, Result
 import cli
 from commands import options, steps, terminal
 from hsnet.errors import ConfigError
+from pipeline.common.text import printable, size_text, time_text
 
 ROOT = Path(cli.__file__).parent
 
@@ -210,21 +211,21 @@ def test_plain_makes_json_of_anything() -> None:
 
 def test_hostile_names_are_shown_harmless() -> None:
     """A file name may hold terminal commands, or bytes that are no text: printing must neither act nor fail."""
-    assert terminal.printable("a\x1b[2Jb\n.jpg") == r"a\x1b[2Jb\n.jpg"
-    assert terminal.printable(os.fsdecode(b"\xff.jpg")) == r"\xff.jpg"
-    assert terminal.printable("grün.jpg") == "grün.jpg"
+    assert printable("a\x1b[2Jb\n.jpg") == r"a\x1b[2Jb\n.jpg"
+    assert printable(os.fsdecode(b"\xff.jpg")) == r"\xff.jpg"
+    assert printable("grün.jpg") == "grün.jpg"
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.04, "0.0 s"), (9.94, "9.9 s"), (59.7, "1:00"), (75, "1:15"), (3723, "1:02:03")]
 )
 def test_time_text(seconds: float, text: str) -> None:
-    assert terminal.time_text(seconds) == text
+    assert time_text(seconds) == text
 
 
 @pytest.mark.parametrize(("nbytes", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 KB"), (2.5e12, "2.50 TB")])
 def test_size_text(nbytes: float, text: str) -> None:
-    assert terminal.size_text(nbytes) == text
+    assert size_text(nbytes) == text
 
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(
