@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -27,6 +26,7 @@ from hsnet.backbone import backbone_spec
 from hsnet.errors import CheckpointError, CheckpointMismatch, ConfigError, HSNetError
 from hsnet.model import HSNet
 from hsnet.published import layers_of, split_published
+from pipeline.common.files import whole
 from pipeline.features.recipe import Recipe, difference_lines
 from pipeline.features.weights import weights_of
 from pipeline.heads.config import RunConfig
@@ -232,17 +232,12 @@ def import_published(source: Path, target: Path, backbone: str | None = None, im
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file beside its place and move it there, so that a reader never meets half of it."""
+    """Write a safetensors file, whole or not at all. Raises CheckpointError if the disk refuses."""
     data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, dict(metadata))
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with part.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, path)
+        with whole(path) as partial:
+            partial.write_bytes(data)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise CheckpointError(f"Cannot write {path}: {error.strerror}. What was there before is unchanged.") from error
 
 
