@@ -99,7 +99,7 @@ def make(
     Example:
       hsnet episodes make pascal --data-root VOC2012 --splits splits --fold 2 --protocol hsnet --out fold2.parquet
     """
-    from pipeline.episodes.manifest import of_protocol
+    from pipeline.episodes.drawing import of_protocol
     from pipeline.episodes.manifest_file import write
     from pipeline.episodes.protocols import resolve
 
@@ -171,12 +171,13 @@ def verify(
     Example:
       hsnet episodes verify fold2.parquet --store voc.zarr
     """
-    from pipeline.episodes.manifest import difference, redraw, resolve
+    from pipeline.episodes.drawing import redraw
+    from pipeline.episodes.manifest import difference, episodes_in
     from pipeline.episodes.manifest_file import read
 
     manifest = read(path)
     index, skipped = _index(dataset, store, data_root, splits, data_options, quiet, manifest.data)
-    resolve(manifest, index, skipped)
+    episodes_in(manifest, index, skipped)
     again = redraw(manifest, index)
     found = None if again is None else difference(manifest, again)
     drawn = "imported: there is nothing to draw again" if again is None else "drawn again: the same episodes"
@@ -261,7 +262,8 @@ def _index(
 
 
 def _facts(path: Path, manifest: Manifest) -> dict[str, Any]:
-    from pipeline.episodes.manifest import balance_of, notes, published_name
+    from pipeline.episodes.balance import balance_of, notes
+    from pipeline.episodes.published import published_name
 
     balance = balance_of(manifest)
     return {

@@ -303,7 +303,7 @@ def resolve(name: str = "default", **overrides: Any) -> Protocol:
     return replace(PROTOCOLS[name][0], **given)
 
 
-def parse_choice(text: str) -> tuple[str, Any]:
+def protocol_choice(text: str) -> tuple[str, Any]:
     """ "shots=1,5" -> ("shots", (1, 5)): a choice as it is written on a command line, for `resolve`.
 
     Raises:

@@ -22,7 +22,7 @@ DTYPES = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
 NORMALISATION = "rgb/255, minus (0.485, 0.456, 0.406), over (0.229, 0.224, 0.225)"
 RESIZE = "Pillow bilinear to a square; labels nearest, source = floor(target * in / out)"
 LARGEST_IMAGE = 4096
-FORMAT = 1
+STORE_FORMAT = 1
 """Version of the store's layout. A reader refuses a higher one."""
 
 
@@ -91,7 +91,7 @@ class Recipe:
     """Layers read, shallow to deep."""
     normalisation: str = NORMALISATION
     resize: str = RESIZE
-    format: int = FORMAT
+    format: int = STORE_FORMAT
     coding: Coding | None = None
     """Of coded features only."""
 

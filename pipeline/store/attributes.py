@@ -14,7 +14,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from hsnet.errors import ConfigError, DataError, StoreError
 from pipeline.common.files import read_json, replace_json, whole_folder
 from pipeline.datasets.index import DatasetIndex
-from pipeline.features.recipe import FORMAT, Recipe
+from pipeline.features.recipe import STORE_FORMAT, Recipe
 from pipeline.store.arrays import ZSTD_LEVEL
 from pipeline.store.small_arrays import read_small
 from pipeline.store.states import Placement, State, StoreFacts
@@ -48,9 +48,9 @@ def read_facts(root: Path) -> StoreFacts:
             f"'hsnet_store'. Nothing was changed."
         )
     version = values.get("format")
-    if version not in (FORMAT, GROWN_FORMAT):
+    if version not in (STORE_FORMAT, GROWN_FORMAT):
         raise StoreError(
-            f"{root} has store format {version!r}; this version of the program reads formats {FORMAT} and "
+            f"{root} has store format {version!r}; this version of the program reads formats {STORE_FORMAT} and "
             f"{GROWN_FORMAT}. Use the version that wrote it, or extract into a new store."
         )
     try:
@@ -66,7 +66,7 @@ def attributes(facts: StoreFacts, name: str) -> dict[str, Any]:
     """The attribute `hsnet_store`; `name` is the data set's. `read_facts` reads it."""
     grown = len(facts.states) > 1
     return {
-        "format": GROWN_FORMAT if grown else FORMAT,
+        "format": GROWN_FORMAT if grown else STORE_FORMAT,
         "recipe": facts.recipe.to_dict(),
         "dataset": {"name": name, **facts.states[facts.current].to_dict()},
         "shard_images": facts.shard_images,

@@ -23,7 +23,7 @@ from torch import nn
 from hsnet.errors import DataError
 from pipeline.common.files import PARTIAL, whole, whole_folder, write_table
 from pipeline.datasets.index import DatasetIndex, Split
-from pipeline.episodes import manifest, manifest_file
+from pipeline.episodes import drawing, manifest_file
 from pipeline.features.recipe import Recipe
 from pipeline.heads.config import RunConfig
 from pipeline.heads.run_dir import Progress, RunDir
@@ -100,7 +100,7 @@ THINGS = {
     "config.json": lambda path, version: run_dir(path),
     "resume.safetensors": save_run,
     "last.safetensors": save_run,
-    "manifest.parquet": lambda path, version: manifest_file.write(path, manifest.make(INDEX, 0, version)),
+    "manifest.parquet": lambda path, version: manifest_file.write(path, drawing.make(INDEX, 0, version)),
     "_done/000002.json": lambda path, version: fill(path.parents[1], version),
     "zarr.json": change_facts,
 }
