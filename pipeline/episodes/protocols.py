@@ -10,9 +10,10 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, get_type_hints
 
 from hsnet.errors import ConfigError
+from pipeline.common.fields import from_json, read_choice
 
 DRAWS = ("stream", "reference")
 BALANCES = ("listed", "class")
@@ -163,16 +164,11 @@ class Protocol:
         Raises:
             ConfigError: unknown or missing fields, a value out of range, or a digest of other values.
         """
-        known = {item.name for item in fields(cls)}
-        if not isinstance(values, Mapping) or set(values) - {"digest"} != known:
-            found = ", ".join(map(str, values)) if isinstance(values, Mapping) else type(values).__name__
-            raise ConfigError(f"A protocol has the fields {', '.join(sorted(known))}; found: {found[:200]}.")
-        given: dict[str, Any] = {
-            name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in known
-        }
-        protocol = cls(**given)
-        if values.get("digest", protocol.digest) != protocol.digest:
-            raise ConfigError(f"A protocol says digest {values['digest']}, but its values have {protocol.digest}.")
+        plain = {k: v for k, v in values.items() if k != "digest"} if isinstance(values, Mapping) else values
+        protocol = from_json(cls, plain, "A protocol", may_lack=())
+        digest = values.get("digest", protocol.digest) if isinstance(values, Mapping) else None
+        if digest != protocol.digest:
+            raise ConfigError(f"A protocol says digest {digest}, but its values have {protocol.digest}.")
         return protocol
 
     def lines(self) -> dict[str, str]:
@@ -309,22 +305,7 @@ def protocol_choice(text: str) -> tuple[str, Any]:
     Raises:
         ConfigError: not of the form KEY=VALUE, no such choice, or a value of another kind.
     """
-    name, equals, value = text.partition("=")
-    kinds = {item.name: str(item.type) for item in fields(Protocol) if item.name != "name"}
-    if not equals or name not in kinds:
-        raise ConfigError(f"'{text}' is not CHOICE=VALUE with a choice of {', '.join(kinds)}.")
-    try:
-        if kinds[name].startswith("tuple"):
-            return name, tuple(int(part) for part in value.split(","))
-        if kinds[name] == "bool":
-            return name, {"true": True, "yes": True, "false": False, "no": False}[value.lower()]
-        if kinds[name].startswith("int"):
-            return name, int(value)
-        return name, float(value) if kinds[name] == "float" else value
-    except (ValueError, KeyError):
-        wanted = {"bool": "yes or no", "float": "a number", "int": "a whole number", "int | None": "a whole number"}
-        expected = wanted.get(kinds[name], "whole numbers with commas between them")
-        raise ConfigError(f"{name} must be {expected}, got '{value}'.") from None
+    return read_choice(text, {name: kind for name, kind in get_type_hints(Protocol).items() if name != "name"})
 
 
 def _plain(protocol: Protocol) -> dict[str, Any]:

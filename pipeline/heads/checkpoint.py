@@ -26,6 +26,7 @@ from hsnet.backbone import backbone_spec
 from hsnet.errors import CheckpointError, CheckpointMismatch, ConfigError, HSNetError
 from hsnet.model import HSNet
 from hsnet.published import layers_of, split_published
+from pipeline.common.fields import from_json
 from pipeline.common.files import whole
 from pipeline.features.recipe import Recipe, difference_lines
 from pipeline.features.weights import weights_of
@@ -74,25 +75,7 @@ class CheckpointInfo:
         values = json.loads(text)
         if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
             raise ConfigError(f"its header is not of format {FORMAT}")
-        recipe, config = Recipe.from_dict(values.pop("recipe", None)), values.pop("config", None)
-        scores = values.get("scores") or {}
-        plain = isinstance(scores, dict) and all(isinstance(score, int | float) for score in scores.values())
-        if not plain or type(values.get("step")) is not int or not isinstance(values.get("origin"), str):
-            raise ConfigError("its header has a step, origin or scores of another type")
-        if not isinstance(values.get("learner"), dict):
-            raise ConfigError("its header does not describe a learner")
-        classes = values.pop("classes", None)
-        if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
-            raise ConfigError("its header has class names of another type")
-        try:
-            return cls(
-                recipe=recipe,
-                config=None if config is None else RunConfig.from_dict(config),
-                classes=None if classes is None else tuple(classes),
-                **values,
-            )
-        except TypeError as error:
-            raise ConfigError(f"its header has wrong fields ({error})") from None
+        return from_json(cls, values, "its header")
 
 
 @dataclass(frozen=True)
