@@ -116,14 +116,14 @@ def make(
     index, skipped = _index(dataset, store, data_root, splits, data_options, quiet)
     planned = of_protocol(rules, index, fold, skipped)
     results, texts = [], []
-    for one in planned:
-        same_seed = sum(other.seed == one.seed for other in planned)
-        name = out.stem + (f"-{one.manifest.shots}shot" if same_seed > 1 else "")
-        name += f"-seed{one.seed}" if len(rules.seeds) > 1 else ""
+    for test in planned:
+        same_seed = sum(other.seed == test.seed for other in planned)
+        name = out.stem + (f"-{test.manifest.shots}shot" if same_seed > 1 else "")
+        name += f"-seed{test.seed}" if len(rules.seeds) > 1 else ""
         path = out.with_name(name + (out.suffix or ".parquet"))
-        write(path, one.manifest)
-        results.append(_facts(path, one.manifest))
-        texts.append(_text(path, one.manifest))
+        write(path, test.manifest)
+        results.append(_facts(path, test.manifest))
+        texts.append(_text(path, test.manifest))
     return emit(results, "\n\n".join(texts), as_json)
 
 
@@ -179,13 +179,17 @@ def verify(
     index, skipped = _index(dataset, store, data_root, splits, data_options, quiet, manifest.data)
     episodes_in(manifest, index, skipped)
     again = redraw(manifest, index)
-    found = None if again is None else difference(manifest, again)
+    first_difference = None if again is None else difference(manifest, again)
     drawn = "imported: there is nothing to draw again" if again is None else "drawn again: the same episodes"
-    if found:
-        drawn = f"drawn again, other episodes came out; first difference (file, now): {printable(found)}"
-    facts = {**_facts(path, manifest), "drawn_again": None if again is None else not found, "difference": found}
+    if first_difference:
+        drawn = f"drawn again, other episodes came out; first difference (file, now): {printable(first_difference)}"
+    facts = {
+        **_facts(path, manifest),
+        "drawn_again": None if again is None else not first_difference,
+        "difference": first_difference,
+    }
     emit(facts, f"{printable(path)}: {len(manifest):,} episodes, all of these data; {drawn}", as_json)
-    if found:
+    if first_difference:
         ctx.exit(1)
 
 

@@ -41,11 +41,11 @@ def balance_of(manifest: Manifest) -> Balance:
 
 def notes(manifest: Manifest) -> tuple[str, ...]:
     """What a reader of a score on these episodes should know."""
-    found, balance = [], balance_of(manifest)
+    texts, balance = [], balance_of(manifest)
     class_id, most = max(balance.per_class.items(), key=lambda item: item[1])
     with_episodes = len(balance.per_class) - len(balance.empty)
     if with_episodes > 1 and most >= 2 * len(manifest) / with_episodes:
-        found.append(
+        texts.append(
             f"{most:,} of the {len(manifest):,} episodes are of class '{manifest.classes[class_id]}' "
             f"({100 * most / len(manifest):.0f} %): FB-IoU mostly tells of it, and the other classes have wider "
             f"intervals. Balanced episodes have the same number of each."
@@ -53,10 +53,10 @@ def notes(manifest: Manifest) -> tuple[str, ...]:
     if balance.empty:
         names = ", ".join(f"'{manifest.classes[c]}'" for c in balance.empty[:5])
         more = f" and {len(balance.empty) - 5} more" if len(balance.empty) > 5 else ""
-        found.append(f"No episode of {names}{more}: a class without one counts as IoU 0 in the mean.")
+        texts.append(f"No episode of {names}{more}: a class without one counts as IoU 0 in the mean.")
     if balance.repeating:
-        found.append(
+        texts.append(
             f"{balance.repeating:,} of the {len(manifest):,} episodes show a support twice or more, as the published "
             f"code allows."
         )
-    return tuple(found)
+    return tuple(texts)

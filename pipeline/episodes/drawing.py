@@ -69,7 +69,7 @@ def make(
             balance=balance,
         )
         drawn = [stream[number] for number in range(episodes)]
-    made = {
+    origin = {
         "draw": draw,
         "episodes": episodes,
         "seed": seed,
@@ -77,7 +77,7 @@ def make(
         "repeat_supports": repeat_supports,
         "skipped": sorted(index.images[image] for image in skipped),
     }
-    return of_episodes(index, fold, role, drawn, made)
+    return of_episodes(index, fold, role, drawn, origin)
 
 
 def of_protocol(protocol: Protocol, index: DatasetIndex, fold: int, skipped: Collection[int] = ()) -> list[PlannedTest]:
@@ -111,13 +111,13 @@ def redraw(manifest: Manifest, index: DatasetIndex) -> Manifest | None:
     Raises:
         ConfigError, DataError: what it says cannot be done with this index.
     """
-    made = manifest.made
-    if made.get("draw") not in DRAWS:
+    origin = manifest.made
+    if origin.get("draw") not in DRAWS:
         return None
     numbers = {image_id: number for number, image_id in enumerate(index.images)}
     try:
-        skipped = [numbers[image] for image in made["skipped"]]
-        choices = {name: made[name] for name in ("episodes", "seed", "draw", "balance", "repeat_supports")}
+        skipped = [numbers[image] for image in origin["skipped"]]
+        choices = {name: origin[name] for name in ("episodes", "seed", "draw", "balance", "repeat_supports")}
     except (KeyError, TypeError) as error:
         raise DataError(f"The manifest does not say how it was made: {error}. It cannot be drawn again.") from error
     return make(index, manifest.fold, manifest.shots, role=manifest.role, skipped=skipped, **choices)

@@ -78,7 +78,7 @@ class Protocol:
     """Per fold, seed and number of shots."""
     shots: tuple[int, ...] = (1, 5)
     seeds: tuple[int, ...] = (0,)
-    """Of the episodes; several give several sets of episodes, so the spread between them can be told."""
+    """Seeds of the episodes; several give several sets of episodes, so the spread between them can be told."""
     draw: str = "stream"
     """ "stream": counter-based episodes, fewer shots being the first supports of more. "reference": the published
     code's own sequence, drawn anew for every number of shots."""
@@ -182,43 +182,43 @@ class Protocol:
         elif self.tau != 0.5:
             fused += f" {'>' if self.strict else '>='} {self.tau:g}"
         seeds = ", ".join(map(str, self.seeds))
-        found = {
+        facts = {
             "protocol": f"{self.name} ({self.digest[:15]})",
             "episodes": f"{self.episodes:,} per fold, {drawn}, seed {seeds}, {balanced}{several}",
             "shots": f"{', '.join(map(str, self.shots))}, {fused}",
             "scored at": str(self.policy),
         }
         if self.changes:
-            found["changed"] = "; ".join(
+            facts["changed"] = "; ".join(
                 f"{k} {_text(new)} (was {_text(old)})" for k, (old, new) in self.changes.items()
             )
-        return found
+        return facts
 
     def departures(self, *, dataset: str, image_size: int, has_ignore: bool) -> tuple[str, ...]:
         """Where the data and the store cannot give what the protocol says: notes to print and to keep with a result.
 
         They do not stop an evaluation: the score is a fair one, but not the one that the protocol's name promises.
         """
-        found = []
+        notes = []
         if self.image_size is not None and image_size != self.image_size:
-            found.append(
+            notes.append(
                 f"Protocol {self.name} asks for {self.image_size} px, the store has {image_size} px: the score is not "
                 f"comparable with others of that name."
             )
         if self.draw == "reference" and dataset == "fss" and self.episodes != 2400:
-            found.append(
+            notes.append(
                 f"The published code tests FSS-1000 on all 2,400 listed photos, not on {self.episodes:,} "
                 f"(protocol hsnet-fss)."
             )
         if self.draw == "reference" and dataset not in ("pascal", "coco", "fss"):
-            found.append(
+            notes.append(
                 f"The published code knows no data set '{dataset}': its way of drawing is used on these lists."
             )
         if self.draw == "reference" and self.seeds != (0,):
-            found.append("The published code's episodes are those of seed 0; another seed gives others.")
+            notes.append("The published code's episodes are those of seed 0; another seed gives others.")
         if self.ignore and not has_ignore:
-            found.append("The data set has no ignore label: every pixel counts.")
-        return tuple(found)
+            notes.append("The data set has no ignore label: every pixel counts.")
+        return tuple(notes)
 
 
 _HSNET = Protocol(name="hsnet", shots=(1, 5), draw="reference", image_size=400)

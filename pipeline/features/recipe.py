@@ -42,7 +42,7 @@ class Coding:
     positions: int
     """Feature vectors of a layer in the sample, at most."""
     seed: int
-    """Of the sample."""
+    """Seed of the sample."""
     fit: str
     """"sha256:..." over the arrays of the fit."""
     level_bytes: tuple[int, ...]
@@ -91,7 +91,7 @@ class Recipe:
     resize: str = RESIZE
     format: int = STORE_FORMAT
     coding: Coding | None = None
-    """Of coded features only."""
+    """How features are coded; None if they are not."""
 
     def __post_init__(self) -> None:
         require_types(self, "A recipe")
@@ -166,8 +166,8 @@ class Recipe:
         """Field -> (value here, value in `other`), for the fields that differ."""
         pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
         if self.coding and other.coding:
-            one, two = asdict(self.coding), asdict(pairs.pop("coding")[1])
-            pairs |= {f"coding {name}": (one[name], two[name]) for name in one}
+            mine, theirs = asdict(self.coding), asdict(pairs.pop("coding")[1])
+            pairs |= {f"coding {name}": (mine[name], theirs[name]) for name in mine}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
     def to_dict(self) -> dict[str, object]:
