@@ -17,7 +17,7 @@ from hsnet.errors import ConfigError, ShapeError
 from hsnet.model import predict_mask, resize_logits
 
 ONE_SHOT_FUSIONS = ("vote", "logits", "probabilities")
-"""Those made of K one-shot answers."""
+"""Fusions made of K one-shot answers."""
 
 
 def fuse(

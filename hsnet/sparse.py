@@ -211,9 +211,9 @@ class _AddSupportSide(torch.autograd.Function):
         ctx.save_for_backward(values, weight)
         ctx.rows, ctx.offsets = rows, offsets
         flat, kernel = values.flatten(2), _by_offset(weight)
-        for place, met, where in zip(out.flatten(2), rows, offsets, strict=True):
+        for target, met, where in zip(out.flatten(2), rows, offsets, strict=True):
             if len(met):
-                place.addmm_(kernel[:, where].flatten(1), flat.index_select(0, met).flatten(0, 1))
+                target.addmm_(kernel[:, where].flatten(1), flat.index_select(0, met).flatten(0, 1))
         return out
 
     @staticmethod
@@ -223,13 +223,13 @@ class _AddSupportSide(torch.autograd.Function):
         flat, kernel = values.flatten(2), _by_offset(weight)
         for_values = torch.zeros_like(flat) if ctx.needs_input_grad[1] else None
         for_kernel = torch.zeros_like(kernel)
-        for place, met, where in zip(gradients[0].flatten(2), ctx.rows, ctx.offsets, strict=True):
+        for gradient, met, where in zip(gradients[0].flatten(2), ctx.rows, ctx.offsets, strict=True):
             if not len(met):
                 continue
             gathered = flat.index_select(0, met).flatten(0, 1)
-            for_kernel.index_add_(1, where, (place @ gathered.t()).unflatten(1, (len(met), -1)))
+            for_kernel.index_add_(1, where, (gradient @ gathered.t()).unflatten(1, (len(met), -1)))
             if for_values is not None:
-                back = kernel[:, where].flatten(1).t() @ place
+                back = kernel[:, where].flatten(1).t() @ gradient
                 for_values.index_add_(0, met, back.unflatten(0, (len(met), -1)))
         return (
             gradients[0],
@@ -331,4 +331,4 @@ def _moments(
 
 
 _TINY = 1e-20
-"""In place of GroupNorm's own eps, which is added to the combined variance; keeps a constant row's variance finite."""
+"""Replaces GroupNorm's own eps, which is added to the combined variance; keeps a constant row's variance finite."""
