@@ -37,7 +37,6 @@ from PIL import Image
 
 from benchmarks import timing
 from benchmarks.inputs import disc, picture
-from hsnet import torchvision_ops  # noqa: F401  (must run before torchvision is imported)
 from hsnet.backbone import FrozenBackbone, random_state_dict
 from pipeline.common.runner import one_torch_thread
 from pipeline.datasets import Dataset, open_dataset

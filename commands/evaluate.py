@@ -39,7 +39,7 @@ from commands.terminal import Progress, fact_lines, plain, set_up_logging, table
 if TYPE_CHECKING:
     from pipeline.datasets import Dataset
     from pipeline.datasets.index import DatasetIndex
-    from pipeline.episodes.manifest import Planned
+    from pipeline.episodes.drawing import PlannedTest
     from pipeline.episodes.protocols import Protocol
     from pipeline.heads.methods import Method
     from pipeline.loading.source import FeatureSource
@@ -196,7 +196,7 @@ def _evaluate(
         click.echo(f"Fitting the {baseline} baseline on training episodes", err=True) if not quiet else None
         fold = fold or 0
         method = (methods.cosine if baseline == "cosine" else methods.location)(source, fold, rules.seeds[0])
-    planned: tuple[Planned, ...] = ()
+    planned: tuple[PlannedTest, ...] = ()
     if manifest is not None:
         planned, rules = _from_file(manifest, rules, shots)
         fold = planned[0].manifest.fold
@@ -252,9 +252,9 @@ def _evaluate(
     return printed
 
 
-def _from_file(path: Path, rules: Protocol, shots: tuple[int, ...] | None) -> tuple[tuple[Planned, ...], Protocol]:
+def _from_file(path: Path, rules: Protocol, shots: tuple[int, ...] | None) -> tuple[tuple[PlannedTest, ...], Protocol]:
     """The episodes of a manifest, and the rules with what it decides."""
-    from pipeline.episodes.manifest import Planned
+    from pipeline.episodes.drawing import PlannedTest
     from pipeline.episodes.manifest_file import read
 
     stored = read(path)
@@ -262,7 +262,7 @@ def _from_file(path: Path, rules: Protocol, shots: tuple[int, ...] | None) -> tu
     made = {name: stored.made[name] for name in ("draw", "balance", "repeat_supports") if name in stored.made}
     seed = int(stored.made.get("seed", 0))
     fixed = dataclasses.replace(rules, episodes=len(stored), shots=wanted, seeds=(seed,), role=stored.role, **made)
-    return (Planned(wanted, seed, stored.first(wanted[-1])),), fixed
+    return (PlannedTest(wanted, seed, stored.first(wanted[-1])),), fixed
 
 
 def _given(**choices: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from hsnet.errors import ConfigError
-from pipeline.episodes.protocols import PROTOCOLS, parse_choice
+from pipeline.episodes.protocols import PROTOCOLS, protocol_choice
 
 # Spelt out, because the tables they come from import torch; tests compare them.
 BACKBONES = ("vgg16", "resnet50", "resnet101", "squeezenet1_1")
@@ -106,7 +106,7 @@ class ProtocolChoice(click.ParamType):
         if isinstance(value, tuple):
             return value
         try:
-            return parse_choice(str(value))
+            return protocol_choice(str(value))
         except ConfigError as error:
             self.fail(str(error), param, ctx)
 

@@ -101,7 +101,11 @@ def _packages() -> Iterator[Finding]:
             yield Finding(package, "fail", f"{version}, but {minimum} or later is needed", todo)
             continue
         try:
-            importlib.import_module(_IMPORT_FIRST.get(module, module))
+            if module == "torchvision":
+                from hsnet.torchvision_ops import ensure_importable  # which needs torch
+
+                ensure_importable()
+            importlib.import_module(module)
         except Exception as error:
             yield Finding(package, "fail", f"{version}, but importing {module} fails: {error}", "reinstall it")
         else:
@@ -109,8 +113,6 @@ def _packages() -> Iterator[Finding]:
 
 
 _IMPORT_NAMES = {"Jinja2": "jinja2", "Pillow": "PIL", "PyYAML": "yaml"}
-# Makes torchvision importable where its compiled operators do not load; no network of ours uses them.
-_IMPORT_FIRST = {"torchvision": "hsnet.torchvision_ops"}
 
 
 def _requirements() -> list[tuple[str, str]]:
@@ -294,8 +296,10 @@ def _weights() -> Iterator[Finding]:
             except WeightsError as error:
                 yield Finding(f"weights {name}", "fail", str(error), f"install {DISTRIBUTION} again")
             continue
-        from hsnet import torchvision_ops  # noqa: F401  (must run before torchvision is imported)
-        from torchvision.models import get_model_weights  # isort: skip
+        from hsnet.torchvision_ops import ensure_importable
+
+        ensure_importable()
+        from torchvision.models import get_model_weights
 
         file = cache / Path(get_model_weights(name)[weights.PUBLISHED].url).name
         if file.is_file():

@@ -25,8 +25,8 @@ from hsnet.model import resize_logits
 from pipeline.common.machine import environment
 from pipeline.common.runner import Runner, SerialRunner, in_groups
 from pipeline.datasets.index import DatasetIndex
-from pipeline.episodes.manifest import Planned, of_protocol
-from pipeline.episodes.manifest import resolve as resolve_manifest
+from pipeline.episodes.drawing import PlannedTest, of_protocol
+from pipeline.episodes.manifest import episodes_in
 from pipeline.episodes.protocols import FUSIONS, POLICIES, Policy, Protocol
 from pipeline.episodes.stream import Episode
 from pipeline.heads.segmenters import Answers, Segmenter
@@ -112,7 +112,7 @@ def evaluate(
     protocol: Protocol,
     fusions: Sequence[str] = (),
     dataset: Dataset | None = None,
-    manifests: Sequence[Planned] = (),
+    manifests: Sequence[PlannedTest] = (),
     skipped: Sequence[int] = (),
     runner: Runner | None = None,
     device: str = "cpu",
@@ -246,8 +246,8 @@ def count_one_shot(answers: Answers, batch: EpisodeBatch) -> Tensor:
     return count(answers.masks(size)[0], batch.target, batch.ignore)
 
 
-def _blocks(planned: Planned, index: DatasetIndex, skipped: Sequence[int]) -> list[_Block]:
-    drawn = resolve_manifest(planned.manifest, index, skipped)
+def _blocks(planned: PlannedTest, index: DatasetIndex, skipped: Sequence[int]) -> list[_Block]:
+    drawn = episodes_in(planned.manifest, index, skipped)
     digests = {k: planned.manifest.first(k).digest for k in planned.shots}
     return [
         _Block(first, tuple(drawn[first : first + BLOCK]), planned.shots, planned.seed, digests)

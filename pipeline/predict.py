@@ -25,6 +25,7 @@ from hsnet.fused import FusedHSNet
 from hsnet.fusion import foreground, fuse
 from hsnet.model import HSNet, resize_logits
 from pipeline.common import render
+from pipeline.common.files import whole
 from pipeline.datasets.images import PHOTO_SUFFIXES, network_image, read_photo, resize_label
 from pipeline.datasets.own_support import Support, read_support
 from pipeline.features.recipe import Recipe
@@ -256,12 +257,5 @@ def _check_out_dir(out_dir: Path, queries: Sequence[Path]) -> None:
 
 
 def _save(picture: Image.Image, path: Path) -> None:
-    """Write and rename, so that no half-written file is left and a link of that name is replaced, not followed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            picture.save(file, format="PNG" if path.suffix == ".png" else "JPEG", quality=90)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with whole(path) as partial:
+        picture.save(partial, format="PNG" if path.suffix == ".png" else "JPEG", quality=90)

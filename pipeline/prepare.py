@@ -25,6 +25,7 @@ import scipy.io
 from PIL import Image
 
 from hsnet.errors import ConfigError, DataError
+from pipeline.common.files import replace_text, whole
 from pipeline.datasets.images import class_label, image_size, read_index_mask, require_same_size
 from pipeline.datasets.index import image_id_problem
 from pipeline.datasets.instances import InstanceMasks
@@ -239,27 +240,20 @@ def _write_mask(path: Path, label: np.ndarray) -> None:
     image = Image.fromarray(label)
     if label.dtype == np.uint8:
         image.putpalette(_palette())
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        image.save(part, "PNG")
-        os.replace(part, path)
+        with whole(path) as partial:
+            image.save(partial, "PNG")
     except OSError as error:
         raise DataError(
             f"{path} cannot be written: {error}. Masks written so far are whole; run again to finish."
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _write_text(path: Path, lines: Sequence[str]) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        os.replace(part, path)
+        replace_text(path, "".join(f"{line}\n" for line in lines))
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error}.") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _link(photos: Path, link: Path) -> None:

@@ -12,10 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import GenericAlias
+from typing import Any, get_type_hints
 
 from hsnet.errors import ConfigError, DataError, HSNetError
 from pipeline.analyze import Score, analyze
+from pipeline.common.fields import read_choice
 from pipeline.common.files import write_table
 from pipeline.common.runner import Runner, SerialRunner
 from pipeline.episodes.protocols import Protocol
@@ -87,26 +89,9 @@ def parse_choice(text: str) -> tuple[str, tuple[Any, ...]]:
     Raises:
         ConfigError: no such field, one that the sweep decides, or a value of another type.
     """
-    kinds = {
-        item.name: str(item.type)
-        for item in fields(RunConfig)
-        if item.name not in _DECIDED and str(item.type) in ("int", "float", "str", "bool")
-    }
-    name, equals, values = text.partition("=")
-    if not equals or name not in kinds:
-        raise ConfigError(f"'{text}' is not CHOICE=VALUE with a choice of {', '.join(kinds)}.")
-    words = {"true": True, "yes": True, "false": False, "no": False}
-    readers: dict[str, Callable[[str], Any]] = {
-        "int": int,
-        "float": float,
-        "str": str,
-        "bool": lambda word: words[word.lower()],
-    }
-    try:
-        return name, tuple(dict.fromkeys(readers[kinds[name]](value.strip()) for value in values.split(",")))
-    except (ValueError, KeyError):
-        wanted = {"int": "whole numbers", "float": "numbers", "bool": "yes or no"}[kinds[name]]
-        raise ConfigError(f"{name} must be {wanted}, got '{values}'.") from None
+    declared = {name: kind for name, kind in get_type_hints(RunConfig).items() if name not in _DECIDED}
+    name, values = read_choice(text, {name: GenericAlias(tuple, (kind, ...)) for name, kind in declared.items()})
+    return name, tuple(dict.fromkeys(values))
 
 
 def make_cases(

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.episodes.manifest import Manifest, Row
+from pipeline.episodes.manifest import ListedEpisode, Manifest
 from pipeline.episodes.protocols import POLICIES, resolve
 from pipeline.scores.rows import COUNTS, METADATA, schema
 
@@ -25,7 +25,7 @@ def episodes_of(classes, n, shots, seed, images):
         class_id = classes[number % len(classes)]
         photos = random.permutation(images)[: shots + 1]
         names = [f"{class_id}/{photo}.jpg" for photo in photos]
-        rows.append(Row(names[0], tuple(names[1:]), class_id))
+        rows.append(ListedEpisode(names[0], tuple(names[1:]), class_id))
     return tuple(rows)
 
 

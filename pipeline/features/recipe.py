@@ -12,6 +12,7 @@ import numpy as np
 from hsnet.backbone import backbone_spec
 from hsnet.errors import ConfigError
 from hsnet.model import squeezed_grids
+from pipeline.common.fields import from_json, require_types
 
 CODED = "coded"
 """Precision of features in a byte budget: see `pipeline.features.budgeted`."""
@@ -22,7 +23,7 @@ DTYPES = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
 NORMALISATION = "rgb/255, minus (0.485, 0.456, 0.406), over (0.229, 0.224, 0.225)"
 RESIZE = "Pillow bilinear to a square; labels nearest, source = floor(target * in / out)"
 LARGEST_IMAGE = 4096
-FORMAT = 1
+STORE_FORMAT = 1
 """Version of the store's layout. A reader refuses a higher one."""
 
 
@@ -41,7 +42,7 @@ class Coding:
     positions: int
     """Feature vectors of a layer in the sample, at most."""
     seed: int
-    """Of the sample."""
+    """Seed of the sample."""
     fit: str
     """"sha256:..." over the arrays of the fit."""
     level_bytes: tuple[int, ...]
@@ -57,10 +58,7 @@ class Coding:
     @classmethod
     def from_dict(cls, values: object) -> Coding:
         """Read what `dataclasses.asdict` gave, by way of JSON. Raises ConfigError for anything else."""
-        names = {f.name for f in fields(cls)}
-        if not isinstance(values, Mapping) or set(values) != names or not isinstance(values["level_bytes"], list):
-            raise ConfigError(f"The recipe's coding has the fields {', '.join(sorted(names))}; found: {values!r}.")
-        return cls(**{**values, "level_bytes": tuple(values["level_bytes"])})
+        return from_json(cls, values, "The recipe's coding")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,19 +89,12 @@ class Recipe:
     """Layers read, shallow to deep."""
     normalisation: str = NORMALISATION
     resize: str = RESIZE
-    format: int = FORMAT
+    format: int = STORE_FORMAT
     coding: Coding | None = None
-    """Of coded features only."""
+    """How features are coded; None if they are not."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if field.name == "coding":
-                continue
-            wanted = {"image_size": int, "format": int, "taps": tuple}.get(field.name, str)
-            if type(getattr(self, field.name)) is not wanted:
-                raise ConfigError(
-                    f"Recipe field '{field.name}' must be {wanted.__name__}, got {getattr(self, field.name)!r}."
-                )
+        require_types(self, "A recipe")
         if not re.fullmatch(r"sha256:[0-9a-f]{64}", self.weights):
             raise ConfigError(f"Recipe field 'weights' must be 'sha256:' and 64 hex digits, got {self.weights!r}.")
         if self.precision not in (*DTYPES, CODED):
@@ -112,8 +103,6 @@ class Recipe:
             raise ConfigError(f"Recipe field 'coding' does not fit precision '{self.precision}': {self.coding!r}.")
         if not 1 <= self.image_size <= LARGEST_IMAGE:
             raise ConfigError(f"Image size must be 1 to {LARGEST_IMAGE} pixels, got {self.image_size}.")
-        if not all(isinstance(tap, str) for tap in self.taps):
-            raise ConfigError(f"Recipe field 'taps' must hold layer names, got {self.taps!r}.")
 
     @classmethod
     def of(cls, backbone: str, weights: str, image_size: int = 400, precision: str = "int8") -> Recipe:
@@ -177,8 +166,8 @@ class Recipe:
         """Field -> (value here, value in `other`), for the fields that differ."""
         pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
         if self.coding and other.coding:
-            one, two = asdict(self.coding), asdict(pairs.pop("coding")[1])
-            pairs |= {f"coding {name}": (one[name], two[name]) for name in one}
+            mine, theirs = asdict(self.coding), asdict(pairs.pop("coding")[1])
+            pairs |= {f"coding {name}": (mine[name], theirs[name]) for name in mine}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
     def to_dict(self) -> dict[str, object]:
@@ -194,13 +183,7 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: object) -> Recipe:
         """Read what `to_dict` gave. Raises ConfigError for anything else."""
-        names = [f.name for f in fields(cls) if f.name != "coding"]
-        if not isinstance(values, Mapping) or sorted(map(str, values.keys() - {"coding"})) != sorted(names):
-            found = ", ".join(map(str, values)) if isinstance(values, Mapping) else type(values).__name__
-            raise ConfigError(f"A recipe has the fields {', '.join(names)}; found: {found}.")
-        taps = values["taps"]
-        coding = Coding.from_dict(values["coding"]) if "coding" in values else None
-        return cls(**{**values, "taps": tuple(taps) if isinstance(taps, list) else taps, "coding": coding})
+        return from_json(cls, values, "A recipe", may_lack=("coding",))
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:

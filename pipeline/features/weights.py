@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hsnet.backbone import FrozenBackbone, backbone_spec, random_state_dict
 from hsnet.errors import ConfigError, WeightsError
+from hsnet.torchvision_ops import ensure_importable
 
 log = logging.getLogger(__name__)
 
@@ -149,8 +150,8 @@ def _read_file(path: Path) -> Mapping[str, object]:
 
 
 def _download(backbone: str) -> tuple[Mapping[str, object], str]:
-    from hsnet import torchvision_ops  # noqa: F401  (must run before torchvision is imported)
-    from torchvision.models import get_model_weights  # isort: skip
+    ensure_importable()
+    from torchvision.models import get_model_weights
 
     entry = get_model_weights(backbone)[PUBLISHED]
     try:

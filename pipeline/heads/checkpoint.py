@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -27,6 +26,8 @@ from hsnet.backbone import backbone_spec
 from hsnet.errors import CheckpointError, CheckpointMismatch, ConfigError, HSNetError
 from hsnet.model import HSNet
 from hsnet.published import layers_of, split_published
+from pipeline.common.fields import from_json
+from pipeline.common.files import whole
 from pipeline.features.recipe import Recipe, difference_lines
 from pipeline.features.weights import weights_of
 from pipeline.heads.config import RunConfig
@@ -74,25 +75,7 @@ class CheckpointInfo:
         values = json.loads(text)
         if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
             raise ConfigError(f"its header is not of format {FORMAT}")
-        recipe, config = Recipe.from_dict(values.pop("recipe", None)), values.pop("config", None)
-        scores = values.get("scores") or {}
-        plain = isinstance(scores, dict) and all(isinstance(score, int | float) for score in scores.values())
-        if not plain or type(values.get("step")) is not int or not isinstance(values.get("origin"), str):
-            raise ConfigError("its header has a step, origin or scores of another type")
-        if not isinstance(values.get("learner"), dict):
-            raise ConfigError("its header does not describe a learner")
-        classes = values.pop("classes", None)
-        if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
-            raise ConfigError("its header has class names of another type")
-        try:
-            return cls(
-                recipe=recipe,
-                config=None if config is None else RunConfig.from_dict(config),
-                classes=None if classes is None else tuple(classes),
-                **values,
-            )
-        except TypeError as error:
-            raise ConfigError(f"its header has wrong fields ({error})") from None
+        return from_json(cls, values, "its header")
 
 
 @dataclass(frozen=True)
@@ -232,17 +215,12 @@ def import_published(source: Path, target: Path, backbone: str | None = None, im
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file beside its place and move it there, so that a reader never meets half of it."""
+    """Write a safetensors file, whole or not at all. Raises CheckpointError if the disk refuses."""
     data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, dict(metadata))
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with part.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, path)
+        with whole(path) as partial:
+            partial.write_bytes(data)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise CheckpointError(f"Cannot write {path}: {error.strerror}. What was there before is unchanged.") from error
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from hsnet.backbone import backbone_spec
 from hsnet.errors import ConfigError
 from hsnet.fused import ARITHMETIC
+from pipeline.common.fields import from_json
 from pipeline.features.recipe import Recipe
 
 SELECT_ON = ("val", "test", "none")
@@ -107,15 +108,4 @@ class RunConfig:
         Raises:
             ConfigError: an unknown field, a missing one without a default, or a value of another type.
         """
-        known = {item.name: item for item in fields(cls)}
-        needed = {name for name, item in known.items() if item.default is MISSING and item.default_factory is MISSING}
-        if not isinstance(values, Mapping) or not needed <= set(values) <= set(known):
-            found = ", ".join(map(str, values)) if isinstance(values, Mapping) else type(values).__name__
-            raise ConfigError(f"a run configuration has the fields {', '.join(sorted(known))}; found: {found}")
-        plain = {name: value for name, value in values.items() if name != "recipe"}
-        kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
-        for name, value in plain.items():
-            wanted = kinds.get(str(known[name].type))
-            if wanted and (not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted)):
-                raise ConfigError(f"in a run configuration {name} must be {known[name].type}, got {value!r}")
-        return cls(recipe=Recipe.from_dict(values["recipe"]), **plain)
+        return from_json(cls, values, "A run configuration")

@@ -12,7 +12,6 @@ run/
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from hsnet.errors import CheckpointError, ConfigError
+from pipeline.common.files import PARTIAL, replace_text
 from pipeline.features.recipe import difference_lines
 from pipeline.heads.checkpoint import BEST, LAST, CheckpointInfo, read_tensors, save_checkpoint, write_tensors
 from pipeline.heads.config import RunConfig
@@ -59,12 +59,12 @@ class RunDir:
         self.classes = tuple(classes)
         if self._config_file.is_file():
             self._compare()
-        elif path.is_dir() and any(path.iterdir()):
+        elif path.is_dir() and any(entry.suffix != PARTIAL for entry in path.iterdir()):
             raise CheckpointError(f"{path} is not empty and holds no run ({self._config_file.name}). Choose another.")
         if write:
             try:
                 path.mkdir(parents=True, exist_ok=True)
-                _replace(self._config_file, json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n")
+                replace_text(self._config_file, json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n")
             except OSError as error:
                 raise CheckpointError(f"Cannot write the run directory {path}: {error.strerror}.") from error
 
@@ -122,7 +122,7 @@ class RunDir:
         if self._metrics_file.is_file():
             lines = self.metrics()
             kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
-            _replace(self._metrics_file, "".join(kept))
+            replace_text(self._metrics_file, "".join(kept))
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl; lines cut short by a crash are left out."""
@@ -164,9 +164,3 @@ def _load_moments(model: nn.Module, optimiser: torch.optim.Optimizer, tensors: M
     for name, parameter in model.named_parameters():
         moments = {m: tensors[f"{m}.{name}"].to(parameter.device) for m in _MOMENTS}
         optimiser.state[parameter] = {"step": torch.tensor(float(step)), **moments}
-
-
-def _replace(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text)
-    os.replace(part, path)

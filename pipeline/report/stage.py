@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hsnet.errors import DataError, HSNetError
+from pipeline.common.files import whole
 from pipeline.common.text import printable
 from pipeline.report import facts, plots, tables
 from pipeline.report.gallery import Gallery, Places, make_gallery
@@ -192,12 +192,9 @@ def _part(name: str) -> str:
 
 def _write(path: Path, text: str) -> None:
     """Whole or not at all. Raises DataError if the place cannot be written."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(text.encode("utf-8", "backslashreplace"))
-        os.replace(part, path)
+        with whole(path) as partial:
+            partial.write_bytes(text.encode("utf-8", "backslashreplace"))
     except OSError as error:
-        if part.is_file():
-            part.unlink()
         raise DataError(f"Cannot write {path}: {error.strerror or error}. Nothing was left there.") from error

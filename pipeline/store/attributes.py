@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from hsnet.errors import ConfigError, DataError, StoreError
-from pipeline.common.files import read_json, replace_json, sync_folder
+from pipeline.common.files import read_json, replace_json, whole_folder
 from pipeline.datasets.index import DatasetIndex
-from pipeline.features.recipe import FORMAT, Recipe
+from pipeline.features.recipe import STORE_FORMAT, Recipe
 from pipeline.store.arrays import ZSTD_LEVEL
 from pipeline.store.small_arrays import read_small
 from pipeline.store.states import Placement, State, StoreFacts
@@ -49,9 +48,9 @@ def read_facts(root: Path) -> StoreFacts:
             f"'hsnet_store'. Nothing was changed."
         )
     version = values.get("format")
-    if version not in (FORMAT, GROWN_FORMAT):
+    if version not in (STORE_FORMAT, GROWN_FORMAT):
         raise StoreError(
-            f"{root} has store format {version!r}; this version of the program reads formats {FORMAT} and "
+            f"{root} has store format {version!r}; this version of the program reads formats {STORE_FORMAT} and "
             f"{GROWN_FORMAT}. Use the version that wrote it, or extract into a new store."
         )
     try:
@@ -67,7 +66,7 @@ def attributes(facts: StoreFacts, name: str) -> dict[str, Any]:
     """The attribute `hsnet_store`; `name` is the data set's. `read_facts` reads it."""
     grown = len(facts.states) > 1
     return {
-        "format": GROWN_FORMAT if grown else FORMAT,
+        "format": GROWN_FORMAT if grown else STORE_FORMAT,
         "recipe": facts.recipe.to_dict(),
         "dataset": {"name": name, **facts.states[facts.current].to_dict()},
         "shard_images": facts.shard_images,
@@ -118,25 +117,17 @@ def write_state(root: Path, state: State, index: DatasetIndex, rows: NDArray[np.
 
 
 def _write_line(root: Path, name: str, values: NDArray[Any], content: str) -> None:
-    """Beside its place, forced to disk, then renamed: a name never stands for half an array."""
-    place, partial = root / name, root / f"{name}.partial"
-    for leftover in (partial, place):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    zarr.create_array(
-        str(partial),
-        data=values,
-        chunks=values.shape,
-        filters=None,
-        compressors=[ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()],
-        attributes={"content": content},
-        config={"write_empty_chunks": True},  # a single image is in row 0, which is what zarr takes for empty
-        zarr_format=3,
-    )
-    for path in (path for path in partial.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    for folder in (partial / "c", partial):
-        sync_folder(folder)
-    os.rename(partial, place)
-    sync_folder(root)
+    """Write a one-dimensional array in one chunk, whole or not at all: the attributes do not name it yet."""
+    if (root / name).exists():  # of a growth that was cut off
+        shutil.rmtree(root / name)
+    with whole_folder(root / name) as partial:
+        zarr.create_array(
+            str(partial),
+            data=values,
+            chunks=values.shape,
+            filters=None,
+            compressors=[ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()],
+            attributes={"content": content},
+            config={"write_empty_chunks": True},  # a single image is in row 0, which is what zarr takes for empty
+            zarr_format=3,
+        )

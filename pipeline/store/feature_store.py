@@ -15,9 +15,7 @@ docs/store.md describes it for readers that do not have this program.
 from __future__ import annotations
 
 import errno
-import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cached_property, partial
@@ -30,7 +28,7 @@ from numpy.typing import NDArray
 from zarr.core.buffer.cpu import NDBuffer
 
 from hsnet.errors import ConfigError, DataError, ShapeError, StoreError, StoreIncomplete, StoreMismatch
-from pipeline.common.files import sync_folder
+from pipeline.common.files import sync, whole_folder
 from pipeline.datasets.index import DatasetIndex
 from pipeline.features.budgeted import TransformCodec
 from pipeline.features.recipe import Recipe, difference_lines
@@ -525,7 +523,7 @@ class FeatureStore:
                 for layout, values, array, reader in zip(self._layouts, data, self._arrays, self._readers, strict=True)
             }
             for name in self._names:
-                sync_folder(shard_file(self.root, name, number).parent)
+                sync(shard_file(self.root, name, number).parent)
             facts = ShardFacts(
                 number=number,
                 store=self.identity,
@@ -606,26 +604,22 @@ def _build_remote(
 
 
 def _build(root: Path, recipe: Recipe, index: DatasetIndex, shard_images: int, codec: TransformCodec | None) -> None:
-    """Make the whole skeleton beside its place and rename it: a store is never there with half its metadata."""
+    """Make the whole skeleton or nothing: a store is never there with half its metadata."""
     calm_zarr()
     array_layouts(recipe, index.label_dtype, shard_images)  # an impossible recipe leaves nothing on the disk
     root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}.", suffix=".partial") as folder:
-        new = Path(folder) / "store"
-        state = State(index.digest, len(index.images))
-        facts = StoreFacts(recipe, shard_images, (state,))
-        stored: dict[str, Any] = {"hsnet_store": attributes(facts, index.name)}
-        group = zarr.open_group(str(new), mode="w-", zarr_format=3, attributes=stored)
-        write_state(new, state, index)
-        for layout in array_layouts(recipe, index.label_dtype, shard_images):
-            layout.create(group, state.images)
-        if codec is not None:
-            write_fit(group, codec)
-        (new / MARKERS).mkdir()
-        try:
-            os.rename(new, root)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-            # Another process made it in the meantime. The caller opens that one, and compares recipes.
-    sync_folder(root.parent)
+    state = State(index.digest, len(index.images))
+    stored: dict[str, Any] = {"hsnet_store": attributes(StoreFacts(recipe, shard_images, (state,)), index.name)}
+    try:
+        with whole_folder(root) as new:
+            group = zarr.open_group(str(new), mode="w-", zarr_format=3, attributes=stored)
+            write_state(new, state, index)
+            for layout in array_layouts(recipe, index.label_dtype, shard_images):
+                layout.create(group, state.images)
+            if codec is not None:
+                write_fit(group, codec)
+            (new / MARKERS).mkdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        # Another process made it in the meantime. The caller opens that one, and compares recipes.

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hsnet.errors import StoreError
-from pipeline.common.files import replace_text
+from pipeline.common.files import PARTIAL, replace_text
 
 MARKERS = "_done"
 _LARGEST_MARKER = 16 << 20
@@ -145,7 +145,7 @@ def _require_no_links(root: Path, files: tuple[str, ...]) -> None:
 def remove_shard(root: Path, number: int, files: tuple[str, ...]) -> None:
     """Delete what there is of a shard, its marker first: a marker must never outlive its data."""
     marker = marker_file(root, number)
-    for path in (marker, *marker.parent.glob(f"{marker.stem}.*.partial")):
+    for path in (marker, *marker.parent.glob(f".{marker.name}*{PARTIAL}")):
         path.unlink(missing_ok=True)
     for name in files:
         path = shard_file(root, name, number)

@@ -13,7 +13,6 @@ import os
 import stat
 import sys
 import threading
-import uuid
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -25,6 +24,8 @@ import google_crc32c
 import numpy as np
 from numcodecs import zstd
 from numpy.typing import NDArray
+
+from pipeline.common.files import whole
 
 OPEN_SHARDS = 128
 """Files mapped at a time; each takes a descriptor, of which a process often has 1024."""
@@ -156,7 +157,7 @@ def read_small_array(path: Path, nbytes: int) -> NDArray[np.uint8]:
 
 
 def write_shard_file(path: Path, values: NDArray[Any], shard_images: int, level: int | None) -> tuple[int, str]:
-    """Write a whole shard as zarr would, to the byte: beside its place, forced to disk, then renamed.
+    """Write a whole shard as zarr would, to the byte; it is there whole or not at all.
 
     Args:
         values: (n, ...) the shard's images, n at most `shard_images`.
@@ -171,32 +172,24 @@ def write_shard_file(path: Path, values: NDArray[Any], shard_images: int, level:
     values = np.ascontiguousarray(values)
     entries = np.full((shard_images, 2), _ABSENT, "<u8")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     size = checksum = 0
-    try:
-        with partial.open("wb") as file:
+    with whole(path) as partial, partial.open("wb") as file:
 
-            def write(data: Any) -> None:
-                nonlocal size, checksum
-                file.write(data)
-                checksum = zlib.crc32(data, checksum)
-                size += len(data)
+        def write(data: Any) -> None:
+            nonlocal size, checksum
+            file.write(data)
+            checksum = zlib.crc32(data, checksum)
+            size += len(data)
 
-            for row, image in enumerate(values):
-                flat = image.reshape(-1).view(np.uint8)
-                chunk = flat if level is None else np.frombuffer(zstd.compress(flat, level, False), np.uint8)
-                entries[row] = size, len(chunk) + _CRC
-                write(chunk)
-                write(google_crc32c.value(chunk).to_bytes(_CRC, "little"))
-            index = entries.tobytes()
-            write(index)
-            write(google_crc32c.value(index).to_bytes(_CRC, "little"))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+        for row, image in enumerate(values):
+            flat = image.reshape(-1).view(np.uint8)
+            chunk = flat if level is None else np.frombuffer(zstd.compress(flat, level, False), np.uint8)
+            entries[row] = size, len(chunk) + _CRC
+            write(chunk)
+            write(google_crc32c.value(chunk).to_bytes(_CRC, "little"))
+        index = entries.tobytes()
+        write(index)
+        write(google_crc32c.value(index).to_bytes(_CRC, "little"))
     return size, f"{checksum:08x}"
 
 

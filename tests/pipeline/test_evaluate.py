@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hsnet.errors import ConfigError, DataError
+from hsnet.fusion import vote
 from hsnet.model import HSNet
-from hsnet.vote import vote
 from pipeline.common.files import require_writable, write_table
 from pipeline.episodes.protocols import Protocol, resolve
 from pipeline.episodes.stream import EpisodeStream

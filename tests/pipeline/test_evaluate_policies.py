@@ -14,8 +14,8 @@ from pipeline.datasets.coco import COCO_CLASSES
 from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.datasets.pascal import VOC_CLASSES
 from pipeline.datasets.unseen import canonical_name, unseen_classes
-from pipeline.episodes.manifest import Planned, make, of_protocol
-from pipeline.episodes.manifest import resolve as resolve_manifest
+from pipeline.episodes.drawing import PlannedTest, make, of_protocol
+from pipeline.episodes.manifest import episodes_in
 from pipeline.episodes.protocols import FUSIONS, POLICIES, Policy, resolve
 from pipeline.evaluate import evaluate, score
 from pipeline.heads.segmenters import CosineSegmenter, LearnedSegmenter
@@ -105,7 +105,7 @@ def test_an_original_size_count_by_hand(with_ignore):
     data = Stretched(with_ignore)
     result = run(with_ignore, dataset=data, shots=(2,), episodes=3, resolution="original")
     planned = of_protocol(resolve(shots=(2,), episodes=3), with_ignore.index, 0)[0]
-    episode = resolve_manifest(planned.manifest, with_ignore.index)[1]
+    episode = episodes_in(planned.manifest, with_ignore.index)[1]
     batch = load_batch(with_ignore, [episode])
     logits = FusedHSNet(learner().model)(batch.query, batch.support, batch.support_mask)
     mask = fuse(logits[:, None], (90, 120))[0].numpy()
@@ -126,7 +126,7 @@ def test_an_original_size_count_by_hand(with_ignore):
 def test_every_fusion_is_the_one_it_says(tiny_source):
     result = run(tiny_source, shots=(1, 2, 3), episodes=4, fusions=FUSIONS)
     planned = of_protocol(resolve(shots=(1, 2, 3), episodes=4), tiny_source.index, 0)[0]
-    episode = resolve_manifest(planned.manifest, tiny_source.index)[2]
+    episode = episodes_in(planned.manifest, tiny_source.index)[2]
     batch = load_batch(tiny_source, [episode])
     fused = FusedHSNet(learner().model)
     contexts = fused.encode(batch.query, batch.support, batch.support_mask)
@@ -172,13 +172,13 @@ def test_several_seeds_are_several_sets_of_episodes(tiny_source):
 
 def test_a_manifest_gives_the_rows_of_its_protocol(tiny_source):
     manifest = make(tiny_source.index, 0, 3, episodes=12, seed=4)
-    from_file = run(tiny_source, manifests=[Planned((1, 3), 4, manifest)])
+    from_file = run(tiny_source, manifests=[PlannedTest((1, 3), 4, manifest)])
     drawn = run(tiny_source, shots=(1, 3), seeds=(4,))
     assert from_file.rows.drop_columns(["seconds"]) == drawn.rows.drop_columns(["seconds"])
     assert {manifest.first(k).digest for k in (1, 3)} == set(from_file.rows["manifest"].to_pylist())
     other = replace(manifest, data="sha256:" + "0" * 64)
     with pytest.raises(DataError, match="manifest is of another data set"):
-        run(tiny_source, manifests=[Planned((3,), 4, other)])
+        run(tiny_source, manifests=[PlannedTest((3,), 4, other)])
 
 
 def test_images_in_memory_change_no_row(tiny_source):
