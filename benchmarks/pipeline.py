@@ -161,7 +161,7 @@ def measure_evaluate(
     from pipeline import evaluate as stage
     from pipeline.episodes.protocols import resolve
     from pipeline.episodes.stream import EpisodeStream
-    from pipeline.heads import methods
+    from pipeline.heads import catalogue
     from pipeline.loading.batch import load_batch
     from pipeline.loading.source import StoreSource
     from pipeline.store.feature_store import FeatureStore
@@ -169,7 +169,7 @@ def measure_evaluate(
     chosen = ["--checkpoint", str(run_dir)] if run_dir else ["--baseline", "untrained"]
     options = ["evaluate", *chosen, "--store", str(store), "--shots", str(shots), "--quiet", "--device", "cpu"]
     source = StoreSource(FeatureStore.open(store))
-    method = methods.trained(run_dir, source) if run_dir else methods.untrained(source)
+    method = catalogue.trained(run_dir, source) if run_dir else catalogue.untrained(source)
     protocol = resolve(shots=(shots,), episodes=episodes[0])
     stream = EpisodeStream(source.index, 0, "test", shots, 0)
     drawn = [stream[number] for number in range(min(min(episodes), max(1, stage.BLOCK // shots)))]

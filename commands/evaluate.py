@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from pipeline.datasets.index import DatasetIndex
     from pipeline.episodes.manifest import Planned
     from pipeline.episodes.protocols import Protocol
-    from pipeline.heads.methods import Method
+    from pipeline.heads.catalogue import Method
     from pipeline.loading.source import FeatureSource
 
 
@@ -153,7 +153,7 @@ def _evaluate(
     from pipeline.episodes.manifest_file import read
     from pipeline.episodes.protocols import FUSIONS, resolve
     from pipeline.evaluate import evaluate as stage
-    from pipeline.heads import methods
+    from pipeline.heads import catalogue
 
     if out is not None:
         require_writable(out)
@@ -185,17 +185,17 @@ def _evaluate(
         if data_root is None and data_name is None and dataset.index.digest != index.digest:
             dataset = None  # other shapes; nobody asked for scores at their size
     if checkpoint_path is not None:
-        method = methods.trained(checkpoint_path, source, device, arithmetic)
+        method = catalogue.trained(checkpoint_path, source, device, arithmetic)
         if transfer:
             index, fold = _transfer(method, index, trained_on, fold, quiet)
         else:
             fold = _tested_fold(method, source, fold)
     elif baseline == "untrained":
-        fold, method = fold or 0, methods.untrained(source, rules.seeds[0], device)
+        fold, method = fold or 0, catalogue.untrained(source, rules.seeds[0], device)
     else:
         click.echo(f"Fitting the {baseline} baseline on training episodes", err=True) if not quiet else None
         fold = fold or 0
-        method = (methods.cosine if baseline == "cosine" else methods.location)(source, fold, rules.seeds[0])
+        method = (catalogue.cosine if baseline == "cosine" else catalogue.location)(source, fold, rules.seeds[0])
     planned: tuple[Planned, ...] = ()
     if manifest is not None:
         planned, rules = _from_file(manifest, rules, shots)
@@ -274,7 +274,7 @@ def _transfer(
 ) -> tuple[DatasetIndex, int]:
     """The store's index narrowed to what the head has not seen. Says which classes that are."""
     from pipeline.datasets.unseen import unseen_classes
-    from pipeline.heads.methods import names_seen
+    from pipeline.heads.catalogue import names_seen
     from pipeline.store.feature_store import FeatureStore
 
     training = FeatureStore.open(trained_on, require_complete=False).index if trained_on else None
@@ -288,7 +288,7 @@ def _transfer(
 
 def _tested_fold(method: Method, source: FeatureSource, fold: int | None) -> int:
     """The fold to test a trained head on: its own unless another is asked for. Warns if it knows the classes."""
-    from pipeline.heads.methods import classes_seen, tested_fold
+    from pipeline.heads.catalogue import classes_seen, tested_fold
 
     fold = tested_fold(method) if fold is None else fold
     seen = [source.index.classes[class_id] for class_id in classes_seen(method, source, fold)]

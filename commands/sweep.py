@@ -94,7 +94,7 @@ def sweep(
     """
     set_up_logging(quiet)
     from pipeline.episodes.protocols import resolve
-    from pipeline.sweep import make_cases, parse_choice
+    from pipeline.sweep import make_cases, parse_axis
     from pipeline.sweep import sweep as stage
 
     rules = resolve(protocol, **{**dict(choices), **({"shots": shots} if shots else {}), "episodes": episodes})
@@ -104,8 +104,8 @@ def sweep(
     wanted = sorted(set.intersection(*there)) if isinstance(folds, str) else folds
     if missing := [fold for fold in wanted if not all(fold in known for known in there)]:
         raise ConfigError(f"Not every store has fold {missing[0]}; folds of all: {sorted(set.intersection(*there))}.")
-    fixed = {name: _single(name, values) for name, values in map(parse_choice, fix)}
-    cases = make_cases(list(sources), wanted, dict(map(parse_choice, vary)), {"steps": steps, **fixed})
+    fixed = {name: _single(name, values) for name, values in map(parse_axis, fix)}
+    cases = make_cases(list(sources), wanted, dict(map(parse_axis, vary)), {"steps": steps, **fixed})
     with (
         open_runner(workers, address, device) as runner,
         Progress("sweep", "cases", quiet) as progress,

@@ -24,7 +24,7 @@ from pipeline.evaluate import evaluate
 from pipeline.features.budgeted import unit_vectors
 from pipeline.features.precision import encode
 from pipeline.features.recipe import difference_lines
-from pipeline.heads import methods
+from pipeline.heads import catalogue
 from pipeline.loading.source import FeatureSource, StoreSource
 from pipeline.scores.bootstrap import Interval, miou_interval, paired_difference
 
@@ -155,8 +155,8 @@ def compare_scores(
     skipped = tuple(sorted({image for source in pair for image in source.skipped}))
     tables: list[pa.Table] = []
     for number, (source, make) in enumerate(zip(pair, (make_source, make_against), strict=True)):
-        method = methods.trained(checkpoint, source, device)
-        fold = methods.tested_fold(method) if fold is None else fold
+        method = catalogue.trained(checkpoint, source, device)
+        fold = catalogue.tested_fold(method) if fold is None else fold
 
         def report(now: int, _: int, before: int = number * episodes) -> None:
             if on_event:

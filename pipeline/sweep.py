@@ -20,7 +20,7 @@ from pipeline.common.files import write_table
 from pipeline.common.runner import Runner, SerialRunner
 from pipeline.episodes.protocols import Protocol
 from pipeline.evaluate import evaluate
-from pipeline.heads import methods
+from pipeline.heads import catalogue
 from pipeline.heads.checkpoint import load_checkpoint
 from pipeline.heads.config import RunConfig, skipped_digest
 from pipeline.loading.source import StoreSource
@@ -81,7 +81,7 @@ class Sweep:
         return tuple(done for done in self.cases if done.rows is None)
 
 
-def parse_choice(text: str) -> tuple[str, tuple[Any, ...]]:
+def parse_axis(text: str) -> tuple[str, tuple[Any, ...]]:
     """ "learning_rate=1e-3,1e-4" -> ("learning_rate", (0.001, 0.0001)): a field of `RunConfig` and its values.
 
     Raises:
@@ -234,7 +234,7 @@ def _run_case(
     rows = run_dir.with_name(f"{case.name}.parquet")
     checkpoint = load_checkpoint(run_dir)
     if not _tested(rows, checkpoint.digest, source.store.identity, protocol):
-        method = methods.trained(run_dir, source, device)
+        method = catalogue.trained(run_dir, source, device)
         result = evaluate(
             method.make,
             lambda: source,

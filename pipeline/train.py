@@ -27,7 +27,7 @@ from pipeline.episodes.stream import Episode, EpisodeStream
 from pipeline.evaluate import count_one_shot
 from pipeline.features.recipe import difference_lines
 from pipeline.heads.config import RunConfig, skipped_digest
-from pipeline.heads.run_dir import Progress, RunDir
+from pipeline.heads.run_dir import Position, RunDir
 from pipeline.heads.segmenters import LearnedSegmenter
 from pipeline.loading.batch import EpisodeBatch, prefetch
 from pipeline.loading.resident import keep
@@ -214,7 +214,7 @@ class _Trainer:
         ranks: Ranks,
         model: HSNet,
         optimiser: torch.optim.Optimizer,
-        progress: Progress,
+        progress: Position,
         stream: EpisodeStream,
         selection: EpisodeStream | None,
     ) -> None:

@@ -33,7 +33,7 @@ from pipeline.heads.config import RunConfig
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+CHECKPOINT_FORMAT = 1
 BEST, LAST = "best.safetensors", "last.safetensors"
 _KEY = "hsnet"
 _SAME_FEATURES = ("backbone", "weights", "image_size", "taps", "normalisation", "resize")
@@ -59,7 +59,7 @@ class CheckpointInfo:
 
     def to_json(self) -> str:
         values = {
-            "format": FORMAT,
+            "format": CHECKPOINT_FORMAT,
             **asdict(self),
             "recipe": self.recipe.to_dict(),
             "learner": dict(self.learner),
@@ -72,8 +72,8 @@ class CheckpointInfo:
     def from_json(cls, text: str) -> CheckpointInfo:
         """Raises ConfigError or ValueError for what `to_json` did not write."""
         values = json.loads(text)
-        if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
-            raise ConfigError(f"its header is not of format {FORMAT}")
+        if not isinstance(values, dict) or values.pop("format", None) != CHECKPOINT_FORMAT:
+            raise ConfigError(f"its header is not of format {CHECKPOINT_FORMAT}")
         recipe, config = Recipe.from_dict(values.pop("recipe", None)), values.pop("config", None)
         scores = values.get("scores") or {}
         plain = isinstance(scores, dict) and all(isinstance(score, int | float) for score in scores.values())

@@ -33,8 +33,8 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
-class Progress:
-    """Where a run stands."""
+class Position:
+    """Where a run stands: what `resume.safetensors` says beside its tensors."""
 
     step: int = 0
     """Optimiser steps done; the next episode follows from it."""
@@ -76,31 +76,31 @@ class RunDir:
     def _metrics_file(self) -> Path:
         return self.path / "metrics.jsonl"
 
-    def load(self, model: nn.Module, optimiser: torch.optim.Optimizer) -> Progress:
+    def load(self, model: nn.Module, optimiser: torch.optim.Optimizer) -> Position:
         """Put model and optimiser where the run stopped; at the beginning if it never saved."""
         file = self.path / RESUME
         if not file.is_file():
-            return Progress()
+            return Position()
         tensors, metadata = read_tensors(file)
         try:
-            progress = Progress(**json.loads(metadata["progress"]))
+            position = Position(**json.loads(metadata["progress"]))
             model.load_state_dict({n: tensors[f"model.{n}"] for n, _ in model.named_parameters()})
-            if progress.step:
-                _load_moments(model, optimiser, tensors, progress.step)
+            if position.step:
+                _load_moments(model, optimiser, tensors, position.step)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"{file} is damaged ({error}). Nothing was changed; delete it to start anew."
             ) from None
-        return progress
+        return position
 
-    def save(self, model: nn.Module, optimiser: torch.optim.Optimizer, progress: Progress) -> None:
+    def save(self, model: nn.Module, optimiser: torch.optim.Optimizer, position: Position) -> None:
         """Write the resume file, then the last checkpoint; each whole or not at all."""
         tensors = {f"model.{name}": value for name, value in model.named_parameters()}
         for name, parameter in model.named_parameters():
             for moment in _MOMENTS if optimiser.state[parameter] else ():
                 tensors[f"{moment}.{name}"] = optimiser.state[parameter][moment]
-        write_tensors(self.path / RESUME, tensors, {"progress": json.dumps(vars(progress))})
-        self.save_checkpoint(LAST, model, progress.step, None)
+        write_tensors(self.path / RESUME, tensors, {"progress": json.dumps(vars(position))})
+        self.save_checkpoint(LAST, model, position.step, None)
 
     def save_best(self, model: nn.Module, step: int, scores: Mapping[str, float]) -> None:
         self.save_checkpoint(BEST, model, step, scores)

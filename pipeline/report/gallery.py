@@ -371,7 +371,7 @@ def open_store(file: Results, path: str | Path | None) -> StoreSource:
 
 def open_segmenter(file: Results, source: StoreSource, checkpoint: Path | None, device: str) -> Segmenter:
     """What answered the episodes of the rows. Raises CheckpointError or DataError if it cannot be had again."""
-    from pipeline.heads import methods
+    from pipeline.heads import catalogue
     from pipeline.heads.segmenters import CosineSegmenter
 
     said = as_dict(file.facts.get("method"))
@@ -380,14 +380,14 @@ def open_segmenter(file: Results, source: StoreSource, checkpoint: Path | None, 
         if name == "cosine":
             return CosineSegmenter(float(said["threshold"]))
         if name == "untrained":
-            return methods.untrained(source, int(said["seed"]), device).make()
+            return catalogue.untrained(source, int(said["seed"]), device).make()
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{file.path} does not say how its '{name}' method was made: {error!r}.") from error
     if name != "trained":
         raise DataError(f"Answers of the method '{name}' cannot be made again from what the rows say.")
     if checkpoint is None:
         raise DataError("The rows do not say where their checkpoint is: give --checkpoint.")
-    method = methods.trained(checkpoint, source, device, str(said.get("arithmetic", "float32")))
+    method = catalogue.trained(checkpoint, source, device, str(said.get("arithmetic", "float32")))
     if method.facts["checkpoint"] != file.checkpoint:
         raise DataError(
             f"{checkpoint} is not the checkpoint of {file.path}:\n  rows        {file.checkpoint}\n"
