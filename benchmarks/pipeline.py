@@ -211,7 +211,7 @@ def measure_evaluate(
 
 def measure_train(store: Path, batch: int, steps: int, threads: int | None, scratch: Path) -> dict[str, Any]:
     """Seconds from the start of `hsnet train` to its first step, and the share of steps spent waiting for data."""
-    from pipeline.heads.config import RunConfig, skipped_digest
+    from pipeline.heads.config import RunConfig
     from pipeline.loading.source import StoreSource
     from pipeline.store.feature_store import FeatureStore
     from pipeline.train import StepDone, fit
@@ -224,15 +224,7 @@ def measure_train(store: Path, batch: int, steps: int, threads: int | None, scra
     _remove(run)
 
     source = StoreSource(FeatureStore.open(store))
-    config = RunConfig(
-        fold=0,
-        recipe=source.recipe,
-        data=source.index.digest,
-        skipped=skipped_digest([source.index.images[image] for image in source.skipped]),
-        steps=steps + 1,
-        batch_size=batch,
-        select_on="none",
-    )
+    config = RunConfig.of(source, fold=0, steps=steps + 1, batch_size=batch, select_on="none")
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     result: dict[str, Any] = {

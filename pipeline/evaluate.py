@@ -240,12 +240,6 @@ def score(
     )
 
 
-def count_one_shot(answers: Answers, batch: EpisodeBatch) -> Tensor:
-    """Counts of the first support's answers, (B, 2, 2) int64, ignored pixels left out."""
-    size = (batch.target.shape[1], batch.target.shape[2])
-    return count(answers.masks(size)[0], batch.target, batch.ignore)
-
-
 def _blocks(planned: Planned, index: DatasetIndex, skipped: Sequence[int]) -> list[_Block]:
     drawn = resolve_manifest(planned.manifest, index, skipped)
     digests = {k: planned.manifest.first(k).digest for k in planned.shots}

@@ -22,7 +22,7 @@ from pipeline.episodes.protocols import Protocol
 from pipeline.evaluate import evaluate
 from pipeline.heads import catalogue
 from pipeline.heads.checkpoint import load_checkpoint
-from pipeline.heads.config import RunConfig, skipped_digest
+from pipeline.heads.config import RunConfig
 from pipeline.loading.source import StoreSource
 from pipeline.scores.rows import read_results
 from pipeline.train import fit
@@ -217,16 +217,7 @@ def _run_case(
     stop: Callable[[], bool],
     on_step: Callable[[Case, Any], None] | None,
 ) -> CaseDone:
-    config = RunConfig(
-        **{
-            "fold": case.fold,
-            "recipe": source.recipe,
-            "data": source.index.digest,
-            "skipped": skipped_digest([source.index.images[image] for image in source.skipped]),
-            "steps": 10_000,
-            **case.choices,
-        }
-    )
+    config = RunConfig.of(source, fold=case.fold, **{"steps": 10_000, **case.choices})
     fitted = fit(config, source, run_dir, device=device, stop=stop, on_event=on_step and partial(on_step, case))
     trained = fitted.resumed_at < fitted.steps
     if not fitted.finished:

@@ -6,12 +6,15 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hsnet.backbone import backbone_spec
 from hsnet.errors import ConfigError
 from hsnet.fused import ARITHMETIC
 from pipeline.features.recipe import Recipe
+
+if TYPE_CHECKING:
+    from pipeline.loading.source import FeatureSource
 
 SELECT_ON = ("val", "test", "none")
 
@@ -19,6 +22,12 @@ SELECT_ON = ("val", "test", "none")
 def skipped_digest(ids: Collection[str]) -> str:
     """Identity of a set of left-out image ids: leaving out others gives other episodes, and so another run."""
     return "sha256:" + hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest() if ids else ""
+
+
+def features_of(source: FeatureSource) -> dict[str, Any]:
+    """The fields of a run that its features decide: `recipe`, `data` and `skipped`."""
+    left_out = [source.index.images[image] for image in source.skipped]
+    return {"recipe": source.recipe, "data": source.index.digest, "skipped": skipped_digest(left_out)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +82,11 @@ class RunConfig:
             raise ConfigError(f"arithmetic must be one of {', '.join(ARITHMETIC)}, got '{self.arithmetic}'.")
         if self.select_on not in SELECT_ON:
             raise ConfigError(f"select_on must be one of {', '.join(SELECT_ON)}, got '{self.select_on}'.")
+
+    @classmethod
+    def of(cls, source: FeatureSource, **choices: Any) -> RunConfig:
+        """A run on the features of a source; `choices` are the fields that the source does not decide."""
+        return cls(**features_of(source), **choices)
 
     @property
     def learner_arguments(self) -> dict[str, Any]:

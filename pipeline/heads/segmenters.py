@@ -45,6 +45,11 @@ class Answers:
         """(K, B, H, W) bool: the one-shot predictions."""
         return hard_masks(self.logits, size)
 
+    def count(self, batch: EpisodeBatch) -> Tensor:
+        """(B, 2, 2) int64: counts of the first support's masks at network size, ignored pixels left out."""
+        size = (batch.target.shape[1], batch.target.shape[2])
+        return count(self.masks(size)[0], batch.target, batch.ignore)
+
 
 class Segmenter(Protocol):
     def answer(self, batch: EpisodeBatch, joint: Sequence[int] = ()) -> Answers:
