@@ -158,9 +158,10 @@ def measure_evaluate(
     """
     from hsnet.fusion import fuse
     from hsnet.metrics import count
-    from pipeline import evaluate as stage
     from pipeline.episodes.protocols import resolve
     from pipeline.episodes.stream import EpisodeStream
+    from pipeline.evaluate import stage
+    from pipeline.evaluate.plan import EvaluationPlan
     from pipeline.heads import catalogue
     from pipeline.loading.batch import load_batch
     from pipeline.loading.source import StoreSource
@@ -170,7 +171,7 @@ def measure_evaluate(
     options = ["evaluate", *chosen, "--store", str(store), "--shots", str(shots), "--quiet", "--device", "cpu"]
     source = StoreSource(FeatureStore.open(store))
     method = catalogue.trained(run_dir, source) if run_dir else catalogue.untrained(source)
-    protocol = resolve(shots=(shots,), episodes=episodes[0])
+    plan = EvaluationPlan(method=method, source=source, fold=0, protocol=resolve(shots=(shots,), episodes=episodes[0]))
     stream = EpisodeStream(source.index, 0, "test", shots, 0)
     drawn = [stream[number] for number in range(min(min(episodes), max(1, stage.BLOCK // shots)))]
     with one_torch_thread():
@@ -187,7 +188,7 @@ def measure_evaluate(
             def run() -> None:
                 before, stage.READ_AHEAD = stage.READ_AHEAD, ahead
                 try:
-                    stage.evaluate(method.make, lambda: source, source.index, fold=0, protocol=protocol)
+                    stage.evaluate(plan)
                 finally:
                     stage.READ_AHEAD = before
 

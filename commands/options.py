@@ -16,6 +16,7 @@ from pipeline.episodes.protocols import PROTOCOLS, parse_choice
 BACKBONES = ("vgg16", "resnet50", "resnet101", "squeezenet1_1")
 DATASETS = ("pascal", "coco", "fss", "folder", "shapes")
 PRECISIONS = ("int8", "float16", "float32")
+BASELINES = ("cosine", "location", "untrained")
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -20,11 +20,12 @@ from hsnet.errors import ConfigError, StoreMismatch
 from pipeline.common.philox import Draws
 from pipeline.common.runner import Runner
 from pipeline.episodes.protocols import resolve
-from pipeline.evaluate import evaluate
+from pipeline.evaluate.plan import EvaluationPlan
+from pipeline.evaluate.stage import evaluate
 from pipeline.features.budgeted import unit_vectors
 from pipeline.features.precision import encode
 from pipeline.features.recipe import difference_lines
-from pipeline.heads import catalogue
+from pipeline.heads.catalogue import trained
 from pipeline.loading.source import FeatureSource, StoreSource
 from pipeline.scores.bootstrap import Interval, miou_interval, paired_difference
 
@@ -152,28 +153,26 @@ def compare_scores(
     pair = [make_source(), make_against()]
     require_comparable(*pair)
     # An image that one of them lacks is in no episode of either.
-    skipped = tuple(sorted({image for source in pair for image in source.skipped}))
+    skipped = {image for source in pair for image in source.skipped}
     tables: list[pa.Table] = []
     for number, (source, make) in enumerate(zip(pair, (make_source, make_against), strict=True)):
-        method = catalogue.trained(checkpoint, source, device)
-        fold = catalogue.tested_fold(method) if fold is None else fold
+        method = trained(checkpoint, source, device)
+        fold = (method.held_out or 0) if fold is None else fold
+        plan = EvaluationPlan(
+            method=method,
+            source=source,
+            make_source=make,
+            fold=fold,
+            protocol=resolve("default", shots=(shots,), episodes=episodes, seeds=(seed,)),
+            skipped=skipped,
+            device=device,
+        )
 
         def report(now: int, _: int, before: int = number * episodes) -> None:
             if on_event:
                 on_event(before + now, 2 * episodes)
 
-        result = evaluate(
-            method.make,
-            make,
-            source.index,
-            fold=fold,
-            protocol=resolve("default", shots=(shots,), episodes=episodes, seeds=(seed,)),
-            skipped=skipped,
-            runner=runner,
-            device=device,
-            on_event=report,
-        )
-        tables.append(result.rows)
+        tables.append(evaluate(plan, runner=runner, on_event=report).rows)
     assert fold is not None
     class_ids = pair[0].index.split(fold, "test").class_ids
     classes = tables[0]["class_id"].to_pylist()
@@ -259,9 +258,7 @@ def _error(level: int, layer: int, found: Tensor, kept: Tensor) -> LayerError:
     )
 
 
-def _rates(
-    source: FeatureSource, against: FeatureSource, images: Sequence[int]
-) -> tuple[float | None, float]:  # fmt: skip
+def _rates(source: FeatureSource, against: FeatureSource, images: Sequence[int]) -> tuple[float | None, float]:
     """(images encoded, images decoded) a second, one by one as extraction does, without disk or backbone."""
     stored = [source.features([image]) for image in images]
     decode_s = _seconds(lambda levels: _unit(source, levels), stored)

@@ -99,10 +99,12 @@ def test_choices_equal_the_tables_they_are_copied_from() -> None:
     from hsnet.backbone import BACKBONES
     from pipeline.datasets import DATASETS
     from pipeline.features.recipe import DTYPES
+    from pipeline.heads.catalogue import BASELINES
 
     assert tuple(BACKBONES) == options.BACKBONES
     assert tuple(DATASETS) == options.DATASETS
     assert sorted(DTYPES) == sorted(options.PRECISIONS)
+    assert tuple(BASELINES) == options.BASELINES
 
 
 def test_help_needs_nothing_heavy() -> None:

@@ -1,6 +1,7 @@
 """One pass gives every policy, fewer shots and every fusion; a protocol says which is the headline."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,9 +18,12 @@ from pipeline.datasets.unseen import canonical_name, unseen_classes
 from pipeline.episodes.manifest import Planned, make, of_protocol
 from pipeline.episodes.manifest import resolve as resolve_manifest
 from pipeline.episodes.protocols import FUSIONS, POLICIES, Policy, resolve
-from pipeline.evaluate import evaluate, score
+from pipeline.evaluate.plan import EvaluationPlan
+from pipeline.evaluate.stage import evaluate, score
+from pipeline.heads.catalogue import Method
 from pipeline.heads.segmenters import CosineSegmenter, LearnedSegmenter
 from pipeline.loading.batch import load_batch
+from pipeline.loading.source import StoreSource
 from pipeline.scores.rows import COUNTS, count_columns
 
 
@@ -32,18 +36,18 @@ def learner():
     return LearnedSegmenter(model)
 
 
-def run(source, make_segmenter=learner, *, fold=0, fusions=(), dataset=None, manifests=(), **choices):
-    choices = {"shots": (1,), "episodes": 12, **choices}
-    return evaluate(
-        make_segmenter,
-        lambda: source,
-        source.index,
-        fold=fold,
-        protocol=resolve(**choices),
+def run(source, make_segmenter=learner, *, fusions=(), dataset=None, manifests=(), resident="off", **choices):
+    plan = EvaluationPlan(
+        method=Method(make_segmenter, {"checkpoint": "sha256:c"}),
+        source=source,
+        fold=0,
+        protocol=resolve(**{"shots": (1,), "episodes": 12, **choices}),
         fusions=fusions,
         dataset=dataset,
         manifests=manifests,
+        resident=resident,
     )
+    return evaluate(plan)
 
 
 class Stretched:
@@ -182,26 +186,22 @@ def test_a_manifest_gives_the_rows_of_its_protocol(tiny_source):
 
 
 def test_images_in_memory_change_no_row(tiny_source):
-    protocol = resolve(episodes=8)
-    rows = [
-        evaluate(learner, lambda: tiny_source, tiny_source.index, fold=0, protocol=protocol, resident=where).rows
-        for where in ("off", "host", "device")
-    ]
+    rows = [run(tiny_source, episodes=8, resident=where).rows for where in ("off", "host", "device")]
     assert rows[0].drop_columns(["seconds"]) == rows[1].drop_columns(["seconds"]) == rows[2].drop_columns(["seconds"])
 
 
 def test_rows_carry_the_digests(tiny_source):
-    result = evaluate(
-        learner,
-        lambda: tiny_source,
-        tiny_source.index,
-        fold=0,
-        protocol=resolve(episodes=3),
-        store="sha256:s",
-        checkpoint="c",
-    )
-    assert {(row["store"], row["checkpoint"]) for row in result.rows.to_pylist()} == {("sha256:s", "c")}
-    assert all(row["seconds"] > 0 for row in result.rows.to_pylist())
+    class Stored(StoreSource):
+        def __init__(self):
+            self.store = SimpleNamespace(identity="sha256:s", path="s.zarr", skipped=(), codec=None)
+
+        index, recipe = tiny_source.index, tiny_source.recipe
+        features, labels = tiny_source.features, tiny_source.labels
+
+    rows = run(Stored(), episodes=3).rows.to_pylist()
+    assert {(row["store"], row["checkpoint"]) for row in rows} == {("sha256:s", "sha256:c")}
+    assert all(row["seconds"] > 0 for row in rows)
+    assert {row["store"] for row in run(tiny_source, episodes=3).rows.to_pylist()} == {""}, "features made on the fly"
 
 
 def test_what_cannot_be_scored_is_refused_before_work(tiny_source, with_ignore):
@@ -219,7 +219,7 @@ def test_what_cannot_be_scored_is_refused_before_work(tiny_source, with_ignore):
 def test_other_episodes_in_a_pass_hardly_matter(tiny_source, monkeypatch, step):
     """The rule is fixed (so rows repeat to the pixel); what it is moves only pixels whose logits tie to rounding."""
     usual = run(tiny_source, shots=(1, 2)).rows.to_pylist()
-    monkeypatch.setattr("pipeline.evaluate._step", lambda block: step)
+    monkeypatch.setattr("pipeline.evaluate.stage._step", lambda block: step)
     for mine, other in zip(usual, run(tiny_source, shots=(1, 2)).rows.to_pylist(), strict=True):
         assert all(abs(mine[name] - other[name]) <= 2 for name in COUNTS)
         assert {name: mine[name] for name in ("episode", "query", "supports", "object_pixels", "manifest")} == {
