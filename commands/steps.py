@@ -140,13 +140,17 @@ def online_source(
 
 
 @contextlib.contextmanager
-def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """A function that tells whether Ctrl-C (or a scheduler's SIGTERM) has come. The second Ctrl-C stops at once."""
+def stop_on_interrupt(at_once: bool = False) -> Iterator[Callable[[], bool]]:
+    """A function that tells whether Ctrl-C (or a scheduler's SIGTERM) has come. The second Ctrl-C stops at once.
+
+    Args:
+        at_once: the first one does: nobody who would ask the function works in this process.
+    """
     asked = False
 
     def ask(signum: int, frame: Any) -> None:
         nonlocal asked
-        if asked:
+        if asked or at_once:
             raise KeyboardInterrupt
         asked = True
         click.echo("\nStopping after this step; the run is being saved. Ctrl-C again stops at once.", err=True)
