@@ -114,15 +114,15 @@ def store_source(path: str | Path, data: str | None = None) -> Callable[[], Stor
     from pipeline.store.feature_store import FeatureStore
     from pipeline.store.mirror import named, root_of
 
-    place = location(path)  # a worker may have another working directory
-    root = root_of(place)
+    address = location(path)  # a worker may have another working directory
+    root = root_of(address)
     with named(root):
         facts = read_facts(root)
     digest = facts.states[facts.current].digest
     if data is not None and facts.find(data) is not None and data != digest:
         digest = data
         click.echo(f"Note: {path} has grown since; this goes on with the images and lists it began with.", err=True)
-    return lambda: StoreSource(FeatureStore.open(place, index_digest=digest))
+    return lambda: StoreSource(FeatureStore.open(address, index_digest=digest))
 
 
 def online_source(
