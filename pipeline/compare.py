@@ -64,13 +64,13 @@ class ScoreChange:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class CodecComparison:
     """The cost of a store's codec."""
 
     layers: tuple[LayerError, ...]
     pairs: int
     bytes_per_image: float | None
-    """Of the features, label maps not counted."""
+    """Size of the features, label maps not counted."""
     bytes_per_image_against: float | None
     encode_per_s: float | None
     """Images a second that this process encodes; None if there is nothing exact to encode."""
@@ -86,7 +86,7 @@ def compare(
     pairs: int = PAIRS,
     seed: int = 0,
     score: ScoreChange | None = None,
-) -> Comparison:
+) -> CodecComparison:
     """Correlate pairs of images by both sources.
 
     Args:
@@ -102,19 +102,19 @@ def compare(
     drawn = _draw_pairs(source, against, pairs, seed)
     grids = [rows * columns for _, rows, columns, _ in source.recipe.level_shapes()]
     layers = [shape[0] for shape in source.recipe.level_shapes()]
-    found: list[list[list[Tensor]]] = [[[] for _ in range(count)] for count in layers]
-    kept: list[list[list[Tensor]]] = [[[] for _ in range(count)] for count in layers]
+    first: list[list[list[Tensor]]] = [[[] for _ in range(count)] for count in layers]
+    second: list[list[list[Tensor]]] = [[[] for _ in range(count)] for count in layers]
     for number, pair in enumerate(drawn):
         ours, theirs = ([unit_levels(each, [image]) for image in pair] for each in (source, against))
         for level, count in enumerate(layers):
             places = [_positions(grids[level], (seed, number, level, side)) for side in range(2)]
             for layer in range(count):
-                found[level][layer].append(_correlate(ours, level, layer, places))
-                kept[level][layer].append(_correlate(theirs, level, layer, places))
+                first[level][layer].append(_correlate(ours, level, layer, places))
+                second[level][layer].append(_correlate(theirs, level, layer, places))
     encode_per_s, decode_per_s = _rates(source, against, sorted({image for pair in drawn for image in pair})[:16])
-    return Comparison(
+    return CodecComparison(
         layers=tuple(
-            _error(level, layer, torch.cat(found[level][layer]), torch.cat(kept[level][layer]))
+            _error(level, layer, torch.cat(first[level][layer]), torch.cat(second[level][layer]))
             for level, count in enumerate(layers)
             for layer in range(count)
         ),
@@ -249,12 +249,12 @@ def _correlate(pair: Sequence[Sequence[Tensor]], level: int, layer: int, places:
     return (query @ support.t()).clamp_(min=0).flatten()
 
 
-def _error(level: int, layer: int, found: Tensor, kept: Tensor) -> LayerError:
-    shift = found - kept
+def _error(level: int, layer: int, first: Tensor, second: Tensor) -> LayerError:
+    shift = first - second
     error = shift.abs()
     p99 = error.kthvalue(max(1, math.ceil(0.99 * len(error)))).values
     return LayerError(
-        level, layer, float(error.mean()), float(p99), float(error.max()), float(kept.std()), float(shift.mean())
+        level, layer, float(error.mean()), float(p99), float(error.max()), float(second.std()), float(shift.mean())
     )
 
 

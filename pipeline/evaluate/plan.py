@@ -37,7 +37,7 @@ class EvaluationPlan:
     manifests: Sequence[Planned] = ()
     """Instead of the protocol's own episodes; see `pipeline.episodes.manifest`."""
     index: DatasetIndex | None = None
-    """The source's with other lists (`pipeline.datasets.unseen`); None takes the source's own."""
+    """The source's index with other lists (`pipeline.datasets.unseen`); None takes the source's own."""
     skipped: Collection[int] = ()
     """Images that must not be drawn, beside those that the source lacks."""
     fusions: Sequence[str] = ()
@@ -106,10 +106,10 @@ def plan_evaluation(
     manifests: tuple[Planned, ...] = ()
     if manifest is not None:
         fold, wanted = manifest.fold, tuple(sorted(shots or (manifest.shots,)))
-        made = {name: manifest.made[name] for name in ("draw", "balance", "repeat_supports") if name in manifest.made}
+        drawn = {name: manifest.made[name] for name in ("draw", "balance", "repeat_supports") if name in manifest.made}
         seed = int(manifest.made.get("seed", 0))
         manifests = (Planned(wanted, seed, manifest.first(wanted[-1])),)
-        protocol = replace(protocol, episodes=len(manifest), shots=wanted, seeds=(seed,), role=manifest.role, **made)
+        protocol = replace(protocol, episodes=len(manifest), shots=wanted, seeds=(seed,), role=manifest.role, **drawn)
     return EvaluationPlan(
         method=method,
         source=source,
@@ -149,10 +149,10 @@ def _transfer(
     """The index narrowed to what the head has not seen, and its fold. Says which classes that are."""
     training = FeatureStore.open(trained_on, require_complete=False).index if trained_on else None
     held_out = fold if method.held_out is None else method.held_out
-    found = unseen_classes(index, method.names_seen(training, held_out), held_out or 0)
-    log.info("Tested on %d classes the head has not seen: %s.", len(found.tested), ", ".join(found.tested))
-    log.info("Left out, trained on: %s.", ", ".join(found.left_out) or "none")
-    return found.index, found.fold
+    unseen = unseen_classes(index, method.names_seen(training, held_out), held_out or 0)
+    log.info("Tested on %d classes the head has not seen: %s.", len(unseen.tested), ", ".join(unseen.tested))
+    log.info("Left out, trained on: %s.", ", ".join(unseen.left_out) or "none")
+    return unseen.index, unseen.fold
 
 
 def _tested_fold(method: Method, index: DatasetIndex, fold: int | None) -> int:

@@ -130,10 +130,10 @@ def evaluate(
             "Scores at original size need the photos' own masks, which a store does not hold: give the data set "
             "(--data-root), or --set resolution=network. Nothing was computed."
         )
-    if dataset is not None and dataset.index.digest != index.digest:
+    if dataset is not None and dataset.index.digest != source.index.digest:
         raise DataError(
-            f"The data set is not the one behind the features: {dataset.index.digest}, the store has {index.digest}. "
-            f"Give the data set that was extracted. Nothing was computed."
+            f"The data set is not the one behind the features: {dataset.index.digest}, the store has "
+            f"{source.index.digest}. Give the data set that was extracted. Nothing was computed."
         )
     fusions = tuple(name for name in FUSIONS if name in {protocol.fusion, *plan.fusions})
     rules = _Rules(plan.fold, fusions, protocol, dataset, plan.device)
@@ -202,6 +202,7 @@ def _facts(
         "ignore": "boundary pixels count for nothing" if index.has_ignore else "no ignore label",
         "store": store.identity if store else "",
         "checkpoint": method.checkpoint,
+        "environment": environment(),
         "method": method.facts,
         "recipe": source.recipe.to_dict(),
         "notes": protocol.departures(
@@ -213,7 +214,6 @@ def _facts(
             "checkpoint": method.path and str(method.path),
             "data_root": plan.data_root and str(plan.data_root),
         },
-        "environment": environment(),
     }
 
 

@@ -133,13 +133,12 @@ class Checkpoint:
             CheckpointMismatch: names every differing field with both values.
         """
         differing = self.info.recipe.differences(recipe)
-        found = {name: pair for name, pair in differing.items() if name in _SAME_FEATURES}
-        if found:
+        if differing := {name: pair for name, pair in differing.items() if name in _SAME_FEATURES}:
             raise CheckpointMismatch(
                 f"{self.path} was trained on other features than {what} has:\n"
-                f"{difference_lines(found, 'checkpoint', 'offered')}\n"
+                f"{difference_lines(differing, 'checkpoint', 'offered')}\n"
                 "Use features of the checkpoint's kind, or a checkpoint trained on these. Nothing was computed.",
-                found,
+                differing,
             )
 
 

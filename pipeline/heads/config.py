@@ -52,7 +52,7 @@ class RunConfig:
     """Episodes per optimiser step, over all workers and micro-batches."""
     learning_rate: float = 1e-3
     seed: int = 0
-    """Of the initial weights and of the training episodes."""
+    """Seed of the initial weights and of the training episodes."""
     arithmetic: str = "float32"
     """Precision of the learner's activations and products (`hsnet.fused.ARITHMETIC`); weights are always float32."""
     boundary: str = "background"
@@ -101,14 +101,14 @@ class RunConfig:
 
     def differences(self, other: RunConfig) -> dict[str, tuple[object, object]]:
         """Field -> (value here, value in `other`), for fields that make it another run; steps do not."""
-        found: dict[str, tuple[object, object]] = {}
+        differing: dict[str, tuple[object, object]] = {}
         for item in fields(self):
             mine, theirs = getattr(self, item.name), getattr(other, item.name)
             if item.name == "recipe":
-                found |= mine.differences(theirs)
+                differing |= mine.differences(theirs)
             elif item.name != "steps" and mine != theirs:
-                found[item.name] = (mine, theirs)
-        return found
+                differing[item.name] = (mine, theirs)
+        return differing
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them back."""

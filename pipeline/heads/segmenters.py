@@ -88,7 +88,7 @@ class LearnedSegmenter:
         contexts = [torch.cat(part) for part in parts]  # (K, episodes, C, H, W) each
         # Decoded as they were encoded, so that no pass is larger than the others.
         return Answers(
-            torch.cat([torch.stack([fused.decode(one) for one in context]) for context in contexts], 1),
+            torch.cat([torch.stack([fused.decode(of_support) for of_support in context]) for context in contexts], 1),
             {k: torch.cat([fused.joint(context[:k]) for context in contexts]) for k in joint},
         )
 
