@@ -28,8 +28,6 @@ from commands.sweep import sweep
 from commands.terminal import set_up_logging
 from commands.train import train
 
-DISTRIBUTION = "hsnet-pipeline"
-
 SECTIONS = {
     "Data": (prepare,),
     "Store": (plan, extract, store),
@@ -42,6 +40,8 @@ SECTIONS = {
 
 def _version() -> str:
     from importlib import metadata
+
+    from pipeline.common.machine import DISTRIBUTION
 
     try:
         return metadata.version(DISTRIBUTION)

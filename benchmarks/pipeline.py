@@ -157,10 +157,11 @@ def measure_evaluate(
     """
     from hsnet.fusion import fuse
     from hsnet.metrics import count
-    from pipeline import evaluate as stage
     from pipeline.episodes.protocols import resolve
     from pipeline.episodes.stream import EpisodeStream
-    from pipeline.heads import methods
+    from pipeline.evaluate import stage
+    from pipeline.evaluate.plan import EvaluationPlan
+    from pipeline.heads import catalogue
     from pipeline.loading.batch import load_batch
     from pipeline.loading.source import StoreSource
     from pipeline.store.feature_store import FeatureStore
@@ -168,8 +169,8 @@ def measure_evaluate(
     chosen = ["--checkpoint", str(run_dir)] if run_dir else ["--baseline", "untrained"]
     options = ["evaluate", *chosen, "--store", str(store), "--shots", str(shots), "--quiet", "--device", "cpu"]
     source = StoreSource(FeatureStore.open(store))
-    method = methods.trained(run_dir, source) if run_dir else methods.untrained(source)
-    protocol = resolve(shots=(shots,), episodes=episodes[0])
+    method = catalogue.trained(run_dir, source) if run_dir else catalogue.untrained(source)
+    plan = EvaluationPlan(method=method, source=source, fold=0, protocol=resolve(shots=(shots,), episodes=episodes[0]))
     stream = EpisodeStream(source.index, 0, "test", shots, 0)
     drawn = [stream[number] for number in range(min(min(episodes), max(1, stage.BLOCK // shots)))]
     with one_torch_thread():
@@ -186,7 +187,7 @@ def measure_evaluate(
             def run() -> None:
                 before, stage.READ_AHEAD = stage.READ_AHEAD, ahead
                 try:
-                    stage.evaluate(method.make, lambda: source, source.index, fold=0, protocol=protocol)
+                    stage.evaluate(plan)
                 finally:
                     stage.READ_AHEAD = before
 
@@ -210,7 +211,7 @@ def measure_evaluate(
 
 def measure_train(store: Path, batch: int, steps: int, threads: int | None, scratch: Path) -> dict[str, Any]:
     """Seconds from the start of `hsnet train` to its first step, and the share of steps spent waiting for data."""
-    from pipeline.heads.config import RunConfig, skipped_digest
+    from pipeline.heads.config import RunConfig
     from pipeline.loading.source import StoreSource
     from pipeline.store.feature_store import FeatureStore
     from pipeline.train import StepDone, fit
@@ -223,15 +224,7 @@ def measure_train(store: Path, batch: int, steps: int, threads: int | None, scra
     _remove(run)
 
     source = StoreSource(FeatureStore.open(store))
-    config = RunConfig(
-        fold=0,
-        recipe=source.recipe,
-        data=source.index.digest,
-        skipped=skipped_digest([source.index.images[image] for image in source.skipped]),
-        steps=steps + 1,
-        batch_size=batch,
-        select_on="none",
-    )
+    config = RunConfig.of(source, fold=0, steps=steps + 1, batch_size=batch, select_on="none")
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     result: dict[str, Any] = {

@@ -114,15 +114,15 @@ def store_source(path: str | Path, data: str | None = None) -> Callable[[], Stor
     from pipeline.store.feature_store import FeatureStore
     from pipeline.store.mirror import named, root_of
 
-    place = location(path)  # a worker may have another working directory
-    root = root_of(place)
+    address = location(path)  # a worker may have another working directory
+    root = root_of(address)
     with named(root):
         facts = read_facts(root)
     digest = facts.states[facts.current].digest
     if data is not None and facts.find(data) is not None and data != digest:
         digest = data
         click.echo(f"Note: {path} has grown since; this goes on with the images and lists it began with.", err=True)
-    return lambda: StoreSource(FeatureStore.open(place, index_digest=digest))
+    return lambda: StoreSource(FeatureStore.open(address, index_digest=digest))
 
 
 def online_source(
@@ -140,13 +140,17 @@ def online_source(
 
 
 @contextlib.contextmanager
-def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """A function that tells whether Ctrl-C (or a scheduler's SIGTERM) has come. The second Ctrl-C stops at once."""
+def stop_on_interrupt(at_once: bool = False) -> Iterator[Callable[[], bool]]:
+    """A function that tells whether Ctrl-C (or a scheduler's SIGTERM) has come. The second Ctrl-C stops at once.
+
+    Args:
+        at_once: the first one does: nobody who would ask the function works in this process.
+    """
     asked = False
 
     def ask(signum: int, frame: Any) -> None:
         nonlocal asked
-        if asked:
+        if asked or at_once:
             raise KeyboardInterrupt
         asked = True
         click.echo("\nStopping after this step; the run is being saved. Ctrl-C again stops at once.", err=True)

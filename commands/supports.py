@@ -62,7 +62,7 @@ def supports(
     set_up_logging(quiet)
     on_interrupt("No result was written.")
     from pipeline.common.files import require_writable, write_table
-    from pipeline.heads import methods
+    from pipeline.heads.catalogue import trained
     from pipeline.supports import choose_supports
 
     if out is not None:
@@ -70,8 +70,8 @@ def supports(
     device = pick_device(device, address)
     make_source = store_source(store)
     source = make_source()
-    method = methods.trained(checkpoint_path, source, device, arithmetic)
-    fold = methods.tested_fold(method) if fold is None else fold
+    method = trained(checkpoint_path, source, device, arithmetic)
+    fold = (method.held_out or 0) if fold is None else fold
     with open_runner(workers, address, device) as runner, Progress("supports", "queries", quiet) as progress:
         found = choose_supports(
             method.make,

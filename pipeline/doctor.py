@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Literal
 
 from hsnet.errors import WeightsError
+from pipeline.common.machine import DISTRIBUTION
 
-DISTRIBUTION = "hsnet-pipeline"
 OUR_NAMES = ("cli", "cluster", "commands", "hsnet", "pipeline")
 
 GIB = 2**30

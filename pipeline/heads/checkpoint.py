@@ -34,7 +34,7 @@ from pipeline.heads.config import RunConfig
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+CHECKPOINT_FORMAT = 1
 BEST, LAST = "best.safetensors", "last.safetensors"
 _KEY = "hsnet"
 _SAME_FEATURES = ("backbone", "weights", "image_size", "taps", "normalisation", "resize")
@@ -60,7 +60,7 @@ class CheckpointInfo:
 
     def to_json(self) -> str:
         values = {
-            "format": FORMAT,
+            "format": CHECKPOINT_FORMAT,
             **asdict(self),
             "recipe": self.recipe.to_dict(),
             "learner": dict(self.learner),
@@ -73,8 +73,8 @@ class CheckpointInfo:
     def from_json(cls, text: str) -> CheckpointInfo:
         """Raises ConfigError or ValueError for what `to_json` did not write."""
         values = json.loads(text)
-        if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
-            raise ConfigError(f"its header is not of format {FORMAT}")
+        if not isinstance(values, dict) or values.pop("format", None) != CHECKPOINT_FORMAT:
+            raise ConfigError(f"its header is not of format {CHECKPOINT_FORMAT}")
         return from_json(cls, values, "its header")
 
 
@@ -116,13 +116,12 @@ class Checkpoint:
             CheckpointMismatch: names every differing field with both values.
         """
         differing = self.info.recipe.differences(recipe)
-        found = {name: pair for name, pair in differing.items() if name in _SAME_FEATURES}
-        if found:
+        if differing := {name: pair for name, pair in differing.items() if name in _SAME_FEATURES}:
             raise CheckpointMismatch(
                 f"{self.path} was trained on other features than {what} has:\n"
-                f"{difference_lines(found, 'checkpoint', 'offered')}\n"
+                f"{difference_lines(differing, 'checkpoint', 'offered')}\n"
                 "Use features of the checkpoint's kind, or a checkpoint trained on these. Nothing was computed.",
-                found,
+                differing,
             )
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hsnet.backbone import backbone_spec
 from hsnet.errors import ConfigError
@@ -14,12 +14,21 @@ from hsnet.fused import ARITHMETIC
 from pipeline.common.fields import from_json
 from pipeline.features.recipe import Recipe
 
+if TYPE_CHECKING:
+    from pipeline.loading.source import FeatureSource
+
 SELECT_ON = ("val", "test", "none")
 
 
 def skipped_digest(ids: Collection[str]) -> str:
     """Identity of a set of left-out image ids: leaving out others gives other episodes, and so another run."""
     return "sha256:" + hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest() if ids else ""
+
+
+def features_of(source: FeatureSource) -> dict[str, Any]:
+    """The fields of a run that its features decide: `recipe`, `data` and `skipped`."""
+    left_out = [source.index.images[image] for image in source.skipped]
+    return {"recipe": source.recipe, "data": source.index.digest, "skipped": skipped_digest(left_out)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +53,7 @@ class RunConfig:
     """Episodes per optimiser step, over all workers and micro-batches."""
     learning_rate: float = 1e-3
     seed: int = 0
-    """Of the initial weights and of the training episodes."""
+    """Seed of the initial weights and of the training episodes."""
     arithmetic: str = "float32"
     """Precision of the learner's activations and products (`hsnet.fused.ARITHMETIC`); weights are always float32."""
     boundary: str = "background"
@@ -75,6 +84,11 @@ class RunConfig:
         if self.select_on not in SELECT_ON:
             raise ConfigError(f"select_on must be one of {', '.join(SELECT_ON)}, got '{self.select_on}'.")
 
+    @classmethod
+    def of(cls, source: FeatureSource, **choices: Any) -> RunConfig:
+        """A run on the features of a source; `choices` are the fields that the source does not decide."""
+        return cls(**features_of(source), **choices)
+
     @property
     def learner_arguments(self) -> dict[str, Any]:
         """All arguments of `hsnet.model.HSNet`."""
@@ -88,14 +102,14 @@ class RunConfig:
 
     def differences(self, other: RunConfig) -> dict[str, tuple[object, object]]:
         """Field -> (value here, value in `other`), for fields that make it another run; steps do not."""
-        found: dict[str, tuple[object, object]] = {}
+        differing: dict[str, tuple[object, object]] = {}
         for item in fields(self):
             mine, theirs = getattr(self, item.name), getattr(other, item.name)
             if item.name == "recipe":
-                found |= mine.differences(theirs)
+                differing |= mine.differences(theirs)
             elif item.name != "steps" and mine != theirs:
-                found[item.name] = (mine, theirs)
-        return found
+                differing[item.name] = (mine, theirs)
+        return differing
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them back."""

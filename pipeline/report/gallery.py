@@ -371,38 +371,18 @@ def open_store(file: Results, path: str | Path | None) -> StoreSource:
 
 def open_segmenter(file: Results, source: StoreSource, checkpoint: Path | None, device: str) -> Segmenter:
     """What answered the episodes of the rows. Raises CheckpointError or DataError if it cannot be had again."""
-    from pipeline.heads import methods
-    from pipeline.heads.segmenters import CosineSegmenter
+    from pipeline.heads.catalogue import made_again
 
-    said = as_dict(file.facts.get("method"))
-    name = said.get("name")
-    try:
-        if name == "cosine":
-            return CosineSegmenter(float(said["threshold"]))
-        if name == "untrained":
-            return methods.untrained(source, int(said["seed"]), device).make()
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{file.path} does not say how its '{name}' method was made: {error!r}.") from error
-    if name != "trained":
-        raise DataError(f"Answers of the method '{name}' cannot be made again from what the rows say.")
-    if checkpoint is None:
-        raise DataError("The rows do not say where their checkpoint is: give --checkpoint.")
-    method = methods.trained(checkpoint, source, device, str(said.get("arithmetic", "float32")))
-    if method.facts["checkpoint"] != file.checkpoint:
-        raise DataError(
-            f"{checkpoint} is not the checkpoint of {file.path}:\n  rows        {file.checkpoint}\n"
-            f"  checkpoint  {method.facts['checkpoint']}\nGive that one with --checkpoint."
-        )
-    return method.make()
+    return made_again(as_dict(file.facts.get("method")), source, checkpoint=checkpoint, device=device).make()
 
 
 def _photos(
     file: Results, places: Places, said: Mapping[str, Any]
 ) -> tuple[Callable[[StoreSource, int], Image.Image] | None, str]:
     """A function (source, image number) -> photo, or None with the reason why there are no photos."""
-    from pipeline.datasets import DATASETS, open_dataset
+    from pipeline.datasets import DATASETS, open_dataset, reader_of
 
-    name = str(file.facts["dataset"]).split()[0]
+    name = reader_of(str(file.facts["dataset"]))
     root = places.data_root or _path(said.get("data_root"))
     if name not in DATASETS:
         return None, f"'{name}' is no reader of data sets."

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hsnet.errors import CheckpointError, ConfigError, DataError
+from hsnet.errors import ConfigError, DataError
 from pipeline.scores.rows import Results, differences, read_results, require_one_configuration
-
-CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -161,18 +158,14 @@ def read_run(path: Path) -> Run:
         DataError: the folder holds no run.
         CheckpointError: its configuration cannot be read.
     """
-    file = path / CONFIG
-    if not file.is_file():
+    from pipeline.heads.run_dir import CONFIG, read_config, read_metrics  # brings torch: not for rows alone
+
+    if not (path / CONFIG).is_file():
         raise DataError(f"{path} is a folder without {CONFIG}: give the --run-dir of `hsnet train`, or a rows file.")
-    try:
-        config = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file} does not describe a run.")
+    config = read_config(path)
     train: list[tuple[int, float, float | None]] = []
     val: list[tuple[int, float]] = []
-    for line in _lines(path / "metrics.jsonl"):
+    for line in read_metrics(path):
         step = line["step"]
         loss, waited = _number(line.get("train"), "loss"), _number(line.get("train"), "seconds")
         if loss is not None:
@@ -190,23 +183,6 @@ def read_run(path: Path) -> Run:
         tuple(step for step, _ in val),
         tuple(miou for _, miou in val),
     )
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics file; those cut short by a crash are left out."""
-    try:
-        texts = path.read_text(errors="replace").splitlines() if path.is_file() else []
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from error
-    found = []
-    for text in texts:
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(line, dict) and type(line.get("step")) is int:
-            found.append(line)
-    return found
 
 
 def as_dict(values: object) -> Mapping[str, Any]:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -100,10 +101,12 @@ def test_choices_equal_the_tables_they_are_copied_from() -> None:
     from hsnet.backbone import BACKBONES
     from pipeline.datasets import DATASETS
     from pipeline.features.recipe import DTYPES
+    from pipeline.heads.catalogue import BASELINES
 
     assert tuple(BACKBONES) == options.BACKBONES
     assert tuple(DATASETS) == options.DATASETS
     assert sorted(DTYPES) == sorted(options.PRECISIONS)
+    assert tuple(BASELINES) == options.BASELINES
 
 
 def test_help_needs_nothing_heavy() -> None:
@@ -191,6 +194,20 @@ def test_ctrl_c_is_one_line_and_130(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert done.exit_code == 130
     assert done.stdout == ""
     assert done.stderr.strip().splitlines()[-1].startswith("Interrupted. Finished shards are kept")
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_ctrl_c_is_asked_for_or_obeyed_at_once(at_once: bool) -> None:
+    """Where somebody in this process asks, the first one waits for an answer; the second stops in any case."""
+    before = signal.getsignal(signal.SIGINT)
+    with click.Context(cli.main), steps.stop_on_interrupt(at_once=at_once) as stop:
+        assert not stop()
+        if not at_once:
+            signal.raise_signal(signal.SIGINT)
+            assert stop()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_doctor_speaks_to_people_and_to_machines(tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ from cluster.runner import RayRunner
 from hsnet.model import HSNet
 from pipeline.datasets.shapes import Shapes
 from pipeline.episodes.protocols import resolve
-from pipeline.evaluate import evaluate
+from pipeline.evaluate.plan import EvaluationPlan
+from pipeline.evaluate.stage import evaluate
 from pipeline.extract.stage import extract
 from pipeline.features.weights import load_weights
+from pipeline.heads.catalogue import Method
 from pipeline.heads.segmenters import LearnedSegmenter
 from pipeline.loading.source import StoreSource
 from pipeline.store.feature_store import FeatureStore
@@ -59,10 +61,14 @@ class MortalSegmenter:
 
 
 def run(store: Path, runner=None, segmenter=make_segmenter):
-    source = functools.partial(make_source, store)
-    return evaluate(
-        segmenter, source, SHAPES.index, fold=0, protocol=resolve(shots=(1, 3), episodes=110), runner=runner
+    plan = EvaluationPlan(
+        method=Method(segmenter, {}),
+        source=make_source(store),
+        make_source=functools.partial(make_source, store),
+        fold=0,
+        protocol=resolve(shots=(1, 3), episodes=110),
     )
+    return evaluate(plan, runner=runner)
 
 
 def counted(rows):

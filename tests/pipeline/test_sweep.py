@@ -16,7 +16,7 @@ from pipeline.heads.run_dir import RunDir
 from pipeline.loading.source import StoreSource
 from pipeline.scores.rows import read_results
 from pipeline.store.feature_store import FeatureStore
-from pipeline.sweep import make_cases, parse_choice, sweep
+from pipeline.sweep import make_cases, parse_axis, sweep
 
 QUICK = {"steps": 2, "batch_size": 2, "validate_every": 1, "validate_episodes": 2}
 RULES = resolve(episodes=12, shots=(1, 2))
@@ -118,10 +118,10 @@ def test_an_interrupted_sweep_goes_on(store, tmp_path):
 
 
 def test_choices_are_read_as_their_fields(store):
-    assert parse_choice("learning_rate=1e-3,0.01") == ("learning_rate", (0.001, 0.01))
-    assert parse_choice("seed=0,1,1") == ("seed", (0, 1))
-    assert parse_choice("drop_novel_images=yes,no") == ("drop_novel_images", (True, False))
-    assert parse_choice("boundary=background,ignore") == ("boundary", ("background", "ignore"))
+    assert parse_axis("learning_rate=1e-3,0.01") == ("learning_rate", (0.001, 0.01))
+    assert parse_axis("seed=0,1,1") == ("seed", (0, 1))
+    assert parse_axis("drop_novel_images=yes,no") == ("drop_novel_images", (True, False))
+    assert parse_axis("boundary=background,ignore") == ("boundary", ("background", "ignore"))
     for text, said in (
         ("fold=0", "is not CHOICE=VALUE"),
         ("seed", "is not CHOICE=VALUE"),
@@ -129,7 +129,7 @@ def test_choices_are_read_as_their_fields(store):
         ("drop_novel_images=maybe", "must be yes or no"),
     ):
         with pytest.raises(ConfigError, match=said):
-            parse_choice(text)
+            parse_axis(text)
     with pytest.raises(ConfigError, match="both varied and fixed"):
         make_cases([store], (0,), {"seed": (0,)}, {"seed": 1})
     with pytest.raises(ConfigError, match="different names"):

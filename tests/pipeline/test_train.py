@@ -75,8 +75,9 @@ def test_a_run_leaves_checkpoints_metrics_and_its_configuration(whole_run, tiny_
 def test_learning_happens(tiny_config, tiny_source, tmp_path):
     """Forty steps on a handful of episodes bring the loss well under that of a constant answer."""
     config = tiny_config(steps=40, batch_size=8, select_on="none", learning_rate=3e-3)
-    fit(config, tiny_source, tmp_path / "run")
+    summary = fit(config, tiny_source, tmp_path / "run")
     curve = losses(tmp_path / "run")
+    assert summary.loss == pytest.approx(np.mean(curve[-20:])), "the last twenty steps, not all"
     assert np.mean(curve[-5:]) < 0.75 * np.mean(curve[:5])
 
 

@@ -28,9 +28,11 @@ from pipeline.datasets.folder import Folder
 from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.datasets.shapes import Shapes
 from pipeline.episodes.protocols import resolve
-from pipeline.evaluate import evaluate
+from pipeline.evaluate.plan import EvaluationPlan
+from pipeline.evaluate.stage import evaluate
 from pipeline.extract.plan import plan_growth
 from pipeline.extract.stage import extract
+from pipeline.heads.catalogue import Method
 from pipeline.heads.segmenters import LearnedSegmenter
 from pipeline.loading.resident import keep
 from pipeline.loading.source import StoreSource
@@ -288,10 +290,10 @@ def test_an_evaluation_of_a_grown_store_gives_the_rows_of_a_fresh_one(tmp_path, 
     grown, fresh = made(tmp_path / "grown.zarr", 2, 3), made(tmp_path / "fresh.zarr", 3)
     protocol = resolve(shots=(1,), episodes=6)
     one, other = (
-        evaluate(segmenter, lambda source=source: source, source.index, protocol=protocol, fold=0)
+        evaluate(EvaluationPlan(method=Method(segmenter, {}), source=source, protocol=protocol, fold=0))
         for source in (grown, fresh)
     )
-    one, other = (result.rows.drop_columns(["seconds"]) for result in (one, other))
+    one, other = (result.rows.drop_columns(["seconds", "store"]) for result in (one, other))
     assert one.num_rows == 6
     assert one.equals(other)
     images = sorted({*range(5), len(grown.index.images) - 1})
