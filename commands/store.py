@@ -248,7 +248,7 @@ def _verify(path: str | Path, quiet: bool) -> Verification:
 
     opened = FeatureStore.open(path, require_complete=False)
     with Progress("verify", "shards", quiet) as progress:
-        return verify(opened, progress.update)
+        return verify(opened, on_shard=progress.update)
 
 
 @store.command("compare", short_help="What a store's codec costs: correlations and mIoU.")

@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Entry:
+class ObjectFacts:
     """What a listing says of one object."""
 
     size: int
@@ -144,7 +144,7 @@ class Bucket:
             lambda: bytes(obstore.get_range(self._store, key, start=start, end=end)),
         )
 
-    def head(self, key: str) -> Entry | None:
+    def head(self, key: str) -> ObjectFacts | None:
         """Facts of an object, None if there is none."""
         import obstore
 
@@ -187,21 +187,21 @@ class Bucket:
         if keys:
             self._call("objects cannot be deleted", lambda: obstore.delete(self._store, list(keys)))
 
-    def objects(self, prefix: str = "") -> dict[str, Entry]:
+    def objects(self, prefix: str = "") -> dict[str, ObjectFacts]:
         """All objects below `prefix`. Names that no store has are left out: nothing is to be written by them here."""
         import obstore
 
-        def read() -> dict[str, Entry]:
+        def read() -> dict[str, ObjectFacts]:
             pages = obstore.list(self._store, prefix or None)
             return _entries(meta for page in pages for meta in page)
 
         return self._call("cannot be listed", read)
 
-    def children(self) -> tuple[list[str], dict[str, Entry]]:
+    def children(self) -> tuple[list[str], dict[str, ObjectFacts]]:
         """(folders, objects) directly below the address."""
         import obstore
 
-        def read() -> tuple[list[str], dict[str, Entry]]:
+        def read() -> tuple[list[str], dict[str, ObjectFacts]]:
             found = obstore.list_with_delimiter(self._store)
             folders = [prefix.rstrip("/") for prefix in found["common_prefixes"]]
             return [name for name in folders if _KEY.fullmatch(name)], _entries(found["objects"])
@@ -312,9 +312,9 @@ def _without_user(text: str) -> str:
     return re.sub(r"//[^/@\s]*@", "//***@", text)
 
 
-def _entry(meta: Any) -> Entry:
-    return Entry(int(meta["size"]), meta["e_tag"] or f"{meta['last_modified']}", meta["last_modified"])
+def _entry(meta: Any) -> ObjectFacts:
+    return ObjectFacts(int(meta["size"]), meta["e_tag"] or f"{meta['last_modified']}", meta["last_modified"])
 
 
-def _entries(metas: Iterable[Any]) -> dict[str, Entry]:
+def _entries(metas: Iterable[Any]) -> dict[str, ObjectFacts]:
     return {meta["path"]: _entry(meta) for meta in metas if _KEY.fullmatch(meta["path"])}

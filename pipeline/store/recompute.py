@@ -111,7 +111,7 @@ def recompute(
         raise ConfigError(f"The share of images to recompute must be above 0 and at most 1, got {share}.")
     recipe = expected_recipe(store.recipe, weights)
     # Compares both: another data set or other weights say nothing about this store.
-    FeatureStore.open(store.path, recipe, require_complete=False, index_digest=dataset.index.digest)
+    FeatureStore.open(store.place, recipe, require_complete=False, index_digest=dataset.index.digest)
     images = sample(store, share, seed)
     make_worker = partial(_Checker, dataset, weights, location(store.path), recipe, device)
     groups = [tuple(images[first : first + GROUP]) for first in range(0, len(images), GROUP)]
