@@ -21,18 +21,18 @@ import shutil
 import time
 import uuid
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from hsnet.errors import StoreError
+from hsnet.errors import HSNetError, StoreError
 from pipeline.store.bucket import Bucket, ObjectFacts
 from pipeline.store.cache import CACHE, CACHE_BYTES, cache_folder, locked, make_room, use_lock
-from pipeline.store.lease import OWNER, holds
+from pipeline.store.lease import OWNER, holds, sole_remote_writer
 from pipeline.store.markers import MARKERS, ShardFacts, StoredFile, marker_file, shard_file, sum_file
+from pipeline.store.place import ROOT, Place
 
-ROOT = "zarr.json"
 TRIES = 3
 """Downloads of a shard file that arrives damaged, before it is taken for damaged there."""
 PIECE = 16 << 20
@@ -47,20 +47,22 @@ _DATA = re.compile(rf"({_ARRAY.pattern})/c/(\d{{1,9}})/[0/]+")
 _MARKER = re.compile(rf"{MARKERS}/(\d{{6,9}})\.json")
 
 
-class Mirror:
-    """The local folder of one address. Safe in several threads and processes.
+class Mirror(Place):
+    """The place of a store in a bucket; `Place` says what its methods do. Safe in several threads and processes.
 
     Raises:
         StoreError: the bucket refuses or cannot be reached, or the cache's disk does.
     """
 
+    remote = True
+
     def __init__(self, url: str) -> None:
-        self.url = url
         self.bucket = Bucket(url)
         name = hashlib.sha256(f"{url}\n{self.bucket.endpoint}".encode()).hexdigest()[:16]
         # Resolved: files are read only where they are without any link.
         self.folder = cache_folder().resolve() / f"{url.rpartition('/')[2][:60]}-{name}"
-        self.root = self.folder / "store"
+        super().__init__(self.folder / "store")
+        self.path = url
         try:
             for part in (self.root, self.folder / "locks", self.folder / "partial"):
                 part.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -69,9 +71,58 @@ class Mirror:
         self._pool = ThreadPoolExecutor(PARALLEL, thread_name_prefix="mirror")
         self._sweep()
 
+    def exists(self) -> bool:
+        return self.bucket.head(ROOT) is not None
+
+    def is_free(self) -> bool:
+        return not self.exists() and not self._foreign()
+
+    @property
+    def bytes_free(self) -> int | None:
+        return None
+
+    def create(self, build: Callable[[Path], None]) -> None:
+        if self.exists():
+            return
+        with self.sole_writer():  # arrays of two recipes must not mix
+            if self.exists():
+                return  # another process made it in the meantime
+            self._require_free()
+            self._clear()
+            build(self.root)
+            self.publish()
+
+    @contextmanager
+    def sole_writer(self) -> Iterator[str]:
+        with self.named(), sole_remote_writer(self.bucket) as token:
+            self._sync()
+            with self._lock("metadata"):  # other processes of this machine do not replace it by the bucket's
+                yield token
+
+    def still_owned(self, token: str) -> bool:
+        return holds(self.bucket, token)
+
+    def shown(self, file: Path) -> str:
+        return str(file).replace(str(self.root), self.path)
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        try:
+            yield
+        except HSNetError as error:
+            error.args = tuple(str(text).replace(str(self.root), self.path) for text in error.args)
+            raise
+
     # -- metadata and markers ----------------------------------------------------------------------------------
 
-    def sync(self) -> bool:
+    def sync(self) -> None:
+        if not self._sync():
+            self._require_free()
+            raise StoreError(
+                f"There is no feature store at {self.path}. Make one with `hsnet extract ... --store {self.path}`."
+            )
+
+    def _sync(self) -> bool:
         """Bring metadata and markers here as they are in the bucket now; whether there is a store."""
         with self._lock("sync"):
             # The root is read first: what it names was uploaded before it.
@@ -98,7 +149,6 @@ class Mirror:
         return True
 
     def fetch_marker(self, number: int) -> None:
-        """Bring one marker here as it is in the bucket now, or remove it here if it is not there."""
         key = self._marker_key(number)
         data = self._fetch(key)
         with self._lock("sync"):
@@ -107,13 +157,13 @@ class Mirror:
             elif not self._holds(key, data):
                 self._write(key, data)
 
-    def foreign(self) -> list[str]:
+    def _foreign(self) -> list[str]:
         """Names at the address that no store has, some of them."""
         folders, objects = self.bucket.children()
         names = [name for name in (*folders, *objects) if name != ROOT and not name.startswith("_owner.")]
         return [name for name in names if not _ARRAY.fullmatch(name) and not _METADATA.fullmatch(name)]
 
-    def clear(self) -> None:
+    def _clear(self) -> None:
         """Empty the folder of metadata, markers and shards. The bucket is not touched."""
         with self._lock("sync"):
             old = self.folder / "partial" / f"{os.getpid()}-{uuid.uuid4().hex}"
@@ -122,23 +172,17 @@ class Mirror:
             (self.folder / "etags.json").unlink(missing_ok=True)
             shutil.rmtree(old)
 
-    def require_free(self) -> None:
+    def _require_free(self) -> None:
         """Raises StoreError if something else than a store, or than remains of one, is at the address."""
-        names = self.foreign()
+        names = self._foreign()
         if names:
             raise StoreError(
-                f"{self.url} is not a feature store: it has no {ROOT}, but '{names[0]}'. Give the address of a store "
+                f"{self.path} is not a feature store: it has no {ROOT}, but '{names[0]}'. Give the address of a store "
                 f"made by `hsnet extract`, or a new one to make one. Nothing was changed."
             )
 
-    @contextmanager
-    def writing_metadata(self) -> Iterator[None]:
-        """Keep other processes of this machine from replacing the metadata here by the bucket's."""
-        with self._lock("metadata"):
-            yield
-
     def publish(self) -> None:
-        """Upload the metadata that changed here, the group's own last: nothing counts before it is there."""
+        # The group's own last: nothing counts before it is there.
         with self._lock("sync"):
             known, there = self._etags(), self._list()
             keys = sorted(
@@ -228,11 +272,6 @@ class Mirror:
 
     @contextmanager
     def present(self, files: Iterable[StoredFile]) -> Iterator[None]:
-        """Inside the block these shard files are here, whole, and are not evicted.
-
-        Raises:
-            StoreError: one is not in the bucket, or arrives damaged every time: names it.
-        """
         files = set(files)
         with ExitStack() as stack:
             for number in sorted({file.number for file in files}):
@@ -242,11 +281,12 @@ class Mirror:
                 self._download(missing)
             yield
 
-    def discard(self, files: Iterable[StoredFile]) -> None:
-        """Throw shard files away: what is read next comes from the bucket."""
+    def fetch_anew(self, files: Collection[StoredFile]) -> None:
         for file in files:
             with self._lock(f"{file.number:06d}.fetch"):
                 self._path(file).unlink(missing_ok=True)
+        with self.present(files):
+            pass
 
     def _here(self, file: StoredFile) -> bool:
         try:
@@ -315,7 +355,7 @@ class Mirror:
 
     def _damage(self, file: StoredFile, what: str) -> StoreError:
         return StoreError(
-            f"{self.url}: array '{file.array}' is damaged in shard {file.number} (object {self._key(file)}): {what} "
+            f"{self.path}: array '{file.array}' is damaged in shard {file.number} (object {self._key(file)}): {what} "
             f"{file.size} bytes and CRC-32 {file.checksum}. Nothing of it was used. `hsnet store repair` makes this "
             f"shard anew."
         )
@@ -323,35 +363,20 @@ class Mirror:
     # -- writing shards ----------------------------------------------------------------------------------------
 
     @contextmanager
-    def remaking(self, number: int, nbytes: int) -> Iterator[None]:
-        """A shard is written here inside the block: its marker in the bucket goes first, nothing of it is evicted."""
+    def writing_shard(self, number: int, nbytes: int) -> Iterator[None]:
         make_room(self.folder.parent, nbytes)
         with self._use(number):
             self.bucket.delete([self._marker_key(number)])
             yield
 
-    def upload(self, facts: ShardFacts, token: str | None = None) -> None:
-        """Upload a shard that is written here, its marker last.
-
-        Args:
-            token: of the store's writer; who is it no more must not commit.
-
-        Raises:
-            StoreError: the bucket refuses, or another writer has the store. The shard then counts as missing.
-        """
+    def commit(self, facts: ShardFacts, token: str | None) -> None:
         for sent in [self._pool.submit(self.bucket.put, self._key(f), self._path(f)) for f in facts.stored()]:
             sent.result()
-        if token is not None and not holds(self.bucket, token):
-            raise StoreError(f"{self.url} is being written by another run now. This one stopped.")
+        if token is not None and not self.still_owned(token):
+            raise StoreError(f"{self.path} is being written by another run now. This one stopped.")
         self.bucket.put(self._marker_key(facts.number), marker_file(self.root, facts.number).read_bytes())
 
-    def remove(self, number: int, arrays: Iterable[str]) -> None:
-        """Delete what there is of a shard in the bucket, its marker first."""
-        self.bucket.delete([self._marker_key(number)])
-        self.bucket.delete([self._key(StoredFile(array, number, 0, "")) for array in arrays])
-
     def absent(self, files: Iterable[StoredFile]) -> set[int]:
-        """Shards whose objects are not there, or of another length than their marker says."""
         files = list(files)
         sizes = {
             key: entry.size
@@ -359,6 +384,16 @@ class Mirror:
             for key, entry in self.bucket.objects(f"{array}/c").items()
         }
         return {file.number for file in files if sizes.get(self._key(file)) != file.size}
+
+    def remove_shard(self, number: int, arrays: tuple[str, ...]) -> None:
+        self.bucket.delete([self._marker_key(number)])
+        self.bucket.delete([self._key(StoredFile(array, number, 0, "")) for array in arrays])
+        super().remove_shard(number, arrays)
+
+    def remove_arrays(self, names: Iterable[str]) -> None:
+        names = list(names)
+        self.bucket.delete([key for name in names for key in self.bucket.objects(name)])
+        super().remove_arrays(names)
 
     def _marker_key(self, number: int) -> str:
         return marker_file(self.root, number).relative_to(self.root).as_posix()
@@ -394,6 +429,7 @@ class Mirror:
     def _disk(self, error: OSError) -> StoreError:
         free = shutil.disk_usage(self.folder).free
         return StoreError(
-            f"{self.url}: the cache {self.folder} cannot be written: {error}. {free:,} bytes are free there. Free some "
-            f"space, set {CACHE} to another folder or {CACHE_BYTES} to a smaller bound. The bucket was not changed."
+            f"{self.path}: the cache {self.folder} cannot be written: {error}. {free:,} bytes are free there. Free "
+            f"some space, set {CACHE} to another folder or {CACHE_BYTES} to a smaller bound. The bucket was not "
+            f"changed."
         )

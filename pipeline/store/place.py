@@ -11,16 +11,15 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hsnet.errors import HSNetError, StoreError
 from pipeline.common import lock
 from pipeline.store.bucket import address, local_path
-from pipeline.store.lease import holds, sole_remote_writer
 from pipeline.store.markers import ShardFacts, StoredFile, remove_shard
-from pipeline.store.mirror import ROOT, Mirror
+
+ROOT = "zarr.json"
 
 
 class Place:
-    """A folder of this machine: its files are the store. `BucketPlace` says what is different for a bucket.
+    """A folder of this machine: its files are the store. `pipeline.store.mirror.Mirror` is the place of a bucket's.
 
     Every method may raise StoreError: another process writes the store, or a disk or a server refuses.
     """
@@ -110,105 +109,13 @@ class Place:
         yield
 
 
-class BucketPlace(Place):
-    """A store in a bucket: under `root` is what its `Mirror` has fetched; changes there are uploaded."""
-
-    remote = True
-
-    def __init__(self, url: str) -> None:
-        self._mirror = Mirror(url)
-        super().__init__(self._mirror.root)
-        self.path = url
-
-    def exists(self) -> bool:
-        return self._mirror.bucket.head(ROOT) is not None
-
-    def is_free(self) -> bool:
-        return not self.exists() and not self._mirror.foreign()
-
-    @property
-    def bytes_free(self) -> int | None:
-        return None
-
-    def create(self, build: Callable[[Path], None]) -> None:
-        if self.exists():
-            return
-        with self.sole_writer():  # arrays of two recipes must not mix
-            if self.exists():
-                return  # another process made it in the meantime
-            self._mirror.require_free()
-            self._mirror.clear()
-            build(self.root)
-            self._mirror.publish()
-
-    def sync(self) -> None:
-        if not self._mirror.sync():
-            self._mirror.require_free()
-            raise StoreError(
-                f"There is no feature store at {self.path}. Make one with `hsnet extract ... --store {self.path}`."
-            )
-
-    def fetch_marker(self, number: int) -> None:
-        self._mirror.fetch_marker(number)
-
-    @contextmanager
-    def present(self, files: Iterable[StoredFile]) -> Iterator[None]:
-        with self._mirror.present(files):
-            yield
-
-    def fetch_anew(self, files: Collection[StoredFile]) -> None:
-        self._mirror.discard(files)
-        with self._mirror.present(files):
-            pass
-
-    @contextmanager
-    def sole_writer(self) -> Iterator[str]:
-        with self.named(), sole_remote_writer(self._mirror.bucket) as token:
-            self._mirror.sync()
-            with self._mirror.writing_metadata():
-                yield token
-
-    def still_owned(self, token: str) -> bool:
-        return holds(self._mirror.bucket, token)
-
-    def publish(self) -> None:
-        self._mirror.publish()
-
-    @contextmanager
-    def writing_shard(self, number: int, nbytes: int) -> Iterator[None]:
-        with self._mirror.remaking(number, nbytes):
-            yield
-
-    def commit(self, facts: ShardFacts, token: str | None) -> None:
-        self._mirror.upload(facts, token)
-
-    def absent(self, files: Iterable[StoredFile]) -> set[int]:
-        return self._mirror.absent(files)
-
-    def remove_shard(self, number: int, arrays: tuple[str, ...]) -> None:
-        self._mirror.remove(number, arrays)
-        super().remove_shard(number, arrays)
-
-    def remove_arrays(self, names: Iterable[str]) -> None:
-        names = list(names)
-        self._mirror.bucket.delete([key for name in names for key in self._mirror.bucket.objects(name)])
-        super().remove_arrays(names)
-
-    def shown(self, file: Path) -> str:
-        return str(file).replace(str(self.root), self.path)
-
-    @contextmanager
-    def named(self) -> Iterator[None]:
-        try:
-            yield
-        except HSNetError as error:
-            error.args = tuple(str(text).replace(str(self.root), self.path) for text in error.args)
-            raise
-
-
 def place_of(path: str | Path | Place) -> Place:
     """The place of a path or an address; one that is given stays the same. Raises ConfigError, StoreError."""
     if isinstance(path, Place):
         return path
     url = address(path)
-    return Place(local_path(path)) if url is None else BucketPlace(url)
+    if url is None:
+        return Place(local_path(path))
+    from pipeline.store.mirror import Mirror  # which is a Place
+
+    return Mirror(url)
