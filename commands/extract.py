@@ -176,17 +176,18 @@ def _plan_extraction(
     from pipeline.features.recipe import Recipe
     from pipeline.features.weights import load_weights
     from pipeline.store.feature_store import FeatureStore
-    from pipeline.store.mirror import is_free
+    from pipeline.store.place import place_of
 
-    if not is_free(path):
+    place = place_of(path)
+    if not place.is_free():
         exact = Recipe.of(backbone, load_weights(backbone, weights).sha256, image_size, precision)
-        recipe = wanted_recipe(exact, bytes_per_image, path)
-        plan = plan_growth(path, recipe, data.index)
+        recipe = wanted_recipe(exact, bytes_per_image, place)
+        plan = plan_growth(place, recipe, data.index)
         if plan is not None:
             return plan
-        return plan_store(FeatureStore.open(path, recipe, require_complete=False, index_digest=data.index.digest))
+        return plan_store(FeatureStore.open(place, recipe, require_complete=False, index_digest=data.index.digest))
     unknown = Recipe.of(backbone, "sha256:" + "0" * 64, image_size, precision)
-    return plan_new(data.index, wanted_recipe(unknown, bytes_per_image, path), path, shard_images)
+    return plan_new(data.index, wanted_recipe(unknown, bytes_per_image, place), place, shard_images)
 
 
 def _plan_text(plan: Any) -> str:

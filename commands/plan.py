@@ -69,7 +69,7 @@ def plan(
     from pipeline.features.weights import load_weights
     from pipeline.plan import BATCH, forecast
     from pipeline.store.bucket import address, local_path
-    from pipeline.store.mirror import cache_folder
+    from pipeline.store.cache import cache_folder
 
     data = open_data(dataset, data_root, splits, data_options, quiet)
     # Of a store in a bucket the disk keeps what is being written and read.

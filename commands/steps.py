@@ -112,17 +112,18 @@ def store_source(path: str | Path, data: str | None = None) -> Callable[[], Stor
     from pipeline.store.attributes import read_facts
     from pipeline.store.bucket import location
     from pipeline.store.feature_store import FeatureStore
-    from pipeline.store.mirror import named, root_of
+    from pipeline.store.place import place_of
 
-    address = location(path)  # a worker may have another working directory
-    root = root_of(address)
-    with named(root):
-        facts = read_facts(root)
+    absolute = location(path)  # a worker may have another working directory
+    place = place_of(absolute)
+    place.sync()
+    with place.named():
+        facts = read_facts(place.root)
     digest = facts.states[facts.current].digest
     if data is not None and facts.find(data) is not None and data != digest:
         digest = data
         click.echo(f"Note: {path} has grown since; this goes on with the images and lists it began with.", err=True)
-    return lambda: StoreSource(FeatureStore.open(address, index_digest=digest))
+    return lambda: StoreSource(FeatureStore.open(absolute, index_digest=digest))
 
 
 def online_source(

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.datasets.index import DatasetIndex
 from pipeline.features.recipe import Recipe
 from pipeline.store.arrays import image_nbytes
-from pipeline.store.bucket import address, local_path
 from pipeline.store.feature_store import SHARD_IMAGES, FeatureStore
 from pipeline.store.growth import Grown, growth
-from pipeline.store.mirror import mirror_at, named, root_of
+from pipeline.store.place import Place, place_of
 
 
 @dataclass(frozen=True)
@@ -42,25 +40,25 @@ def plan_store(store: FeatureStore) -> Planned:
         shards=store.shards,
         shards_done=store.shards - len(missing),
         bytes_needed=to_do * image_nbytes(store.recipe, store.index),
-        bytes_free=None if mirror_at(store.root) else shutil.disk_usage(store.root).free,
+        bytes_free=store.place.bytes_free,
     )
 
 
-def plan_growth(path: str | Path, recipe: Recipe, index: DatasetIndex) -> Planned | None:
+def plan_growth(path: str | Path | Place, recipe: Recipe, index: DatasetIndex) -> Planned | None:
     """What it takes to bring a store to a data set that has grown; None if it has not. Writes nothing.
 
     Raises:
         StoreMismatch: the data set has not only grown.
         StoreError: the store cannot be read.
     """
-    root = root_of(path)
-    with named(root):
-        grown = growth(root, recipe, index)
+    place = place_of(path)
+    place.sync()
+    grown = growth(place, recipe, index)
     if grown is None:
         return None
-    current = FeatureStore.open(path, require_complete=False)
+    current = FeatureStore.open(place, require_complete=False)
     if any(state.digest == index.digest for state in current.states):  # begun by an earlier run
-        begun = FeatureStore.open(path, require_complete=False, index_digest=index.digest)
+        begun = FeatureStore.open(place, require_complete=False, index_digest=index.digest)
         return replace(plan_store(begun), grown=grown)
     there = plan_store(current)
     return replace(
@@ -72,7 +70,9 @@ def plan_growth(path: str | Path, recipe: Recipe, index: DatasetIndex) -> Planne
     )
 
 
-def plan_new(index: DatasetIndex, recipe: Recipe, path: str | Path, shard_images: int = SHARD_IMAGES) -> Planned:
+def plan_new(
+    index: DatasetIndex, recipe: Recipe, path: str | Path | Place, shard_images: int = SHARD_IMAGES
+) -> Planned:
     """What making a new store at `path` takes. Nothing has to be known of the weights but their network.
 
     Raises:
@@ -80,13 +80,11 @@ def plan_new(index: DatasetIndex, recipe: Recipe, path: str | Path, shard_images
     """
     recipe.require_trainable()
     images = len(index.images)
-    remote = address(path) is not None
-    folder = Path() if remote else next(place for place in local_path(path).absolute().parents if place.exists())
     return Planned(
         images=images,
         images_done=0,
         shards=-(-images // shard_images),
         shards_done=0,
         bytes_needed=images * image_nbytes(recipe, index),
-        bytes_free=None if remote else shutil.disk_usage(folder).free,
+        bytes_free=place_of(path).bytes_free,
     )

@@ -23,10 +23,10 @@ from pipeline.features.fitting import Fitting, fit_codec, nominal_recipe, sample
 from pipeline.features.recipe import CODED, Recipe
 from pipeline.features.weights import Weights
 from pipeline.store.attributes import read_facts
-from pipeline.store.bucket import address, location
+from pipeline.store.bucket import location
 from pipeline.store.feature_store import SHARD_IMAGES, FeatureStore
 from pipeline.store.growth import grow, make_current
-from pipeline.store.mirror import is_free, is_store, root_of
+from pipeline.store.place import Place, place_of
 
 ON_ERROR = ("fail", "skip")
 
@@ -104,19 +104,21 @@ def extract(
         raise ConfigError(f"These are weights of {weights.backbone}, but the backbone is {backbone}.")
     start = time.monotonic()
     emit = on_event or (lambda event: None)
-    recipe = wanted_recipe(Recipe.of(backbone, weights.sha256, image_size, precision), bytes_per_image, path)
+    place = place_of(path)
+    there = place.exists()
+    recipe = wanted_recipe(Recipe.of(backbone, weights.sha256, image_size, precision), bytes_per_image, place)
     recipe.require_trainable()
-    if is_free(path):  # before anything is made
-        _require_space(path, plan_new(dataset.index, recipe, path, shard_images))
-    growing = plan_growth(path, recipe, dataset.index) if is_store(path) else None
+    if not there and place.is_free():  # before anything is made
+        _require_space(path, plan_new(dataset.index, recipe, place, shard_images))
+    growing = plan_growth(place, recipe, dataset.index) if there else None
     if growing is not None:
         _require_space(path, growing)
-        grow(root_of(path), recipe, dataset.index)
+        grow(place, recipe, dataset.index)
     codec = None
-    if bytes_per_image is not None and not is_store(path):
+    if bytes_per_image is not None and not there:
         emit(Fitting(sample_size(recipe, dataset.index)))
         codec, recipe = fit_codec(dataset, weights, recipe, bytes_per_image, device, on_error == "skip")
-    store = FeatureStore.create(path, recipe, dataset.index, shard_images, codec)
+    store = FeatureStore.create(place, recipe, dataset.index, shard_images, codec)
     reports: list[ShardDone] = []
     with store.writing() as token:
         store.drop(_mended_shards(store, dataset) | set(damaged))
@@ -133,7 +135,7 @@ def extract(
                 emit(report)
         store.refresh()
         if store.complete:
-            make_current(store.root, store.index.digest)
+            make_current(place, store.index.digest)
     if not store.complete:
         raise StoreError(
             f"{path}: shards {store.missing_shards()[:5]} were reported as written but are not there. "
@@ -142,7 +144,7 @@ def extract(
     seconds = time.monotonic() - start
     images = sum(report.images for report in reports)
     return ExtractSummary(
-        path=store.path if address(path) else str(path),
+        path=store.path,
         images=len(store.index.images),
         skipped=tuple(store.index.images[i] for i in store.skipped),
         written_shards=len(reports),
@@ -154,7 +156,7 @@ def extract(
     )
 
 
-def wanted_recipe(exact: Recipe, bytes_per_image: int | None, path: str | Path) -> Recipe:
+def wanted_recipe(exact: Recipe, bytes_per_image: int | None, path: str | Path | Place) -> Recipe:
     """The recipe of a store to be made or finished: with a budget it takes the fit that is in the store at `path`.
 
     Where there is no store yet, its fit is unknown and its size about right.
@@ -165,7 +167,11 @@ def wanted_recipe(exact: Recipe, bytes_per_image: int | None, path: str | Path) 
     """
     if bytes_per_image is None:
         return exact
-    stored = read_facts(root_of(path)).recipe.coding if is_store(path) else None
+    place, stored = place_of(path), None
+    if place.exists():
+        place.sync()
+        with place.named():
+            stored = read_facts(place.root).recipe.coding
     if stored is None:
         return nominal_recipe(exact, bytes_per_image)
     return replace(exact, precision=CODED, coding=replace(stored, bytes_per_image=bytes_per_image))

@@ -28,7 +28,6 @@ from pipeline.features.forward import BATCH
 from pipeline.features.precision import encode_taps
 from pipeline.features.recipe import Recipe
 from pipeline.store.feature_store import FeatureStore
-from pipeline.store.place import still_owned
 
 if TYPE_CHECKING:
     from pipeline.datasets import Dataset
@@ -107,9 +106,7 @@ class ShardWorker:
         self.device = torch.device(device)
         self.batch = BATCH["cpu" if self.device.type == "cpu" else "cuda"]
         self.backbone = FrozenBackbone(recipe.backbone, weights.state_dict).to(self.device)
-        self.store = FeatureStore.open(
-            path, recipe, require_complete=False, index_digest=dataset.index.digest, writable=True
-        )
+        self.store = FeatureStore.open(path, recipe, require_complete=False, index_digest=dataset.index.digest)
         self._packed: list[Tensor] | None = None  # the encoding thread's, used again for the next features
 
     def __call__(self, shards: Sequence[int]) -> list[ShardDone]:
@@ -198,7 +195,7 @@ class ShardWorker:
     def _write(self, shard: _Shard) -> None:
         for done in shard.encoding:
             done.result()
-        if not still_owned(self.store.root, self.token):
+        if not self.store.place.still_owned(self.token):
             raise StoreError(f"{self.store.path} is being written by another run now. This one stopped.")
         self.store.write_shard(
             shard.number, shard.levels, np.stack(shard.labels), shard.sizes, shard.classes, shard.skipped, self.token

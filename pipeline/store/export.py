@@ -169,9 +169,9 @@ def _drawn(
 def _turns(groups: Mapping[int, Sequence[int]], needed: int, draws: Draws) -> Iterator[list[int]]:
     """Classes of a list in an order of its own, each with its images in an order of their own."""
     usable = [class_id for class_id in sorted(groups) if len(groups[class_id]) >= needed]
-    for place in np.argsort(draws.array(len(usable)), kind="stable"):
-        images = groups[usable[place]]
-        yield [images[at] for at in np.argsort(draws.array(len(images)), kind="stable")]
+    for turn in np.argsort(draws.array(len(usable)), kind="stable"):
+        images = groups[usable[turn]]
+        yield [images[number] for number in np.argsort(draws.array(len(images)), kind="stable")]
 
 
 def _copy(store: FeatureStore, path: Path, index: DatasetIndex, images: Sequence[int]) -> int:

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from hsnet.errors import StoreError, StoreMismatch
 from pipeline.common.files import read_json, sync
+from pipeline.common.lock import sole_writer
 from pipeline.datasets.index import DatasetIndex
 from pipeline.features.budgeted import TransformCodec
 from pipeline.features.recipe import Recipe
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.markers import marker_file, read_marker, shard_file
-from pipeline.store.place import sole_writer
 
 _LOOKED_AT = 64
 """Shards that are asked what store they belong to."""

@@ -15,7 +15,7 @@ from PIL import Image
 
 import pipeline.extract.stage as extract_module
 import pipeline.extract.worker as worker_module
-import pipeline.store.feature_store as store_module
+import pipeline.store.shard_writer as store_module
 from hsnet.backbone import FrozenBackbone
 from hsnet.errors import ConfigError, DataError, StoreError, StoreMismatch
 from pipeline.common.lock import OWNER

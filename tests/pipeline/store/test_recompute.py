@@ -60,7 +60,7 @@ def opened(path):
 
 def test_here_and_now_every_bit_is_the_same(path, weights):
     seen = []
-    found = recompute(opened(path), Photos(), weights, 1.0, on_images=lambda *done: seen.append(done))
+    found = recompute(opened(path), Photos(), weights, share=1.0, on_images=lambda *done: seen.append(done))
     assert (found.images, found.equal, found.close, found.different, found.largest) == (COUNT, COUNT, 0, (), 0.0)
     assert seen[-1] == (COUNT, COUNT)
 
@@ -79,7 +79,7 @@ def test_the_sample_is_the_same_every_time_and_holds_the_smaller_ones(path):
 def test_other_arithmetic_is_within_the_tolerance(path, weights, monkeypatch):
     taps = FrozenBackbone.taps
     monkeypatch.setattr(FrozenBackbone, "taps", lambda self, images: taps(self, images * (1 + 2e-6)))
-    found = recompute(opened(path), Photos(), weights, 1.0)
+    found = recompute(opened(path), Photos(), weights, share=1.0)
     assert found.different == ()
     assert found.close > 0
     assert 0 < found.largest < found.tolerance == (CODED_TOLERANCE if opened(path).codec else TOLERANCE)
@@ -113,7 +113,7 @@ def unreadable(image):
     ],
 )
 def test_an_image_that_changed_is_named(path, weights, changes, labels, reason):
-    found = recompute(opened(path), Photos(changes, labels), weights, 1.0)
+    found = recompute(opened(path), Photos(changes, labels), weights, share=1.0)
     (one,) = found.different
     assert (one.image, one.shard, found.equal, found.close) == ("photos/3.jpg", 0, COUNT - 1, 0)
     assert re.search(reason, one.reason)
@@ -127,23 +127,23 @@ def test_what_is_damaged_is_named_too_and_what_is_missing_left_out(tmp_path, wei
     data[5] ^= 1
     file.write_bytes(data)
     marker_file(path, 0).unlink()
-    found = recompute(opened(path), Photos(), weights, 1.0)
+    found = recompute(opened(path), Photos(), weights, share=1.0)
     assert found.images == COUNT - 8
     (one,) = found.different
     assert (one.image, "is damaged" in one.reason) == ("photos/8.jpg", True)
     for number in (1, 2):
         marker_file(path, number).unlink()
     with pytest.raises(StoreIncomplete):
-        recompute(opened(path), Photos(), weights, 1.0)
+        recompute(opened(path), Photos(), weights, share=1.0)
 
 
 def test_another_data_set_or_other_weights_say_nothing_about_the_store(path, weights):
     other = Photos()
     other.index = DatasetIndex("folder", {0: "cat"}, ("x.jpg",), {0: {"trn": Split(((0, 0),))}})
     with pytest.raises(StoreMismatch, match="data set"):
-        recompute(opened(path), other, weights, 1.0)
+        recompute(opened(path), other, weights, share=1.0)
     with pytest.raises(StoreMismatch, match="weights"):
-        recompute(opened(path), Photos(), load_weights("squeezenet1_1", "random:1"), 1.0)
+        recompute(opened(path), Photos(), load_weights("squeezenet1_1", "random:1"), share=1.0)
     for share in (0, -1, 1.5, float("nan")):
         with pytest.raises(ConfigError, match="share"):
-            recompute(opened(path), Photos(), weights, share)
+            recompute(opened(path), Photos(), weights, share=share)

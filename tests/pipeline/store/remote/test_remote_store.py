@@ -15,8 +15,9 @@ from PIL import Image
 
 import pipeline.store.mirror as mirror_module
 from hsnet.errors import StoreError, StoreIncomplete, StoreMismatch
+from pipeline.store.cache import cached_shards, make_room
 from pipeline.store.feature_store import FeatureStore
-from pipeline.store.mirror import Mirror, Wanted, mirror_of
+from pipeline.store.place import place_of
 from pipeline.store.verify import verify
 
 URL = "s3://bucket/a/x.zarr"
@@ -194,7 +195,7 @@ def test_a_download_that_arrives_damaged_is_repeated(s3, photos, run, tmp_path, 
 
 def test_a_damaged_copy_in_the_cache_is_fetched_again(s3, photos, run, local):
     run(photos, URL)
-    path = mirror_of(URL).root / "level0/c/0/0/0/0/0"
+    path = place_of(URL).root / "level0/c/0/0/0/0/0"
     path.write_bytes(path.read_bytes()[:50] + b"????" + path.read_bytes()[54:])
     same(FeatureStore.open(URL), FeatureStore.open(local))
 
@@ -235,7 +236,7 @@ def test_another_store_at_the_address_never_gets_the_old_ones_shards(s3, photos,
 
 def test_a_second_writer_is_refused_and_another_recipe_too(s3, photos, run):
     run(photos, URL)
-    store = FeatureStore.open(URL, writable=True)
+    store = FeatureStore.open(URL)
     with store.writing(), pytest.raises(StoreError, match=rf"{URL} is being written by process {os.getpid()} on"):
         run(photos, URL)
     with pytest.raises(StoreMismatch, match=rf"{URL} was extracted with another recipe"):
@@ -245,7 +246,7 @@ def test_a_second_writer_is_refused_and_another_recipe_too(s3, photos, run):
 
 def test_a_writer_that_lost_the_store_commits_nothing(s3, photos, run, monkeypatch):
     run(photos, URL)
-    store = FeatureStore.open(URL, writable=True)
+    store = FeatureStore.open(URL)
     levels, labels = store.features(range(4)), store.labels(range(4))
     with store.writing() as token:
         s3.change("a/x.zarr/_owner.json", b'{"token": "another"}')
@@ -258,30 +259,29 @@ def test_the_cache_keeps_its_bound_and_what_was_used_last(s3, photos, run, tmp_p
     one = sum(FeatureStore.open(local).facts(0).files[name][0] for name in ("level0", "level1", "level2"))
     monkeypatch.setenv("HSNET_CACHE_BYTES", str(2 * one + 5000))
     run(photos, URL)
-    mirror = mirror_of(URL)
+    cache = tmp_path / "cache"
 
     def cached() -> set[int]:
-        return {number for _, _, _, number in mirror_module._cached(mirror.folder.parent)}
+        return {shard.number for shard in cached_shards(cache)}
 
     assert len(cached()) <= 2, "shards that are uploaded need not stay"
     store = FeatureStore.open(URL)
     for image, left in [(0, None), (4, {0, 1}), (0, {0, 1}), (8, {0, 2}), (4, {1, 2})]:
         store.features([image])
         assert left is None or cached() == left
-    assert sum(size for _, size, _, _ in mirror_module._cached(mirror.folder.parent)) <= 2 * one + 5000
+    assert sum(shard.nbytes for shard in cached_shards(cache)) <= 2 * one + 5000
     same(store, FeatureStore.open(local))  # all at once: more than the bound, none of it evicted in use
 
 
-def test_a_shard_in_use_is_not_evicted(s3, photos, run, monkeypatch):
+def test_a_shard_in_use_is_not_evicted(s3, photos, run, tmp_path, monkeypatch):
     run(photos, URL)
-    store, mirror = FeatureStore.open(URL), mirror_of(URL)
-    wanted = Wanted("level0", 0, *store.facts(0).files["level0"])
+    store, cache = FeatureStore.open(URL), tmp_path / "cache"
     monkeypatch.setenv("HSNET_CACHE_BYTES", "1")
-    with mirror.present([wanted]):
-        Mirror(URL)._make_room(1)
-        assert {number for _, _, _, number in mirror_module._cached(mirror.folder.parent)} == {0}
-    Mirror(URL)._make_room(1)
-    assert mirror_module._cached(mirror.folder.parent) == []
+    with store.place.present(store.facts(0).stored(["level0"])):
+        make_room(cache, 1)
+        assert {shard.number for shard in cached_shards(cache)} == {0}
+    make_room(cache, 1)
+    assert cached_shards(cache) == []
 
 
 def test_a_store_in_a_bucket_grows(s3, photos, run, local, tmp_path, monkeypatch):
