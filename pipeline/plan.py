@@ -24,9 +24,10 @@ from hsnet.loss import episode_losses
 from hsnet.model import HSNet, predict_mask, resize_logits
 from pipeline.common.runner import one_torch_thread
 from pipeline.datasets import Dataset
-from pipeline.datasets.images import network_image, resize_label
+from pipeline.datasets.images import resize_label
 from pipeline.features.budgeted import TransformCodec, fit_layers, unit_vectors
 from pipeline.features.fitting import nominal_recipe
+from pipeline.features.forward import PhotoNetwork
 from pipeline.features.precision import encode
 from pipeline.features.recipe import Recipe
 from pipeline.features.weights import Weights
@@ -99,10 +100,10 @@ def forecast(
     recipe.require_trainable()
     index = dataset.index
     nbytes = image_nbytes(nominal_recipe(recipe, bytes_per_image) if bytes_per_image is not None else recipe, index)
-    backbone = FrozenBackbone(weights.backbone, weights.state_dict).to(device)
+    network = PhotoNetwork(FrozenBackbone(weights.backbone, weights.state_dict), image_size, device)
     with one_torch_thread():
         photos = _Photos(recipe, bytes_per_image)
-        seconds = photos.extract(dataset, backbone, folder, device, sample)
+        seconds = photos.extract(dataset, network, folder, device, sample)
         evaluate = _seconds(photos.evaluation(), device)
     train = _seconds(photos.training(), device) * BATCH / _TRAINED_AT_ONCE
     images = len(index.images)
@@ -134,10 +135,10 @@ class _Photos:
         self.masks: Tensor
 
     def extract(
-        self, dataset: Dataset, backbone: FrozenBackbone, folder: Path, device: str, sample: int
+        self, dataset: Dataset, network: PhotoNetwork, folder: Path, device: str, sample: int
     ) -> dict[str, float]:
         """Seconds per photo of each part."""
-        count, size = len(dataset.index.images), self.recipe.image_size
+        count, side = len(dataset.index.images), (network.image_size, network.image_size)
         chosen = sorted({count * place // sample for place in range(sample)})
         clock = {"read": 0.0, "backbone": 0.0, "encode": 0.0, "write": 0.0}
         encoded: list[list[Tensor]] = []
@@ -146,12 +147,12 @@ class _Photos:
             for turn, image in enumerate([chosen[0], *chosen]):  # the first one twice: once to warm up
                 start = time.perf_counter()
                 try:
-                    photo = torch.from_numpy(network_image(dataset.image(image), size))
-                    label = resize_label(dataset.label(image), (size, size))
+                    pixels = network.pixels(dataset.image(image))
+                    label = resize_label(dataset.label(image), side)
                 except (DataError, OSError):
                     continue
                 read = time.perf_counter()
-                features = backbone(photo[None].to(device))
+                features = network.levels([pixels])
                 _wait(device)
                 computed = time.perf_counter()
                 if self.budget is not None and self.codec is None:

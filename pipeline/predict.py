@@ -25,13 +25,12 @@ from hsnet.fused import FusedHSNet
 from hsnet.fusion import foreground, fuse
 from hsnet.model import HSNet, resize_logits
 from pipeline.common import render
-from pipeline.datasets.images import PHOTO_SUFFIXES, network_image, read_photo, resize_label
+from pipeline.datasets.images import PHOTO_SUFFIXES, read_photo, resize_label
 from pipeline.datasets.own_support import Support, read_support
+from pipeline.features.forward import PhotoNetwork
 from pipeline.features.recipe import Recipe
 from pipeline.features.weights import Weights
 from pipeline.heads.checkpoint import Checkpoint
-
-log = logging.getLogger(__name__)
 
 log = logging.getLogger(__name__)
 
@@ -82,22 +81,19 @@ class Predictor:
     def __init__(
         self, learner: HSNet, backbone: FrozenBackbone, image_size: int, device: torch.device | str = "cpu"
     ) -> None:
-        self.device = torch.device(device)
-        self.learner = FusedHSNet(learner.to(self.device).eval())
-        self.backbone = backbone.to(self.device)
-        self.image_size = image_size
+        self.network = PhotoNetwork(backbone, image_size, device)
+        self.learner = FusedHSNet(learner.to(self.network.device).eval())
 
     @torch.inference_mode()
     def encode(self, photo: Image.Image) -> list[Tensor]:
         """Levels of one photo, shallow to deep, each (1, L, H, W, C) float32."""
-        pixels = torch.from_numpy(network_image(photo, self.image_size))
-        return list(self.backbone(pixels[None].to(self.device)))
+        return self.network([photo])
 
     def encode_support(self, support: Support) -> EncodedSupport:
         """Features and network-size mask of a support; to be computed once and used for any number of queries."""
-        side = (self.image_size, self.image_size)
+        side = (self.network.image_size, self.network.image_size)
         mask = torch.from_numpy(np.ascontiguousarray(resize_label(support.mask.astype(np.uint8), side)))
-        return EncodedSupport(self.encode(support.photo), mask[None].to(self.device))
+        return EncodedSupport(self.encode(support.photo), mask[None].to(self.network.device))
 
     @torch.inference_mode()
     def segment(

@@ -22,6 +22,7 @@ from pipeline.common.lock import OWNER
 from pipeline.datasets.images import network_image, resize_label
 from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.extract.stage import Planned, ShardDone, extract
+from pipeline.features import forward
 from pipeline.features.precision import encode
 from pipeline.features.weights import Weights, load_weights
 from pipeline.store.feature_store import FeatureStore
@@ -153,7 +154,7 @@ def test_photos_are_read_ahead_but_not_without_bound(tmp_path, weights, monkeypa
 def test_features_stay_with_their_image_whatever_a_forward_pass_holds(tmp_path, weights, monkeypatch):
     """Memory of one pass is used again for the next, also where the last pass of a shard is smaller."""
     run(Photos(broken=(4,)), weights, tmp_path / "one.zarr", precision="float32", on_error="skip", shard_images=8)
-    monkeypatch.setitem(worker_module.BATCH, "cpu", 3)
+    monkeypatch.setitem(forward.BATCH, "cpu", 3)
     run(Photos(broken=(4,)), weights, tmp_path / "three.zarr", precision="float32", on_error="skip", shard_images=8)
     one, three = (FeatureStore.open(tmp_path / name) for name in ("one.zarr", "three.zarr"))
     images = [image for image in range(21) if image != 4]

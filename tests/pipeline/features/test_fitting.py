@@ -157,7 +157,7 @@ def test_threads_are_as_before(tiny_shapes, squeezenet, tiny_recipe):
 
 def test_features_on_the_fly_are_never_coded(coded, tiny_shapes, tiny_source):
     with pytest.raises(ConfigError, match="needs their store"):
-        OnlineSource(tiny_shapes, tiny_source.backbone, FeatureStore.open(coded[0]).recipe)
+        OnlineSource(tiny_shapes, tiny_source.network.backbone, FeatureStore.open(coded[0]).recipe)
 
 
 def test_the_documented_reading_without_this_program(coded):
