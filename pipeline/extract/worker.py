@@ -95,8 +95,9 @@ class ShardWorker:
         dataset: Dataset,
         weights: Weights,
         path: str | Path,
-        token: str,
         recipe: Recipe,
+        *,
+        token: str,
         on_error: str,
         device: str,
     ) -> None:

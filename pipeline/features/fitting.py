@@ -35,6 +35,9 @@ IMAGES = (128, 512)
 
 SEED = 0
 
+UNKNOWN = "sha256:" + "0" * 64
+"""Stands for a digest in a recipe of which only the size is asked."""
+
 
 @dataclass(frozen=True)
 class Fitting:
@@ -103,9 +106,8 @@ def nominal_recipe(recipe: Recipe, bytes_per_image: int) -> Recipe:
         )
     share = bytes_per_image / values
     level_bytes = tuple(max(n, int(n * shape[3] * share)) for n, shape in zip(layers, shapes, strict=True))
-    unknown = "sha256:" + "0" * 64
     coding = Coding(
-        bytes_per_image=bytes_per_image, images=0, positions=0, seed=SEED, fit=unknown, level_bytes=level_bytes
+        bytes_per_image=bytes_per_image, images=0, positions=0, seed=SEED, fit=UNKNOWN, level_bytes=level_bytes
     )
     return replace(recipe, precision=CODED, coding=coding)
 

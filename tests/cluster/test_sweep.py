@@ -21,7 +21,7 @@ def open_source(path: str) -> StoreSource:
 def test_cases_side_by_side_equal_cases_one_after_the_other(tmp_path: Path, ray_runner) -> None:
     store = tmp_path / "s.zarr"
     data = Shapes(size=64, trn_per_class=2, val_per_class=3)
-    extract(data, load_weights("squeezenet1_1"), "squeezenet1_1", 64, "int8", store)
+    extract(data, load_weights("squeezenet1_1"), store, image_size=64, precision="int8")
     cases = make_cases([str(store)], (0, 1), {"seed": (0, 1)}, QUICK)
     run = functools.partial(sweep, cases, open_source, protocol=resolve(episodes=10))
     together = run(out=tmp_path / "ray", runner=ray_runner)

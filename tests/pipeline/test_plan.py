@@ -15,7 +15,7 @@ from pipeline.plan import forecast
 def test_bytes_are_an_upper_limit_of_the_store(tiny_shapes, squeezenet, tmp_path):
     told = forecast(tiny_shapes, squeezenet, 64, "int8", folder=tmp_path, sample=2)
     assert list(tmp_path.iterdir()) == []
-    made = extract(tiny_shapes, squeezenet, "squeezenet1_1", 64, "int8", tmp_path / "s.zarr")
+    made = extract(tiny_shapes, squeezenet, tmp_path / "s.zarr", image_size=64, precision="int8")
     assert told.images == made.images
     assert 0.5 * told.bytes < made.bytes < 1.2 * told.bytes
     assert told.fits == {"disk": True, "memory": True}

@@ -47,7 +47,7 @@ def test_a_float32_store_and_the_backbone_online_train_the_same_run(
     tiny_shapes, squeezenet, tiny_recipe, tiny_config, tmp_path
 ):
     """Features equal to the bit, so the loss curves are equal to the bit too."""
-    extract(tiny_shapes, squeezenet, "squeezenet1_1", 64, "float32", tmp_path / "s.zarr")
+    extract(tiny_shapes, squeezenet, tmp_path / "s.zarr", image_size=64, precision="float32")
     stored = StoreSource(FeatureStore.open(tmp_path / "s.zarr"))
     with one_torch_thread():
         online = OnlineSource(tiny_shapes, FrozenBackbone("squeezenet1_1", squeezenet.state_dict), tiny_recipe)
@@ -66,7 +66,7 @@ def test_a_float32_store_and_the_backbone_online_train_the_same_run(
 
 def test_an_int8_store_trains_nearly_the_same_run(tiny_shapes, squeezenet, tiny_recipe, tiny_config, tmp_path):
     """Correlations of 8-bit codes differ by about 1e-3; so does the loss."""
-    extract(tiny_shapes, squeezenet, "squeezenet1_1", 64, "int8", tmp_path / "s.zarr")
+    extract(tiny_shapes, squeezenet, tmp_path / "s.zarr", image_size=64, precision="int8")
     stored = StoreSource(FeatureStore.open(tmp_path / "s.zarr"))
     online = OnlineSource(tiny_shapes, FrozenBackbone("squeezenet1_1", squeezenet.state_dict), tiny_recipe)
     curves = []
