@@ -1,7 +1,7 @@
-"""What a data set will take, told beforehand: bytes, seconds per stage, and what fits into memory.
+"""The plan stage: what a data set will take, bytes of its store, seconds of every stage, and what fits into memory.
 
-Bytes follow from the shapes. Seconds come from a short calibration: a few of the data set's own photos go through what
-extraction, training and evaluation do, on the device that is asked about.
+Bytes follow from the shapes. Seconds are measured: a few of the data set's own photos go through what extraction,
+training and evaluation do, on the device that is asked about.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from pipeline.features.weights import Weights
 from pipeline.loading.resident import SHARE, free_on
 from pipeline.store.arrays import image_nbytes
 
-BATCH = 20
-"""Episodes of a training step that is spoken of."""
+STEP_EPISODES = 20
+"""Episodes of the training step that is told; `_TRAINED_AT_ONCE` of them are measured."""
 _TRAINED_AT_ONCE = 2
 
 
 @dataclass(frozen=True)
-class Forecast:
+class Costs:
     """What a store takes to make, hold and use. Seconds are of this machine as busy as it was."""
 
     images: int
@@ -59,7 +59,7 @@ class Forecast:
     extract_seconds: float
     """With so many workers, if each has a core or a GPU of its own."""
     train_seconds_per_step: float
-    """A step of `BATCH` one-shot episodes, features in memory."""
+    """A step of `STEP_EPISODES` one-shot episodes, features in memory."""
     evaluate_seconds_per_episode: float
     """One-shot, on one worker, features in memory."""
 
@@ -72,7 +72,7 @@ class Forecast:
         return {place: self.bytes <= room for place, room in rooms.items()}
 
 
-def forecast(
+def measure_costs(
     dataset: Dataset,
     weights: Weights,
     image_size: int,
@@ -83,7 +83,7 @@ def forecast(
     workers: int = 0,
     device: str = "cpu",
     sample: int = 4,
-) -> Forecast:
+) -> Costs:
     """Measure `sample` photos of the data set and say what all of them will take.
 
     Args:
@@ -102,20 +102,20 @@ def forecast(
     nbytes = image_nbytes(nominal_recipe(recipe, bytes_per_image) if bytes_per_image is not None else recipe, index)
     network = PhotoNetwork(FrozenBackbone(weights.backbone, weights.state_dict), image_size, device)
     with one_torch_thread():
-        photos = _Photos(recipe, bytes_per_image)
-        seconds = photos.extract(dataset, network, folder, device, sample)
-        evaluate = _seconds(photos.evaluation(), device)
-    train = _seconds(photos.training(), device) * BATCH / _TRAINED_AT_ONCE
+        calibration = _Calibration(recipe, bytes_per_image)
+        seconds = calibration.extract(dataset, network, folder, device, sample)
+        evaluate = _seconds(calibration.evaluation(), device)
+    train = _seconds(calibration.training(), device) * STEP_EPISODES / _TRAINED_AT_ONCE
     images = len(index.images)
     alone = sum(seconds.values())
-    return Forecast(
+    return Costs(
         images=images,
         bytes_per_image=nbytes,
         bytes=images * nbytes,
         disk_free=shutil.disk_usage(folder).free,
         memory_free=int(SHARE * free_on("cpu")),
         device_free=int(SHARE * free_on(device)) if device.startswith("cuda") else None,
-        measured_images=len(photos.masks),
+        measured_images=len(calibration.masks),
         seconds_per_image=seconds,
         workers=workers,
         extract_seconds=images * alone / max(1, workers),
@@ -124,8 +124,8 @@ def forecast(
     )
 
 
-class _Photos:
-    """The photos that are measured, and what is done with them."""
+class _Calibration:
+    """A few photos: timed through extraction, and kept as it stores them to time an evaluation and a training step."""
 
     def __init__(self, recipe: Recipe, bytes_per_image: int | None) -> None:
         self.recipe, self.budget = recipe, bytes_per_image
@@ -139,7 +139,7 @@ class _Photos:
     ) -> dict[str, float]:
         """Seconds per photo of each part."""
         count, side = len(dataset.index.images), (network.image_size, network.image_size)
-        chosen = sorted({count * place // sample for place in range(sample)})
+        chosen = sorted({count * number // sample for number in range(sample)})
         clock = {"read": 0.0, "backbone": 0.0, "encode": 0.0, "write": 0.0}
         encoded: list[list[Tensor]] = []
         masks = []
