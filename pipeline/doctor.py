@@ -143,11 +143,11 @@ def _names() -> Iterator[Finding]:
             todo = f"pip uninstall {' '.join(others)}, then install {DISTRIBUTION} again"
             yield Finding("import names", "fail", f"'{name}' is also installed by {', '.join(others)}", todo)
         spec = importlib.util.find_spec(name)
-        place = Path(spec.origin).resolve() if spec and spec.origin else None
-        if place is None or root not in place.parents:
+        origin = Path(spec.origin).resolve() if spec and spec.origin else None
+        if origin is None or root not in origin.parents:
             trouble = True
             todo = f"run it with an environment in which only {DISTRIBUTION} provides '{name}'"
-            yield Finding("import names", "fail", f"'{name}' is imported from {place}, not from {root}", todo)
+            yield Finding("import names", "fail", f"'{name}' is imported from {origin}, not from {root}", todo)
     if not trouble:
         how = "installed" if installed else "run from the source folder"
         yield Finding("import names", "ok", f"{', '.join(OUR_NAMES)} are ours ({how}: {root})")
@@ -199,11 +199,11 @@ def _memory() -> Iterator[Finding]:
 
 def _disk(folder: Path) -> Iterator[Finding]:
     for name, path in (("disk", folder), ("temporary files", Path(tempfile.gettempdir()))):
-        place = next((p for p in (path.resolve(), *path.resolve().parents) if p.exists()), Path("/"))
-        free = shutil.disk_usage(place).free
-        detail = f"{free / GIB:.1f} GiB free at {place}"
-        if not os.access(place, os.W_OK):
-            yield Finding(name, "fail", f"{place} is not writable", "run from a folder that you may write to")
+        existing = next((p for p in (path.resolve(), *path.resolve().parents) if p.exists()), Path("/"))
+        free = shutil.disk_usage(existing).free
+        detail = f"{free / GIB:.1f} GiB free at {existing}"
+        if not os.access(existing, os.W_OK):
+            yield Finding(name, "fail", f"{existing} is not writable", "run from a folder that you may write to")
         elif free < DISK_WANTED:
             yield Finding(name, "warn", detail, "a ResNet-50 store at 400 px takes 10 MB an image (int8)")
         else:

@@ -16,15 +16,15 @@ PROC, GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 def environment() -> dict[str, str]:
     """Name -> version or description, of the program, the packages that it calculates with, and this machine."""
-    found = {"Python": f"{platform.python_version()} ({sys.implementation.name})"}
+    facts = {"Python": f"{platform.python_version()} ({sys.implementation.name})"}
     for name in (DISTRIBUTION, *PACKAGES):
         try:
-            found[name] = metadata.version(name)
+            facts[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    found["system"] = f"{platform.system()} {platform.release()}, {platform.machine()}"
-    found["processor"] = f"{_processor()}, {os.cpu_count()} cores"
-    return found
+            facts[name] = "not installed"
+    facts["system"] = f"{platform.system()} {platform.release()}, {platform.machine()}"
+    facts["processor"] = f"{_processor()}, {os.cpu_count()} cores"
+    return facts
 
 
 def _processor() -> str:

@@ -165,20 +165,20 @@ class ShardWorker:
     def _encode(self, shard: _Shard, images: Sequence[int], first: int, taps: Sequence[Tensor]) -> None:
         """Put the features of images into the shard, from row `first` on."""
         recipe, names = self.store.recipe, [self.store.index.images[image] for image in images]
-        places = [level[first : first + len(images)] for level in shard.levels]
+        targets = [level[first : first + len(images)] for level in shard.levels]
         codec = self.store.codec
         if codec is None:
-            encode_taps(taps, self.network.backbone.spec, recipe.precision, places, names)
+            encode_taps(taps, self.network.backbone.spec, recipe.precision, targets, names)
         else:
             if self._packed and len(self._packed[0]) != len(images):
                 self._packed = None  # the last batch of a shard may be smaller
             self._packed = pack_levels(taps, self.network.backbone.spec, self._packed)
-            for place, codes in zip(places, codec.encode(self._packed, names), strict=True):
-                place[:] = codes
+            for target, codes in zip(targets, codec.encode(self._packed, names), strict=True):
+                target[:] = codes
         for row, image in enumerate(images):
             if image in shard.skipped:
-                for place in places:
-                    place[row] = 0
+                for target in targets:
+                    target[row] = 0
 
     def _write(self, shard: _Shard) -> None:
         for done in shard.encoding:

@@ -50,7 +50,7 @@ def sample_images(index: DatasetIndex, seed: int = SEED) -> list[int]:
     """Photos of the training split, every fold's, in the order in which a sample takes them."""
     listed = sorted({image for fold in index.folds for image, _ in index.split(fold, "trn").entries})
     order = np.argsort(philox(index.digest, "codec sample", seed).random_raw(len(listed)), kind="stable")
-    return [listed[place] for place in order]
+    return [listed[number] for number in order]
 
 
 def sample_size(recipe: Recipe, index: DatasetIndex) -> int:
