@@ -45,7 +45,7 @@ class Costs:
 
     images: int
     bytes_per_image: int
-    """At most: label maps count as if they did not compress."""
+    """Upper bound: label maps count as if they did not compress."""
     bytes: int
     disk_free: int
     memory_free: int
@@ -54,10 +54,10 @@ class Costs:
     """The same of the GPU asked about, beside what training takes; None on a CPU."""
     measured_images: int
     seconds_per_image: dict[str, float]
-    """Of extraction on one worker: read (decode and resize), backbone, encode, write."""
+    """Parts of extraction on one worker: read (decode and resize), backbone, encode, write."""
     workers: int
     extract_seconds: float
-    """With so many workers, if each has a core or a GPU of its own."""
+    """Extraction by so many workers, if each has a core or a GPU of its own."""
     train_seconds_per_step: float
     """A step of `STEP_EPISODES` one-shot episodes, features in memory."""
     evaluate_seconds_per_episode: float
@@ -65,7 +65,7 @@ class Costs:
 
     @property
     def fits(self) -> dict[str, bool]:
-        """Where the whole store fits: disk, memory and device."""
+        """Whether the whole store fits: disk, memory and device."""
         rooms = {"disk": self.disk_free, "memory": self.memory_free}
         if self.device_free is not None:
             rooms["device"] = self.device_free
@@ -131,7 +131,7 @@ class _Calibration:
         self.recipe, self.budget = recipe, bytes_per_image
         self.codec: TransformCodec | None = None
         self.levels: list[Tensor] = []
-        """As they are stored, of the photos that could be read."""
+        """Levels as they are stored, of the photos that could be read."""
         self.masks: Tensor
 
     def extract(

@@ -59,7 +59,7 @@ from pipeline.datasets.listing import count_pixels, require_files
 MAX_FOLDS = 4
 
 Listed = tuple[tuple[int, ...], ...]
-"""For each image the classes it is listed for."""
+"""Classes that each image is listed for."""
 
 
 class Folder:

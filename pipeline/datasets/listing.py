@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 def listed_classes(
     label: Callable[[int], np.ndarray], count: int, ignore_label: int, min_share: float
 ) -> list[tuple[int, ...]]:
-    """For label maps 0..count-1: the classes, sorted, that cover at least `min_share` (and one pixel) of the image.
+    """Classes of label maps 0..count-1, sorted, that cover at least `min_share` (and one pixel) of the image.
 
     Raises:
         ConfigError: `min_share` is no share.
@@ -39,7 +39,7 @@ def listed_classes(
 
 
 def count_pixels(mask: Callable[[int], np.ndarray], count: int) -> list[tuple[dict[int, int], int]]:
-    """For masks 0..count-1: value -> its pixels, and all pixels. One thread per core: some 10 s for VOC2012, minutes
+    """Value -> its pixels, and all pixels, of masks 0..count-1. One thread per core: some 10 s for VOC2012, minutes
     for COCO's PNG masks."""
 
     def values(i: int) -> tuple[dict[int, int], int]:

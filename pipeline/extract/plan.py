@@ -30,16 +30,16 @@ class ExtractionPlan:
     shards: int
     shards_done: int
     bytes_needed: int
-    """For what is missing, at most: label maps count as if they did not compress."""
+    """Bytes of what is missing, at most: label maps count as if they did not compress."""
     bytes_free: int | None
-    """On the store's disk; nobody knows how much a bucket takes."""
+    """Bytes free on the store's disk; None for a bucket, which takes nobody knows how much."""
     grown: Grown | None = None
     """What the data set has more than the one that the store was finished for."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where an extraction starts."""
+    """What an extraction starts from."""
 
     recipe: Recipe
     """What is to be stored. With a budget and no store yet its fit is unknown, and its size about right."""
@@ -133,7 +133,7 @@ def mended_shards(store: FeatureStore, dataset: Dataset) -> set[int]:
 
 
 def _free_folder(path: str | Path) -> Path | None:
-    """Where a store can be made, because nothing or an empty folder is there: a folder that exists, for its disk."""
+    """A folder that exists, on the disk of a store to be made at `path`; None if something is there already."""
     folder = Path() if address(path) else local_path(path).absolute()
     if is_free(path):
         return next(above for above in (folder, *folder.parents) if above.exists())

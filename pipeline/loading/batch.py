@@ -1,4 +1,4 @@
-"""From episodes to tensors: what a batch of episodes needs, read ahead on a thread."""
+"""Batches of episodes as tensors, read ahead on a thread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where features come from: a store, or the backbone on the fly. Training and evaluation see no difference."""
+"""Sources of features: a store, or the backbone on the fly. Training and evaluation see no difference."""
 
 from __future__ import annotations
 
