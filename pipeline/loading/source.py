@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hsnet.backbone import FrozenBackbone
 from hsnet.errors import ConfigError
-from pipeline.datasets.images import resize_label
+from pipeline.datasets.images import object_pixels, resize_label
 from pipeline.datasets.index import DatasetIndex
 from pipeline.features.budgeted import TransformCodec
 from pipeline.features.forward import PhotoNetwork
@@ -112,8 +112,7 @@ class OnlineSource:
         return self._recipe
 
     def classes_present(self, image: int) -> Sequence[int]:
-        values = np.unique(self.dataset.label(image))
-        return [int(v) - 1 for v in values if v not in (0, self.index.ignore_label)]
+        return list(object_pixels(self.dataset.label(image), self.index.ignore_label))
 
     def features(self, images: Sequence[int]) -> list[Tensor]:
         return self.network([self.dataset.image(image) for image in images])
