@@ -75,10 +75,9 @@ def measure(options: argparse.Namespace) -> None:
         summary = extract(
             dataset,
             weights,
-            options.backbone,
-            options.image_size,
-            WHOLE.get(bits, "int8"),
             path,
+            image_size=options.image_size,
+            precision=WHOLE.get(bits, "int8"),
             bytes_per_image=None if bits in WHOLE else int(values * bits / 8),
         )
         seconds = time.perf_counter() - started

@@ -78,7 +78,7 @@ def measure_extract(
             # Ray's processes import everything in a first round that does not count.
             some = data(4 * workers) if number < 0 else dataset
             path, before = scratch / f"{backbone}-{workers}-{number}.zarr", time.process_time()
-            summary = extract(some, weights, backbone, size, "int8", path, runner)
+            summary = extract(some, weights, path, image_size=size, precision="int8", runner=runner)
             if number >= 0:
                 ours.append(summary.images_per_s)
                 cpu.append((time.process_time() - before) / many)
@@ -352,9 +352,8 @@ def _make_store(data: Callable[[int], Dataset], size: int, scratch: Path) -> Pat
     from pipeline.extract.stage import extract
     from pipeline.features.weights import load_weights
 
-    return Path(
-        extract(data(48), load_weights("resnet50", "random"), "resnet50", size, "int8", scratch / "store.zarr").path
-    )
+    weights = load_weights("resnet50", "random")
+    return Path(extract(data(48), weights, scratch / "store.zarr", image_size=size, precision="int8").path)
 
 
 def _made_for(store: Path) -> tuple[str, int]:

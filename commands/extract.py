@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -31,9 +31,6 @@ from commands.options import (
 from commands.steps import emit, open_data, open_runner, pick_device
 from commands.terminal import Progress, set_up_logging
 from pipeline.common.text import printable, size_text, time_text
-
-if TYPE_CHECKING:
-    from pipeline.datasets import Dataset
 
 
 @click.command(short_help="Run the backbone once over all photos; keep features.")
@@ -106,16 +103,19 @@ def run_extraction(
     chosen = [given == click.core.ParameterSource.COMMANDLINE, bytes_per_image is not None, budget is not None]
     if sum(chosen) > 1:
         raise click.UsageError("Give one of --precision, --bytes-per-image and --budget.")
-    from pipeline.extract.plan import Planned
+    from pipeline.extract.plan import ExtractionPlan, plan_extraction
     from pipeline.extract.stage import extract as stage
-    from pipeline.features.fitting import Fitting
+    from pipeline.features.fitting import UNKNOWN, Fitting
+    from pipeline.features.recipe import Recipe
     from pipeline.features.weights import load_weights
 
     data = open_data(dataset, data_root, splits, data_options, quiet)
     if budget is not None:
         bytes_per_image = budget // max(1, len(data.index.images))
+    sizes: dict[str, Any] = {"bytes_per_image": bytes_per_image, "shard_images": shard_images}
     if dry_run:
-        plan = _plan_extraction(data, backbone, weights, image_size, precision, bytes_per_image, store, shard_images)
+        exact = Recipe.of(backbone, UNKNOWN, image_size, precision)
+        plan = plan_extraction(data, exact, store, **sizes, weights=lambda: load_weights(backbone, weights)).plan
         return emit(plan, f"{_plan_text(plan)} Nothing was written.", as_json)
     loaded = load_weights(backbone, weights)
     device = pick_device(device, address)
@@ -127,7 +127,7 @@ def run_extraction(
             if isinstance(event, Fitting):
                 progress.say(f"Fitting the codec to {event.images} training photos.")
                 return
-            if isinstance(event, Planned):
+            if isinstance(event, ExtractionPlan):
                 done, total = event.images_done, event.images
                 progress.say(_plan_text(event))
             else:
@@ -137,17 +137,15 @@ def run_extraction(
         summary = stage(
             data,
             loaded,
-            backbone,
-            image_size,
-            precision,
             store,
-            runner,
-            on_error,
-            shard_images,
-            show,
-            device,
-            bytes_per_image,
-            damaged,
+            image_size=image_size,
+            precision=precision,
+            **sizes,
+            on_error=on_error,
+            damaged=damaged,
+            runner=runner,
+            device=device,
+            on_event=show,
         )
     lines = [
         f"{printable(summary.path)}: {summary.images} images, {size_text(summary.bytes)} "
@@ -158,36 +156,6 @@ def run_extraction(
     if summary.skipped:
         lines.append(f"{len(summary.skipped)} unreadable images left out: {', '.join(summary.skipped[:5])}")
     return emit(summary, "\n".join(lines), as_json)
-
-
-def _plan_extraction(
-    data: Dataset,
-    backbone: str,
-    weights: str | None,
-    image_size: int,
-    precision: str,
-    bytes_per_image: int | None,
-    path: str | Path,
-    shard_images: int,
-) -> Any:
-    """The plan of a store; weights, which may have to be downloaded, are looked at only to compare a store with."""
-    from pipeline.extract.plan import plan_growth, plan_new, plan_store
-    from pipeline.extract.stage import wanted_recipe
-    from pipeline.features.recipe import Recipe
-    from pipeline.features.weights import load_weights
-    from pipeline.store.feature_store import FeatureStore
-    from pipeline.store.place import place_of
-
-    place = place_of(path)
-    if not place.is_free():
-        exact = Recipe.of(backbone, load_weights(backbone, weights).sha256, image_size, precision)
-        recipe = wanted_recipe(exact, bytes_per_image, place)
-        plan = plan_growth(place, recipe, data.index)
-        if plan is not None:
-            return plan
-        return plan_store(FeatureStore.open(place, recipe, require_complete=False, index_digest=data.index.digest))
-    unknown = Recipe.of(backbone, "sha256:" + "0" * 64, image_size, precision)
-    return plan_new(data.index, wanted_recipe(unknown, bytes_per_image, place), place, shard_images)
 
 
 def _plan_text(plan: Any) -> str:

@@ -26,13 +26,12 @@ from hsnet.fusion import foreground, fuse
 from hsnet.model import HSNet, resize_logits
 from pipeline.common import render
 from pipeline.common.files import whole
-from pipeline.datasets.images import PHOTO_SUFFIXES, network_image, read_photo, resize_label
-from pipeline.datasets.own_support import Support, read_support
+from pipeline.datasets.images import PHOTO_SUFFIXES, read_photo, resize_label
+from pipeline.datasets.own_support import AnnotatedPhoto, read_support
+from pipeline.features.forward import PhotoNetwork
 from pipeline.features.recipe import Recipe
 from pipeline.features.weights import Weights
 from pipeline.heads.checkpoint import Checkpoint
-
-log = logging.getLogger(__name__)
 
 log = logging.getLogger(__name__)
 
@@ -83,22 +82,19 @@ class Predictor:
     def __init__(
         self, learner: HSNet, backbone: FrozenBackbone, image_size: int, device: torch.device | str = "cpu"
     ) -> None:
-        self.device = torch.device(device)
-        self.learner = FusedHSNet(learner.to(self.device).eval())
-        self.backbone = backbone.to(self.device)
-        self.image_size = image_size
+        self.network = PhotoNetwork(backbone, image_size, device)
+        self.learner = FusedHSNet(learner.to(self.network.device).eval())
 
     @torch.inference_mode()
     def encode(self, photo: Image.Image) -> list[Tensor]:
         """Levels of one photo, shallow to deep, each (1, L, H, W, C) float32."""
-        pixels = torch.from_numpy(network_image(photo, self.image_size))
-        return list(self.backbone(pixels[None].to(self.device)))
+        return self.network([photo])
 
-    def encode_support(self, support: Support) -> EncodedSupport:
+    def encode_support(self, support: AnnotatedPhoto) -> EncodedSupport:
         """Features and network-size mask of a support; to be computed once and used for any number of queries."""
-        side = (self.image_size, self.image_size)
+        side = (self.network.image_size, self.network.image_size)
         mask = torch.from_numpy(np.ascontiguousarray(resize_label(support.mask.astype(np.uint8), side)))
-        return EncodedSupport(self.encode(support.photo), mask[None].to(self.device))
+        return EncodedSupport(self.encode(support.photo), mask[None].to(self.network.device))
 
     @torch.inference_mode()
     def segment(
@@ -117,10 +113,10 @@ class Predictor:
         # One support after the other: memory stays that of one shot, whatever the number of supports.
         contexts = torch.stack([self.learner.encode(query, support.levels, support.mask) for support in supports])
         if fusion == "joint":
-            found = foreground(resize_logits(self.learner.joint(contexts), size), tau)
+            masks = foreground(resize_logits(self.learner.joint(contexts), size), tau)
         else:
-            found = fuse(torch.stack([self.learner.decode(context) for context in contexts]), size, fusion, tau)
-        mask: NDArray[np.bool_] = found[0].cpu().numpy().astype(bool)
+            masks = fuse(torch.stack([self.learner.decode(context) for context in contexts]), size, fusion, tau)
+        mask: NDArray[np.bool_] = masks[0].cpu().numpy().astype(bool)
         return mask
 
 
@@ -195,7 +191,7 @@ def list_queries(paths: Iterable[Path]) -> list[Path]:
     Raises:
         DataError: a path does not exist, or a folder holds no photo. Says what suffixes count.
     """
-    found: list[Path] = []
+    queries: list[Path] = []
     for path in paths:
         if path.is_dir():
             photos = sorted(p for p in path.iterdir() if p.suffix.lower() in PHOTO_SUFFIXES and p.is_file())
@@ -204,12 +200,12 @@ def list_queries(paths: Iterable[Path]) -> list[Path]:
                 raise DataError(
                     f"The folder {path} holds no photo ({', '.join(PHOTO_SUFFIXES)}); subfolders are not searched"
                 )
-            found += photos
+            queries += photos
         elif path.exists():
-            found.append(path)
+            queries.append(path)
         else:
             raise DataError(f"The query {path} does not exist")
-    return found
+    return queries
 
 
 def _without_masks(photos: list[Path]) -> list[Path]:

@@ -48,7 +48,7 @@ class Weights:
     sha256: str
     """"sha256:" and 64 hex digits over names, shapes and values (`hash_tensors`): the identity in a store."""
     origin: str
-    """Where they came from, in words."""
+    """Origin in words."""
 
 
 def load_weights(backbone: str, source: str | Path | None = None, expected_sha256: str | None = None) -> Weights:

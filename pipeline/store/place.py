@@ -37,8 +37,8 @@ class Place:
         return (self.root / ROOT).is_file()
 
     def is_free(self) -> bool:
-        """Whether nothing is there yet."""
-        return not self.root.exists()
+        """Whether nothing is there yet, or an empty folder."""
+        return not self.root.exists() or (self.root.is_dir() and not any(self.root.iterdir()))
 
     @property
     def bytes_free(self) -> int | None:
@@ -48,7 +48,7 @@ class Place:
 
     def create(self, build: Callable[[Path], None]) -> None:
         """Have a store's skeleton built where there is none; what else is there is left alone. Raises OSError, too."""
-        if self.is_free() or (self.root.is_dir() and not any(self.root.iterdir())):
+        if self.is_free():
             build(self.root)
 
     def sync(self) -> None:

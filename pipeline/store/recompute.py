@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsnet.backbone import FrozenBackbone, pack_levels
+from hsnet.backbone import FrozenBackbone
 from hsnet.errors import ConfigError, DataError, StoreError
 from pipeline.common.philox import Draws
 from pipeline.common.runner import Runner, SerialRunner
 from pipeline.datasets import Dataset
-from pipeline.datasets.images import network_image, object_pixels, resize_label
+from pipeline.datasets.images import object_pixels, resize_label
 from pipeline.features.budgeted import unit_vectors
+from pipeline.features.forward import PhotoNetwork
 from pipeline.features.precision import encode
 from pipeline.features.recipe import Recipe
 from pipeline.features.weights import Weights
@@ -166,8 +167,8 @@ class _Checker:
 
     def __init__(self, dataset: Dataset, weights: Weights, path: str | Path, recipe: Recipe, device: str) -> None:
         self.dataset = dataset
-        self.device = torch.device(device)
-        self.backbone = FrozenBackbone(recipe.backbone, weights.state_dict).to(self.device)
+        backbone = FrozenBackbone(recipe.backbone, weights.state_dict)
+        self.network = PhotoNetwork(backbone, recipe.image_size, device)
         self.store = FeatureStore.open(path, recipe, require_complete=False, index_digest=dataset.index.digest)
 
     def __call__(self, images: Sequence[int]) -> list[ImageCheck]:
@@ -185,8 +186,7 @@ class _Checker:
         except StoreError as error:
             return done(False, 0.0, str(error))
         # Alone, as a CPU does it in extraction. A GPU takes several at a time, and then no bits can be expected.
-        pixels = torch.from_numpy(network_image(photo, store.recipe.image_size))[None]
-        exact = pack_levels(self.backbone.taps(pixels.to(self.device)), self.backbone.spec)
+        exact = self.network([photo])
         coded = store.codec.encode(exact, [name]) if store.codec else encode(exact, store.recipe.precision, [name])
         side = (store.recipe.image_size, store.recipe.image_size)
         wrong = []

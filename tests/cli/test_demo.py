@@ -10,15 +10,15 @@ from click.testing import CliRunner
 from PIL import Image
 
 import cli
-from pipeline import demo
+import commands.demo
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"STEPS": 2, "BATCH_SIZE": 2, "EPISODES": 5, "IMAGE_SIZE": 64, "PHOTO_SIZE": 80}.items():
-        monkeypatch.setattr(demo, name, value)
+        monkeypatch.setattr(commands.demo, name, value)
     options = ("size=64", "trn_per_class=2", "val_per_class=6")
-    monkeypatch.setattr(demo, "DATA_OPTIONS", tuple(part for o in options for part in ("--data-option", o)))
+    monkeypatch.setattr(commands.demo, "DATA_OPTIONS", tuple(part for o in options for part in ("--data-option", o)))
 
 
 @pytest.mark.usefixtures("small")

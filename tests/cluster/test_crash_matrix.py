@@ -179,7 +179,9 @@ def weights() -> Weights:
 
 
 def run(photos: Photos, path: Path | str, runner=None, **options) -> ExtractSummary:
-    return extract(photos, weights(), "squeezenet1_1", SIZE, "int8", path, runner, shard_images=SHARD, **options)
+    return extract(
+        photos, weights(), path, image_size=SIZE, precision="int8", runner=runner, shard_images=SHARD, **options
+    )
 
 
 def fingerprints(path: Path) -> dict[str, str]:

@@ -27,7 +27,7 @@ SHAPES = Shapes(size=64, trn_per_class=2, val_per_class=4)
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("evaluate") / "s.zarr"
-    extract(SHAPES, load_weights("squeezenet1_1"), "squeezenet1_1", 64, "int8", path)
+    extract(SHAPES, load_weights("squeezenet1_1"), path, image_size=64, precision="int8")
     return path
 
 

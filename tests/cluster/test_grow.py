@@ -47,7 +47,7 @@ class Photos:
 
 def run(photos, path, runner=None):
     weights = load_weights("squeezenet1_1")
-    return extract(photos, weights, "squeezenet1_1", SIZE, "int8", path, runner, shard_images=SHARD)
+    return extract(photos, weights, path, image_size=SIZE, precision="int8", runner=runner, shard_images=SHARD)
 
 
 def fingerprints(path: Path) -> dict[str, str]:

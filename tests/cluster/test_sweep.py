@@ -29,7 +29,7 @@ def open_source(path: str) -> StoreSource:
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sweep") / "s.zarr"
     data = Shapes(size=64, trn_per_class=2, val_per_class=3)
-    extract(data, load_weights("squeezenet1_1"), "squeezenet1_1", 64, "int8", path)
+    extract(data, load_weights("squeezenet1_1"), path, image_size=64, precision="int8")
     return path
 
 

@@ -26,7 +26,7 @@ RULES = resolve(episodes=12, shots=(1, 2))
 def store(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("sweep") / "s.zarr"
     data = Shapes(size=64, trn_per_class=2, val_per_class=3)
-    extract(data, load_weights("squeezenet1_1"), "squeezenet1_1", 64, "int8", path)
+    extract(data, load_weights("squeezenet1_1"), path, image_size=64, precision="int8")
     return str(path)
 
 

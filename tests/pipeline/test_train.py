@@ -197,7 +197,7 @@ def test_selection_never_sees_a_test_episode(tiny_config, tiny_source):
 def test_dropping_novel_images_leaves_none_in_training(tiny_config, tiny_source):
     """12 images per class: with 3, some class would keep fewer than the two an episode needs."""
     shapes = Shapes(size=64, trn_per_class=12, val_per_class=2)
-    source = OnlineSource(shapes, tiny_source.backbone, tiny_source.recipe)
+    source = OnlineSource(shapes, tiny_source.network.backbone, tiny_source.recipe)
     kept = training_stream(tiny_config(), source)
     dropped = training_stream(tiny_config(drop_novel_images=True), source)
     novel = set(source.index.split(0, "test").class_ids)

@@ -26,7 +26,7 @@ from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.episodes import drawing, manifest_file
 from pipeline.features.recipe import Recipe
 from pipeline.heads.config import RunConfig
-from pipeline.heads.run_dir import Progress, RunDir
+from pipeline.heads.run_dir import Position, RunDir
 from pipeline.store.attributes import read_facts, write_facts
 from pipeline.store.feature_store import FeatureStore
 
@@ -50,7 +50,7 @@ def save_run(path: Path, version: int) -> None:
     nn.init.constant_(model.weight, version)
     nn.init.constant_(model.bias, version)
     optimiser = SimpleNamespace(state=dict.fromkeys(model.parameters()))
-    run_dir(path).save(model, optimiser, Progress(version))
+    run_dir(path).save(model, optimiser, Position(version))
 
 
 def store(path: Path) -> FeatureStore:
@@ -86,11 +86,11 @@ WRITERS = {
     "pipeline.predict:_save": lambda write, path, version: write(Image.new("L", (64, 64), version), path),
     "pipeline.prepare:_write_mask": lambda write, path, version: write(path, np.full((64, 64), version, np.uint8)),
     "pipeline.report.stage:_write": lambda write, path, version: write(path, text(version)),
-    "pipeline.store.attributes:_write_line": lambda write, path, version: write(
+    "pipeline.store.skeleton:write_vector": lambda write, path, version: write(
         path.parent, path.name, np.arange(9 + version), "numbers"
     ),
     "pipeline.store.export:export_sample": lambda write, path, version: write(fill(path.parent / "s.zarr", 1), path),
-    "pipeline.store.feature_store:_build": lambda write, path, version: write(path, RECIPE, INDEX, 4, None),
+    "pipeline.store.skeleton:build_skeleton": lambda write, path, version: write(path, RECIPE, INDEX, 4, None),
     "pipeline.store.shard_file:write_shard_file": lambda write, path, version: write(
         path, np.full((2, 64, 64), version, np.uint8), 4, None
     ),
@@ -104,7 +104,7 @@ THINGS = {
     "_done/000002.json": lambda path, version: fill(path.parents[1], version),
     "zarr.json": change_facts,
 }
-OVER_NOTHING = ("_write_line", "export_sample", "_build", "_done/000002.json")
+OVER_NOTHING = ("write_vector", "export_sample", "build_skeleton", "_done/000002.json")
 """Nothing is there before them: folders, and a marker, which goes before its shard is written anew."""
 OVER_OLDER = ("zarr.json",)
 """Only what is there is changed."""

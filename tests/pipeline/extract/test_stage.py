@@ -5,6 +5,7 @@ import hashlib
 import os
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,11 @@ from hsnet.errors import ConfigError, DataError, StoreError, StoreMismatch
 from pipeline.common.lock import OWNER
 from pipeline.datasets.images import network_image, resize_label
 from pipeline.datasets.index import DatasetIndex, Split
-from pipeline.extract.stage import Planned, ShardDone, extract
+from pipeline.extract.plan import ExtractionPlan, plan_extraction
+from pipeline.extract.stage import ShardDone, extract
+from pipeline.features import forward
 from pipeline.features.precision import encode
+from pipeline.features.recipe import Recipe
 from pipeline.features.weights import Weights, load_weights
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.markers import shard_file
@@ -64,7 +68,7 @@ def weights() -> Weights:
 
 def run(photos, weights, path, **options):
     options = {"shard_images": SHARD, "precision": "int8", **options}
-    return extract(photos, weights, "squeezenet1_1", SIZE, path=path, **options)
+    return extract(photos, weights, path, image_size=SIZE, **options)
 
 
 def fingerprints(path: Path) -> dict[str, str]:
@@ -153,7 +157,7 @@ def test_photos_are_read_ahead_but_not_without_bound(tmp_path, weights, monkeypa
 def test_features_stay_with_their_image_whatever_a_forward_pass_holds(tmp_path, weights, monkeypatch):
     """Memory of one pass is used again for the next, also where the last pass of a shard is smaller."""
     run(Photos(broken=(4,)), weights, tmp_path / "one.zarr", precision="float32", on_error="skip", shard_images=8)
-    monkeypatch.setitem(worker_module.BATCH, "cpu", 3)
+    monkeypatch.setitem(forward.BATCH, "cpu", 3)
     run(Photos(broken=(4,)), weights, tmp_path / "three.zarr", precision="float32", on_error="skip", shard_images=8)
     one, three = (FeatureStore.open(tmp_path / name) for name in ("one.zarr", "three.zarr"))
     images = [image for image in range(21) if image != 4]
@@ -165,7 +169,7 @@ def test_events_tell_the_plan_and_every_shard(tmp_path, weights):
     events = []
     run(Photos(), weights, tmp_path / "s.zarr", on_event=events.append)
     plan, *done = events
-    assert isinstance(plan, Planned)
+    assert isinstance(plan, ExtractionPlan)
     assert (plan.images, plan.images_done, plan.shards, plan.shards_done) == (21, 0, 3, 0)
     store = FeatureStore.open(tmp_path / "s.zarr")
     # At most: label maps compress.
@@ -174,6 +178,37 @@ def test_events_tell_the_plan_and_every_shard(tmp_path, weights):
     assert [(event.shard, event.images) for event in done] == [(0, 8), (1, 8), (2, 5)]
     assert sum(event.nbytes for event in done) == store.nbytes
     assert all(event.seconds > 0 for event in done)
+
+
+def planned(photos, weights, path, **options):
+    exact = Recipe.of("squeezenet1_1", weights.sha256, SIZE, "int8")
+    return plan_extraction(photos, exact, path, shard_images=SHARD, **options).plan
+
+
+def test_what_is_planned_beforehand_is_what_is_done(tmp_path, weights):
+    """Also into an empty folder, and where a photo that had been left out can be read by now."""
+    path, events = tmp_path / "s.zarr", []
+    path.mkdir()
+    for photos, done in ((Photos(broken=(11,)), 0), (Photos(), 13), (Photos(), 21)):
+        plan = planned(photos, weights, path)
+        run(photos, weights, path, on_error="skip", on_event=events.append)
+        told = next(event for event in events if isinstance(event, ExtractionPlan))
+        assert replace(plan, bytes_free=0) == replace(told, bytes_free=0)
+        assert plan.images_done == done
+        events.clear()
+    assert planned(Photos(), weights, path, damaged=[2]).images_done == 16
+
+
+def test_something_else_at_the_path_is_refused_by_the_plan_and_the_run_alike(tmp_path, weights):
+    path = tmp_path / "s.zarr"
+    path.mkdir()
+    (path / "notes.txt").write_text("mine")
+    photos = Photos()
+    for attempt in (planned, run):
+        with pytest.raises(StoreError, match=r"s\.zarr is not a feature store"):
+            attempt(photos, weights, path, bytes_per_image=20_000)
+    assert photos.read == []
+    assert [file.name for file in path.iterdir()] == ["notes.txt"]
 
 
 def test_running_again_does_nothing(tmp_path, weights):
@@ -350,6 +385,4 @@ def test_features_that_are_not_numbers(tmp_path, weights):
 def test_arguments_that_cannot_work(tmp_path, weights):
     with pytest.raises(ConfigError, match="fail, skip"):
         run(Photos(), weights, tmp_path / "s.zarr", on_error="ignore")
-    with pytest.raises(ConfigError, match="weights of squeezenet1_1, but the backbone is resnet50"):
-        extract(Photos(), weights, "resnet50", SIZE, "int8", tmp_path / "s.zarr")
     assert list(tmp_path.iterdir()) == []

@@ -30,7 +30,7 @@ from pipeline.datasets.shapes import Shapes
 from pipeline.episodes.protocols import resolve
 from pipeline.evaluate.plan import EvaluationPlan
 from pipeline.evaluate.stage import evaluate
-from pipeline.extract.plan import plan_growth
+from pipeline.extract.plan import plan_extraction
 from pipeline.extract.stage import extract
 from pipeline.heads.catalogue import Method
 from pipeline.heads.segmenters import LearnedSegmenter
@@ -82,7 +82,7 @@ class Photos:
 
 
 def run(photos, weights, path, **options):
-    return extract(photos, weights, "squeezenet1_1", SIZE, "int8", path, shard_images=SHARD, **options)
+    return extract(photos, weights, path, image_size=SIZE, precision="int8", shard_images=SHARD, **options)
 
 
 def data_files(path: Path) -> dict[str, tuple[str, int, int]]:
@@ -278,9 +278,8 @@ def test_a_folder_that_grows_by_photos_and_by_a_class(tmp_path, squeezenet):
 def test_an_evaluation_of_a_grown_store_gives_the_rows_of_a_fresh_one(tmp_path, squeezenet):
     def made(path, *sides):
         for side in sides:
-            extract(
-                Shapes(size=64, trn_per_class=side, val_per_class=side), squeezenet, "squeezenet1_1", SIZE, "int8", path
-            )
+            data = Shapes(size=64, trn_per_class=side, val_per_class=side)
+            extract(data, squeezenet, path, image_size=SIZE, precision="int8")
         return StoreSource(FeatureStore.open(path))
 
     def segmenter():
@@ -571,20 +570,20 @@ def test_a_store_does_not_shrink_to_what_it_was(path, squeezenet):
 
 def test_another_recipe_is_named_with_the_other_data_set(path, squeezenet):
     with pytest.raises(StoreMismatch, match=r"(?s)precision.*data set"):
-        extract(Photos(MORE), squeezenet, "squeezenet1_1", SIZE, "float32", path)
+        extract(Photos(MORE), squeezenet, path, image_size=SIZE, precision="float32")
     assert read_facts(path).states[1:] == ()
 
 
 def test_only_a_growth_is_planned_and_nothing_is_written(path, squeezenet):
     recipe = FeatureStore.open(path).recipe
-    assert plan_growth(path, recipe, Photos().index) is None
-    plan = plan_growth(path, recipe, Photos(MORE).index)
+    assert plan_extraction(Photos(), recipe, path).plan.grown is None
+    plan = plan_extraction(Photos(MORE), recipe, path).plan
     assert (plan.images, plan.images_done, plan.shards, plan.shards_done) == (23, 10, 7, 3)
     each = plan.bytes_needed / 13
     assert read_facts(path).states[1:] == ()
     with pytest.raises(DataError):
         run(Photos(MORE, broken=(MORE[15],)), squeezenet, path)
-    assert plan_growth(path, recipe, Photos(MORE).index).bytes_needed == pytest.approx(each * 9)
+    assert plan_extraction(Photos(MORE), recipe, path).plan.bytes_needed == pytest.approx(each * 9)
 
 
 def test_too_small_a_disk_is_told_before_the_store_is_touched(path, squeezenet, monkeypatch):

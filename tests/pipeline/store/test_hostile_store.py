@@ -49,7 +49,7 @@ def made_coded(tmp_path_factory):
     path = tmp_path_factory.mktemp("coded") / "s.zarr"
     data = Shapes(size=64, trn_per_class=2, val_per_class=2)
     weights = load_weights("squeezenet1_1")
-    extract(data, weights, "squeezenet1_1", 64, "int8", path, shard_images=32, bytes_per_image=40_000)
+    extract(data, weights, path, image_size=64, precision="int8", shard_images=32, bytes_per_image=40_000)
     return path
 
 

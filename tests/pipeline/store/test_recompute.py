@@ -50,7 +50,7 @@ def path(request, tmp_path_factory, weights):
     path = tmp_path_factory.mktemp(request.param) / "s.zarr"
     budget = 40_000 if request.param == "coded" else None
     precision = "int8" if budget else request.param
-    extract(Photos(), weights, "squeezenet1_1", 64, precision, path, shard_images=8, bytes_per_image=budget)
+    extract(Photos(), weights, path, image_size=64, precision=precision, shard_images=8, bytes_per_image=budget)
     return path
 
 
@@ -121,7 +121,7 @@ def test_an_image_that_changed_is_named(path, weights, changes, labels, reason):
 
 def test_what_is_damaged_is_named_too_and_what_is_missing_left_out(tmp_path, weights):
     path = tmp_path / "s.zarr"
-    extract(Photos(), weights, "squeezenet1_1", 64, "int8", path, shard_images=8)
+    extract(Photos(), weights, path, image_size=64, precision="int8", shard_images=8)
     file = shard_file(path, "level1", 1)
     data = bytearray(file.read_bytes())
     data[5] ^= 1

@@ -197,6 +197,6 @@ def run(weights):
 
     def call(photos, path, **options):
         options = {"precision": "int8", "shard_images": 4, **options}
-        return extract(photos, weights, "squeezenet1_1", 32, path=path, **options)
+        return extract(photos, weights, path, image_size=32, **options)
 
     return call

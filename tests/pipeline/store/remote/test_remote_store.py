@@ -143,7 +143,7 @@ def killed(self, key, data):
     put(self, key, data)
 mirror.Bucket.put = killed
 weights = load_weights("squeezenet1_1")
-extract(conf.Photos(), weights, "squeezenet1_1", 32, path={URL!r}, precision="int8", shard_images=4)
+extract(conf.Photos(), weights, {URL!r}, image_size=32, precision="int8", shard_images=4)
 """
     ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
