@@ -86,11 +86,12 @@ def analyze(
         raise click.UsageError("Choose one of --json, --csv and --markdown.")
     set_up_logging(quiet)
     from pipeline.analyze import analyze as stage
+    from pipeline.scores.rows import read_results
 
     sections = PARTS if "all" in by else tuple(name for name in (by or ("class", "seed")) if name != "total")
     found = stage(
-        rows,
-        against,
+        [read_results(path) for path in rows],
+        [read_results(path) for path in against],
         policies=POLICIES if "all" in policies else [POLICY_NAMES[name] for name in policies],
         fusions=fusions,
         fusion_against=against_fusion,

@@ -73,7 +73,7 @@ def report(
       hsnet report new.parquet old.parquet --out report.html --store voc.zarr --checkpoint runs/voc-0
     """
     set_up_logging(quiet)
-    from pipeline.report.gallery import Places
+    from pipeline.report.origins import Origins
     from pipeline.report.stage import report as stage
 
     with Progress("report", "pictures", quiet) as progress:
@@ -83,7 +83,7 @@ def report(
             title=title,
             gallery=gallery,
             gallery_shots=gallery_shots,
-            places=Places(store, checkpoint, data_root, splits, tuple(parse_data_options(data_options).items())),
+            origins=Origins(store, checkpoint, data_root, splits, tuple(parse_data_options(data_options).items())),
             unit=resample,
             seed=seed,
             device=pick_device(device) if gallery else "cpu",

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,15 +19,14 @@ from pipeline.episodes.protocols import Policy
 from pipeline.scores import bootstrap
 from pipeline.scores.bootstrap import Interval, Part, interval
 from pipeline.scores.rows import (
-    Cell,
     Results,
-    cell,
-    read_results,
+    ScoredEpisodes,
     require_one_configuration,
     require_same_episodes,
     require_same_rows,
+    scored_episodes,
 )
-from pipeline.scores.support_spread import Support, spread_by_support
+from pipeline.scores.support_spread import SupportSpread, spread_by_support
 
 SECTIONS = ("class", "size", "support", "seed")
 UNITS = ("episode", "query")
@@ -69,7 +67,7 @@ class Score:
     """Episodes at which the interval of mIoU would be about plus and minus half a point; None if it cannot be told."""
     classes: tuple[Part, ...] = ()
     sizes: tuple[Part, ...] = ()
-    support: Support | None = None
+    support: SupportSpread | None = None
     spread: Spread | None = None
 
 
@@ -105,8 +103,8 @@ class Analysis:
 
 
 def analyze(
-    paths: Sequence[Path],
-    against: Sequence[Path] = (),
+    files: Sequence[Results],
+    against: Sequence[Results] = (),
     *,
     policies: Sequence[Policy] = (),
     fusions: Sequence[str] = (),
@@ -118,7 +116,8 @@ def analyze(
     """Scores of one configuration with intervals, and its paired differences from another.
 
     Args:
-        paths: rows of one configuration: one file, or several folds, seeds and numbers of shots of it.
+        files: rows of one configuration, read by `pipeline.scores.rows.read_results`: one file, or several folds,
+            seeds and numbers of shots of it.
         against: rows of another one on the same episodes.
         policies: which pixels; empty: the protocol's own.
         fusions: ways to combine supports; empty: the protocol's own for one shot, all there are for more.
@@ -128,39 +127,37 @@ def analyze(
         seed: of the resampling.
 
     Raises:
-        DataError: a file cannot be read, files do not belong together, or the policy's counts are not there.
+        DataError: files do not belong together, or the policy's counts are not there.
         ConfigError: an unknown section, unit, policy or fusion.
     """
-    if not paths:
+    if not files:
         raise ConfigError("There are no rows to analyze.")
     odd = set(sections) - set(SECTIONS)
     if odd or unit not in UNITS:
         raise ConfigError(f"Sections are {', '.join(SECTIONS)}; units are {', '.join(UNITS)}: not {odd or unit}.")
-    files = [read_results(path) for path in paths]
-    others = [read_results(path) for path in against]
     require_one_configuration(files)
-    if others:
-        require_one_configuration(others)
-        require_same_episodes(files, others)
-    chosen = list(policies) or [files[0].protocol.policy]
-    for policy in chosen:
-        for one in (*files, *others):
-            if policy not in one.policies:
+    if against:
+        require_one_configuration(against)
+        require_same_episodes(files, against)
+    policies = list(policies) or [files[0].protocol.policy]
+    for policy in policies:
+        for file in (*files, *against):
+            if policy not in file.policies:
                 raise DataError(
-                    f"{one.path} has no counts at {policy}: it was evaluated without the photos' own masks. Evaluate "
+                    f"{file.path} has no counts at {policy}: it was evaluated without the photos' own masks. Evaluate "
                     f"again with --data-root, or choose another --policy."
                 )
     maker = _Maker(unit, seed, frozenset(sections))
-    scores = maker.scores(files, chosen, fusions)
+    scores = maker.scores(files, policies, fusions)
     differences: list[Difference] = []
-    if others or fusion_against:
-        differences = maker.differences(files, others or files, chosen, fusions, fusion_against)
+    if against or fusion_against:
+        differences = maker.differences(files, against or files, policies, fusions, fusion_against)
     return Analysis(
         tuple(files),
-        tuple(others),
+        tuple(against),
         unit,
         tuple(scores),
-        tuple(maker.scores(others, chosen, fusions)) if others else (),
+        tuple(maker.scores(against, policies, fusions)) if against else (),
         tuple(differences),
         _notes(files, scores, unit),
     )
@@ -180,7 +177,7 @@ class _Maker:
                 made = [
                     (own, self._resampled(own))
                     for fold in folds
-                    if (own := cell(files, fold, shots, fusion, policy)) is not None
+                    if (own := scored_episodes(files, fold, shots, fusion, policy)) is not None
                 ]
                 if not made:
                     continue
@@ -191,7 +188,7 @@ class _Maker:
                 found += each
         return found
 
-    def _resampled(self, own: Cell, counts: NDArray[np.int64] | None = None) -> bootstrap.Resampled:
+    def _resampled(self, own: ScoredEpisodes, counts: NDArray[np.int64] | None = None) -> bootstrap.Resampled:
         return bootstrap.resample(
             own.counts[None] if counts is None else counts,
             own.classes,
@@ -203,7 +200,7 @@ class _Maker:
     def _key(self, fold: int) -> int:
         return self.seed * 10_000 + fold  # folds are drawn apart even where they share a class
 
-    def _groups(self, own: Cell) -> tuple[str, ...] | None:
+    def _groups(self, own: ScoredEpisodes) -> tuple[str, ...] | None:
         return own.queries if self.unit == "query" else None
 
     def _score(
@@ -211,7 +208,7 @@ class _Maker:
         policy: Policy,
         shots: int,
         fusion: str,
-        made: Sequence[tuple[Cell, bootstrap.Resampled]],
+        made: Sequence[tuple[ScoredEpisodes, bootstrap.Resampled]],
         image_size: int | None,
     ) -> Score:
         miou = _mean_interval([drawn.miou() for _, drawn in made])
@@ -237,7 +234,7 @@ class _Maker:
             spread=self._spread(cells[0]) if single and "seed" in sections else None,
         )
 
-    def _sizes(self, cells: Sequence[Cell], image_size: int | None) -> tuple[Part, ...]:
+    def _sizes(self, cells: Sequence[ScoredEpisodes], image_size: int | None) -> tuple[Part, ...]:
         """mIoU over the classes with two or more episodes whose objects have a size, all folds together."""
         if image_size is None:
             return ()
@@ -264,7 +261,7 @@ class _Maker:
             parts.append(Part(name, episodes, interval(values / classes, samples / classes), classes))
         return tuple(parts)
 
-    def _spread(self, own: Cell) -> Spread | None:
+    def _spread(self, own: ScoredEpisodes) -> Spread | None:
         seeds = sorted({int(seed) for seed in own.seeds})
         if len(seeds) < 2:
             return None
@@ -294,7 +291,10 @@ class _Maker:
                     continue
                 pairs = []
                 for fold in folds:
-                    mine, theirs = cell(files, fold, shots, fusion, policy), cell(against, fold, shots, other, policy)
+                    mine, theirs = (
+                        scored_episodes(files, fold, shots, fusion, policy),
+                        scored_episodes(against, fold, shots, other, policy),
+                    )
                     if mine is not None and theirs is not None:
                         require_same_rows(mine, theirs, f"Fold {fold}, {shots}-shot")
                         pairs.append((mine, theirs))
@@ -316,7 +316,7 @@ class _Maker:
             )
         return found
 
-    def _pair(self, mine: Cell, theirs: Cell) -> tuple[bootstrap.Resampled, float, Floats]:
+    def _pair(self, mine: ScoredEpisodes, theirs: ScoredEpisodes) -> tuple[bootstrap.Resampled, float, Floats]:
         counts = np.stack([mine.counts, theirs.counts])
         real, swapped = bootstrap.swapped_differences(
             counts, mine.classes, mine.class_ids, seed=self._key(mine.fold), groups=self._groups(mine)
@@ -330,7 +330,7 @@ class _Maker:
         fusion: str,
         other: str,
         made: Sequence[tuple[bootstrap.Resampled, float, Floats]],
-        cells: Sequence[Cell],
+        cells: Sequence[ScoredEpisodes],
     ) -> Difference:
         miou = _mean_interval([_apart(*drawn.miou()) for drawn, _, _ in made])
         fb = _mean_interval([_apart(*drawn.fb_iou()) for drawn, _, _ in made])
@@ -387,11 +387,11 @@ def _mean_interval(made: Sequence[tuple[Floats, Floats]]) -> Interval:
     return interval(value, samples) if np.isfinite(value) else Interval(value, value, value)
 
 
-def _only(own: Cell, mask: NDArray[np.bool_], class_ids: tuple[int, ...] = ()) -> Cell:
+def _only(own: ScoredEpisodes, mask: NDArray[np.bool_], class_ids: tuple[int, ...] = ()) -> ScoredEpisodes:
     """Some of the episodes, with the classes they have or those given."""
     places = np.flatnonzero(mask)
     classes = own.classes[places]
-    return Cell(
+    return ScoredEpisodes(
         own.fold,
         class_ids or tuple(sorted({int(c) for c in classes})),
         own.names,
@@ -405,18 +405,20 @@ def _only(own: Cell, mask: NDArray[np.bool_], class_ids: tuple[int, ...] = ()) -
     )
 
 
-def _varying(own: Cell, mask: NDArray[np.bool_]) -> Cell:
+def _varying(own: ScoredEpisodes, mask: NDArray[np.bool_]) -> ScoredEpisodes:
     """Some of the episodes, without those that are alone in their class: nothing tells how far they could be off."""
     counts = Counter(own.classes[mask].tolist())
     return _only(own, mask & np.array([counts[c] > 1 for c in own.classes.tolist()], dtype=bool))
 
 
-def _class_parts(own: Cell, drawn: bootstrap.Resampled) -> tuple[Part, ...]:
+def _class_parts(own: ScoredEpisodes, drawn: bootstrap.Resampled) -> tuple[Part, ...]:
     values, samples = drawn.class_iou()
     return _parts(own, values[0], samples[:, 0], drawn.units, lowest=0)
 
 
-def _parts(own: Cell, values: Floats, samples: Floats, units: NDArray[np.int64], lowest: float) -> tuple[Part, ...]:
+def _parts(
+    own: ScoredEpisodes, values: Floats, samples: Floats, units: NDArray[np.int64], lowest: float
+) -> tuple[Part, ...]:
     """One part per class; (C,), (R, C) and (C,). A class with a single unit could be anything from `lowest` to 100."""
     parts = []
     for place, class_id in enumerate(own.class_ids):

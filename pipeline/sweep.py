@@ -278,7 +278,7 @@ def _configurations(done: Sequence[CaseDone]) -> list[Configuration]:
             groups.setdefault(one.case.configuration, []).append(one)
     found = []
     for name, cases in groups.items():
-        analysis = analyze([one.rows for one in cases if one.rows is not None], sections=())
+        analysis = analyze([read_results(one.rows) for one in cases if one.rows is not None], sections=())
         scores = [score for score in analysis.scores if len(cases) == 1 or score.fold is None]
         found.append(Configuration(name, tuple(one.case.fold for one in cases), tuple(scores)))
     return found

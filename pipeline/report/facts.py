@@ -11,8 +11,8 @@ from typing import Any
 from hsnet.errors import HSNetError
 from pipeline.common.machine import environment
 from pipeline.common.text import printable, size_text
-from pipeline.report.gallery import open_store
-from pipeline.report.inputs import RowSet, Run, as_dict
+from pipeline.report.inputs import ResultSet, Run, as_dict
+from pipeline.report.origins import open_store
 from pipeline.report.tables import Cell, Row, Table, count_cell
 
 
@@ -26,7 +26,7 @@ class Facts:
     """The values are digests."""
 
 
-def protocol_facts(sets: Sequence[RowSet]) -> list[Facts]:
+def protocol_facts(sets: Sequence[ResultSet]) -> list[Facts]:
     """How each set was scored, with what departs from the protocol's name."""
     found = []
     for one in sets:
@@ -41,7 +41,7 @@ def protocol_facts(sets: Sequence[RowSet]) -> list[Facts]:
     return found
 
 
-def digest_facts(sets: Sequence[RowSet], runs: Sequence[Run]) -> list[Facts]:
+def digest_facts(sets: Sequence[ResultSet], runs: Sequence[Run]) -> list[Facts]:
     """What identifies data, store, heads, episodes and protocol."""
     found = []
     for one in sets:
@@ -101,7 +101,7 @@ def run_facts(runs: Sequence[Run]) -> Table | None:
     )
 
 
-def store_table(sets: Sequence[RowSet], store: str | Path | None = None) -> tuple[Table | None, list[str]]:
+def store_table(sets: Sequence[ResultSet], store: str | Path | None = None) -> tuple[Table | None, list[str]]:
     """Bytes per image of every store, against plain float16; and why a store is not in the table.
 
     Args:
@@ -112,9 +112,8 @@ def store_table(sets: Sequence[RowSet], store: str | Path | None = None) -> tupl
         if one.first.store in seen:
             continue
         seen.add(one.first.store)
-        said = as_dict(one.first.facts.get("paths")).get("store")
         try:
-            opened = open_store(one.first, store or said).store
+            opened = open_store(one.first, store).store
         except HSNetError as error:
             reasons.append(f"Store of {one.label}: {printable(str(error).splitlines()[0])}")
             continue
@@ -152,7 +151,7 @@ def _plain_bytes(recipe: Mapping[str, Any]) -> int:
     return 2 * sum(math.prod(grid) * sum(widths) for grid, widths in zip(grids, spec.channels, strict=True))
 
 
-def environments(sets: Sequence[RowSet]) -> list[Facts]:
+def environments(sets: Sequence[ResultSet]) -> list[Facts]:
     """Versions and machine that made the page, and those of the rows where they were others."""
     here = environment()
     found = [Facts("This page was made with", tuple(here.items()))]

@@ -15,7 +15,7 @@ CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
-class RowSet:
+class ResultSet:
     """Files of one configuration: folds, seeds and numbers of shots of one method on one store."""
 
     files: tuple[Results, ...]
@@ -25,10 +25,6 @@ class RowSet:
     @property
     def first(self) -> Results:
         return self.files[0]
-
-    @property
-    def paths(self) -> list[Path]:
-        return [one.path for one in self.files]
 
     @property
     def dataset(self) -> str:
@@ -77,7 +73,7 @@ class Run:
         return self.validated[place], self.miou[place]
 
 
-def read_inputs(paths: Sequence[Path]) -> tuple[list[RowSet], list[Run]]:
+def read_inputs(paths: Sequence[Path]) -> tuple[list[ResultSet], list[Run]]:
     """Read the rows files and run directories of a command line.
 
     Raises:
@@ -97,10 +93,10 @@ def read_inputs(paths: Sequence[Path]) -> tuple[list[RowSet], list[Run]]:
         else:
             raise DataError(f"{path} does not exist. Give rows of `hsnet evaluate --out`, or a run directory.")
     names = _distinct([run.path for run in runs])
-    return row_sets(files), [Run(**{**vars(run), "label": name}) for run, name in zip(runs, names, strict=True)]
+    return result_sets(files), [Run(**{**vars(run), "label": name}) for run, name in zip(runs, names, strict=True)]
 
 
-def row_sets(files: Sequence[Results]) -> list[RowSet]:
+def result_sets(files: Sequence[Results]) -> list[ResultSet]:
     """Files that belong together, in the order given. Raises DataError if the same episodes were given twice."""
     sets: list[list[Results]] = []
     for one in files:
@@ -111,7 +107,7 @@ def row_sets(files: Sequence[Results]) -> list[RowSet]:
             require_one_configuration([*home, one])
             home.append(one)
     labels = _labels(sets)
-    return [RowSet(tuple(own), label) for own, label in zip(sets, labels, strict=True)]
+    return [ResultSet(tuple(own), label) for own, label in zip(sets, labels, strict=True)]
 
 
 def _belongs(one: Results, own: Sequence[Results]) -> bool:

@@ -64,7 +64,7 @@ def sizes_plot(sets: Sequence[SetScores]) -> str | None:
     for one in sets:
         totals = one.totals(one.headline)
         if totals and totals[0].sizes:
-            drawn.append((one.rows.label, totals[0]))
+            drawn.append((one.results.label, totals[0]))
     if not drawn:
         return None
     there = {part.name for _, score in drawn for part in score.sizes if part.value}

@@ -9,7 +9,7 @@ from pipeline.analyze import Part, Score
 from pipeline.common.text import printable
 from pipeline.episodes.protocols import FUSIONS, POLICIES
 from pipeline.report.published import SOURCE, TITLES, papers_data, published
-from pipeline.report.scores import Comparison, SetScores
+from pipeline.report.scores import SetDifference, SetScores
 from pipeline.scores.bootstrap import Interval
 
 DASH = "–"
@@ -92,22 +92,22 @@ def p_cell(p: float) -> Cell:
 def results_tables(sets: Sequence[SetScores]) -> list[Table]:
     """One table per data set in the form of the paper's: method, backbone, shots; folds, mean, FB-IoU."""
     tables = []
-    for place, data in enumerate(dict.fromkeys((one.rows.dataset, one.rows.first.facts["data"]) for one in sets)):
-        own = [one for one in sets if (one.rows.dataset, one.rows.first.facts["data"]) == data]
-        paper = papers_data(own[0].rows.first)
-        folds = sorted({fold for one in own for fold in one.rows.folds})
+    for place, data in enumerate(dict.fromkeys((one.results.dataset, one.results.first.facts["data"]) for one in sets)):
+        own = [one for one in sets if (one.results.dataset, one.results.first.facts["data"]) == data]
+        paper = papers_data(own[0].results.first)
+        folds = sorted({fold for one in own for fold in one.results.folds})
         single = len(folds) == 1
         heads = [f"mIoU, fold {folds[0]}"] if single else [*(f"fold {fold}" for fold in folds), "mean"]
         if paper == "fss":
             heads = ["mIoU"]
         rows = []
-        for shots in sorted({k for one in own for k in one.rows.shots}):
+        for shots in sorted({k for one in own for k in one.results.shots}):
             cited = {}
             for one in own:
                 rows.append(_result_row(one, shots, folds))
-                line = published(one.rows.first, shots)
+                line = published(one.results.first, shots)
                 if line is not None:
-                    cited[one.rows.backbone] = line
+                    cited[one.results.backbone] = line
             for backbone, line in cited.items():
                 cells = [Cell(number(line.folds[fold]), "", line.folds[fold]) for fold in folds if line.folds]
                 if not single or not line.folds:
@@ -142,28 +142,28 @@ def _result_row(one: SetScores, shots: int, folds: Sequence[int]) -> Row | None:
         # A mean over some of the folds must not stand beside one over all of them.
         cells.append(score_cell(total.miou) if set(folds) <= scores.keys() else Cell(DASH))
     fb = score_cell(total.fb_iou) if set(folds) <= scores.keys() else Cell(DASH)
-    head = (Cell(one.rows.label), Cell(one.rows.backbone), Cell(str(shots), "", shots))
+    head = (Cell(one.results.label), Cell(one.results.backbone), Cell(str(shots), "", shots))
     return Row((*head, *cells, fb, count_cell(total.episodes)))
 
 
 def _paper_notes(own: Sequence[SetScores], paper: str | None) -> tuple[str, ...]:
     if paper is None:
         return ("These are not the paper’s data: its tables have no number to compare with.",)
-    backbones = sorted({one.rows.backbone for one in own})
-    if not any(published(one.rows.first, shots) for one in own for shots in one.rows.shots):
+    backbones = sorted({one.results.backbone for one in own})
+    if not any(published(one.results.first, shots) for one in own for shots in one.results.shots):
         return (f"The paper’s tables have no number for {', '.join(backbones)} on {TITLES[paper]}.",)
     notes = [f"The paper’s numbers: {SOURCE}. It gives no intervals."]
     for one in own:
-        protocol, size = one.rows.first.protocol, one.rows.first.image_size
+        protocol, size = one.results.first.protocol, one.results.first.image_size
         if protocol.draw != "reference" or protocol.changes or size != 400:
             notes.append(
-                f"{one.rows.label}: scored by protocol {protocol.name} at {size} px, the paper by its own episodes at "
-                f"400 px; a difference may come from that."
+                f"{one.results.label}: scored by protocol {protocol.name} at {size} px, the paper by its own episodes "
+                f"at 400 px; a difference may come from that."
             )
     return tuple(notes)
 
 
-def comparison_table(comparisons: Sequence[Comparison]) -> Table | None:
+def comparison_table(comparisons: Sequence[SetDifference]) -> Table | None:
     """Paired differences between sets."""
     if not comparisons:
         return None
@@ -199,14 +199,14 @@ def policy_table(sets: Sequence[SetScores]) -> Table:
     """mIoU by which pixels count."""
     rows = []
     for one in sets:
-        own = one.rows.first.protocol.fusion
-        for shots in one.rows.shots:
+        own = one.results.first.protocol.fusion
+        for shots in one.results.shots:
             cells = []
             for policy in POLICIES:
                 found = [s for s in one.everything if (s.policy, s.shots, s.fusion) == (policy, shots, own)]
                 totals = one.totals(found)
                 cells.append(score_cell(totals[0].miou if totals else None, missing="not scored"))
-            rows.append(Row((Cell(one.rows.label), Cell(str(shots), "", shots), *cells)))
+            rows.append(Row((Cell(one.results.label), Cell(str(shots), "", shots), *cells)))
     notes = ["All from the same predictions. “Every pixel” also counts those with the ignore label."]
     if any(len(one.policies) < len(POLICIES) for one in sets):
         notes.append("Not scored: evaluated without the photos’ own masks (--data-root).")
@@ -220,8 +220,8 @@ def fusion_table(sets: Sequence[SetScores]) -> Table | None:
     for one in sets:
         if not one.fusions:
             continue
-        policy = one.rows.first.protocol.policy
-        for shots in (k for k in one.rows.shots if k > 1):
+        policy = one.results.first.protocol.policy
+        for shots in (k for k in one.results.shots if k > 1):
             cells = []
             for fusion in FUSIONS:
                 found = [s for s in one.everything if (s.policy, s.shots, s.fusion) == (policy, shots, fusion)]
@@ -235,7 +235,7 @@ def fusion_table(sets: Sequence[SetScores]) -> Table | None:
                     p = "p < 0.001" if best.p < 0.001 else f"p = {best.p:.3f}"
                     cell = Cell(cell.text, f"{cell.detail}\n{text}\n{p}", cell.sort)
                 cells.append(cell)
-            rows.append(Row((Cell(one.rows.label), Cell(str(shots), "", shots), *cells)))
+            rows.append(Row((Cell(one.results.label), Cell(str(shots), "", shots), *cells)))
     if not rows:
         return None
     names = {"vote": "vote (published)", "logits": "mean logits", "probabilities": "mean probabilities"}
@@ -252,7 +252,7 @@ def fusion_table(sets: Sequence[SetScores]) -> Table | None:
 def class_tables(one: SetScores, key: str) -> list[Table]:
     """IoU of every class, one table per fold."""
     tables = []
-    for fold in one.rows.folds:
+    for fold in one.results.folds:
         by_shots = {s.shots: s.classes for s in one.headline if s.fold == fold}
         names = [(part.name, part.episodes) for part in next(iter(by_shots.values()))]
         rows = [
@@ -268,7 +268,7 @@ def class_tables(one: SetScores, key: str) -> list[Table]:
         tables.append(
             Table(
                 f"classes-{key}-{fold}",
-                f"{one.rows.label}, fold {fold}: IoU of each class, percent",
+                f"{one.results.label}, fold {fold}: IoU of each class, percent",
                 ("class", *(f"{shots}-shot" for shots in by_shots), "episodes"),
                 tuple(rows),
                 folded=len(rows) > 40,
@@ -291,7 +291,7 @@ def size_table(one: SetScores, key: str) -> Table | None:
         rows.append(Row((Cell(name, sort=place), *cells, count_cell(first.episodes), count_cell(first.classes))))
     return Table(
         f"sizes-{key}",
-        f"{one.rows.label}: mIoU by the object’s share of the photo, percent",
+        f"{one.results.label}: mIoU by the object’s share of the photo, percent",
         ("share", *(f"{score.shots}-shot" for score in totals), "episodes", "classes"),
         tuple(rows),
     )
@@ -308,7 +308,7 @@ def seed_table(sets: Sequence[SetScores]) -> Table | None:
                 rows.append(
                     Row(
                         (
-                            Cell(one.rows.label),
+                            Cell(one.results.label),
                             Cell(part.name),
                             Cell(str(score.fold), "", score.fold),
                             Cell(str(score.shots), "", score.shots),
@@ -321,7 +321,7 @@ def seed_table(sets: Sequence[SetScores]) -> Table | None:
             rows.append(
                 Row(
                     (
-                        Cell(one.rows.label),
+                        Cell(one.results.label),
                         Cell("standard deviation"),
                         Cell(str(score.fold), "", score.fold),
                         Cell(str(score.shots), "", score.shots),
@@ -354,7 +354,7 @@ def support_table(sets: Sequence[SetScores]) -> Table | None:
             rows.append(
                 Row(
                     (
-                        Cell(one.rows.label),
+                        Cell(one.results.label),
                         Cell(str(score.shots), "", score.shots),
                         score_cell(found.within),
                         Cell(number(found.between), "", found.between),
@@ -381,7 +381,7 @@ def cost_table(sets: Sequence[SetScores]) -> Table:
     rows = []
     for one in sets:
         seconds: dict[tuple[object, ...], tuple[int, float]] = {}
-        for file in one.rows.files:
+        for file in one.results.files:
             columns = (file.table[name].to_pylist() for name in ("seed", "episode", "shots", "seconds"))
             for seed, episode, shots, value in zip(*columns, strict=True):
                 key = (file.path, seed, episode)
@@ -392,7 +392,7 @@ def cost_table(sets: Sequence[SetScores]) -> Table:
         rows.append(
             Row(
                 (
-                    Cell(one.rows.label),
+                    Cell(one.results.label),
                     Cell(", ".join(map(str, shots)), "", shots[-1]),
                     Cell(f"{np.median(values):.3f}", "", float(np.median(values))),
                     Cell(f"{np.quantile(values, 0.95):.3f}", "", float(np.quantile(values, 0.95))),
@@ -427,7 +427,7 @@ def set_notes(sets: Sequence[SetScores]) -> list[str]:
     found: dict[str, list[str]] = {}
     for one in sets:
         for note in one.notes:
-            found.setdefault(note, []).append(one.rows.label)
+            found.setdefault(note, []).append(one.results.label)
     return [note if len(labels) == len(sets) else f"{', '.join(labels)}: {note}" for note, labels in found.items()]
 
 

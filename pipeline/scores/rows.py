@@ -120,7 +120,7 @@ class Results:
 
 
 @dataclass(frozen=True)
-class Cell:
+class ScoredEpisodes:
     """The episodes of one fold, number of shots and fusion, all seeds, ordered by seed and number."""
 
     fold: int
@@ -279,7 +279,9 @@ def _method(results: Results, without: Sequence[str]) -> dict[str, Any]:
     return {k: v for k, v in method.items() if k not in without} if isinstance(method, dict) else {}
 
 
-def cell(files: Sequence[Results], fold: int, shots: int, fusion: str, policy: Policy) -> Cell | None:
+def scored_episodes(
+    files: Sequence[Results], fold: int, shots: int, fusion: str, policy: Policy
+) -> ScoredEpisodes | None:
     """The episodes of all files of a fold, or None if there are none."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -296,7 +298,7 @@ def cell(files: Sequence[Results], fold: int, shots: int, fusion: str, policy: P
     if table[count_columns(policy)[0]].null_count:
         return None
     classes = next(one.classes for one in files if one.fold == fold)
-    return Cell(
+    return ScoredEpisodes(
         fold,
         tuple(sorted(classes)),
         classes,
@@ -350,7 +352,7 @@ def require_same_episodes(files: Sequence[Results], against: Sequence[Results]) 
         )
 
 
-def require_same_rows(first: Cell, second: Cell, what: str) -> None:
+def require_same_rows(first: ScoredEpisodes, second: ScoredEpisodes, what: str) -> None:
     """Refuse cells whose episodes differ though their manifests' digests do not. Raises DataError."""
     if len(first) != len(second):
         raise DataError(f"{what}: {len(first)} and {len(second)} episodes under one manifest. Evaluate again.")

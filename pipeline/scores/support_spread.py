@@ -9,14 +9,14 @@ import numpy as np
 
 from pipeline.scores import bootstrap
 from pipeline.scores.bootstrap import Floats, Interval, Part, interval
-from pipeline.scores.rows import Cell
+from pipeline.scores.rows import ScoredEpisodes
 
 LEAST_USES = 5
 """Queries with which a support photo must occur before it is said to be good or bad."""
 
 
 @dataclass(frozen=True)
-class Support:
+class SupportSpread:
     """How much the choice of support moves an episode's IoU, told by queries that were seen with several."""
 
     queries: int
@@ -34,7 +34,7 @@ class Support:
     many: chance is in them, too."""
 
 
-def spread_by_support(cells: Sequence[Cell], shots: int, seed: int) -> Support | None:
+def spread_by_support(cells: Sequence[ScoredEpisodes], shots: int, seed: int) -> SupportSpread | None:
     """None if no query was seen with two supports."""
     groups: dict[tuple[int, int, str], dict[tuple[str, ...], float]] = {}
     names = {class_id: name for own in cells for class_id, name in own.names.items()}
@@ -58,7 +58,7 @@ def spread_by_support(cells: Sequence[Cell], shots: int, seed: int) -> Support |
         by_class.setdefault((fold, class_id), []).extend(group.values())
     spread = [[((np.array(v) - np.mean(v)) ** 2).sum(), len(v) - 1] for v in by_class.values()]
     parts = _photos((names[key[1]], group) for key, group in groups.items()) if shots == 1 else []
-    return Support(
+    return SupportSpread(
         queries=len(several),
         episodes=sum(map(len, several)),
         within=interval(float(_root(squares.sum(0))), samples),
