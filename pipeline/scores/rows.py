@@ -193,7 +193,7 @@ def _check(results: Results) -> None:
     if folds != {results.fold} or odd:
         raise DataError(f"{path} says fold {results.fold} with its classes, but has rows of another fold or class.")
     for policy in results.policies:
-        counts = _counts(table, policy)
+        counts = episode_counts(table, policy)
         wrong = np.flatnonzero((counts < 0).any((1, 2)) | (counts[:, 0] > counts[:, 1]).any(1))
         if len(wrong):
             raise DataError(
@@ -213,8 +213,8 @@ def _check(results: Results) -> None:
         raise DataError(f"{path} mixes rows of several manifests under one seed.")
 
 
-def _counts(table: pa.Table, policy: Policy) -> NDArray[np.int64]:
-    """(n, 2, 2)."""
+def episode_counts(table: pa.Table, policy: Policy) -> NDArray[np.int64]:
+    """(n, 2, 2) of one policy, as `hsnet.metrics.count`, from rows."""
     columns = [table[name].to_numpy() for name in count_columns(policy)]
     return np.stack(columns, axis=1).astype(np.int64).reshape(-1, 2, 2)
 
@@ -308,7 +308,7 @@ def scored_episodes(
         tuple(table["query"].to_pylist()),
         tuple(map(tuple, table["supports"].to_pylist())),
         table["object_pixels"].to_numpy(),
-        _counts(table, policy),
+        episode_counts(table, policy),
     )
 
 
