@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from commands.analysis_tables import interval_text
 from commands.groups import on_interrupt
 from commands.options import (
     ANY_PATH,
@@ -35,6 +34,7 @@ from commands.options import (
 )
 from commands.steps import emit, open_data, open_runner, pick_device, store_source
 from commands.terminal import Progress, fact_lines, plain, set_up_logging, table
+from pipeline.scores.tables import interval_text
 
 if TYPE_CHECKING:
     from pipeline.datasets import Dataset

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from hsnet.errors import ConfigError, DataError
 from pipeline.episodes.protocols import Policy
 from pipeline.scores import bootstrap
+from pipeline.scores.analysis import Analysis, Difference, Score, Spread
 from pipeline.scores.bootstrap import Interval, Part, interval
 from pipeline.scores.rows import (
     Results,
@@ -26,7 +26,7 @@ from pipeline.scores.rows import (
     require_same_rows,
     scored_episodes,
 )
-from pipeline.scores.support_spread import SupportSpread, spread_by_support
+from pipeline.scores.support_spread import spread_by_support
 
 SECTIONS = ("class", "size", "support", "seed")
 UNITS = ("episode", "query")
@@ -34,72 +34,6 @@ SIZE_EDGES = (0.0, 0.01, 0.05, 0.15, 0.35, 1.0)
 """Bins of the object's share of the squashed query photo; fixed, so that tables of different data can be compared."""
 
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Spread:
-    """How several seeds differ."""
-
-    parts: tuple[Part, ...]
-    deviation: float
-    """Standard deviation of the seeds' mIoU, points."""
-    expected: float
-    """What one seed's interval makes one expect: its standard error, mean over the seeds."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """One number of shots, way to combine them, and policy: of a fold, or the mean over folds."""
-
-    policy: Policy
-    shots: int
-    fusion: str
-    fold: int | None
-    """None for the mean over several folds."""
-    seeds: tuple[int, ...]
-    episodes: int
-    queries: int
-    """Different query photos of a class, summed over classes."""
-    miou: Interval
-    fb_iou: Interval | None
-    """None if no background was counted."""
-    needed: int | None
-    """Episodes at which the interval of mIoU would be about plus and minus half a point; None if it cannot be told."""
-    classes: tuple[Part, ...] = ()
-    sizes: tuple[Part, ...] = ()
-    support: SupportSpread | None = None
-    spread: Spread | None = None
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The first set minus the one it is compared against, on the same episodes."""
-
-    policy: Policy
-    shots: int
-    fusion: str
-    fusion_against: str
-    fold: int | None
-    episodes: int
-    miou: Interval
-    p: float
-    """Two-sided, of the hypothesis that swapping the two on any episode would change nothing."""
-    fb_iou: Interval | None
-    needed: int | None
-    classes: tuple[Part, ...] = ()
-
-
-@dataclass(frozen=True)
-class Analysis:
-    """Everything that was asked for."""
-
-    files: tuple[Results, ...]
-    against: tuple[Results, ...]
-    unit: str
-    scores: tuple[Score, ...]
-    scores_against: tuple[Score, ...]
-    differences: tuple[Difference, ...]
-    notes: tuple[str, ...]
 
 
 def analyze(

@@ -13,7 +13,7 @@ from pipeline.common.machine import environment
 from pipeline.common.text import printable, size_text
 from pipeline.report.inputs import ResultSet, Run, as_dict
 from pipeline.report.origins import open_store
-from pipeline.report.tables import Cell, Row, Table, count_cell
+from pipeline.scores.tables import Figure, Table, Value, columns
 
 
 @dataclass(frozen=True)
@@ -69,31 +69,27 @@ def run_facts(runs: Sequence[Run]) -> Table | None:
     """How the runs were trained, and what came out."""
     if not runs:
         return None
-    rows = []
+    rows: list[tuple[Value, ...]] = []
     for run in runs:
         recipe = as_dict(run.config.get("recipe"))
         best = run.best
         middle = sorted(run.seconds)[len(run.seconds) // 2] if run.seconds else None
         rows.append(
-            Row(
-                (
-                    Cell(run.label),
-                    Cell(f"{recipe.get('backbone', '?')}, {recipe.get('image_size', '?')} px"),
-                    _whole(run.config.get("fold")),
-                    _whole(run.config.get("batch_size")),
-                    _whole(run.config.get("seed")),
-                    count_cell(run.steps[-1] if run.steps else None),
-                    Cell(f"{best[1]:.1f}", f"at step {best[0]:,}", best[1]) if best else Cell("not validated"),
-                    Cell("–") if middle is None else Cell(f"{middle:.2f} s", "", middle),
-                )
+            (
+                run.label,
+                f"{recipe.get('backbone', '?')}, {recipe.get('image_size', '?')} px",
+                *(_whole(run.config.get(name)) for name in ("fold", "batch_size", "seed")),
+                run.steps[-1] if run.steps else None,
+                Figure(f"{best[1]:.1f}", best[1], f"at step {best[0]:,}") if best else "not validated",
+                None if middle is None else Figure(f"{middle:.2f} s", middle),
             )
         )
+    heads = ("run", "features", "held-out fold", "batch", "seed", "steps", "best validation mIoU", "median step")
     return Table(
-        "runs",
         "Training runs",
-        ("run", "features", "held-out fold", "batch", "seed", "steps", "best validation mIoU", "median step"),
-        tuple(rows),
-        texts=2,
+        columns(*heads, texts=2),
+        rows,
+        key="runs",
         notes=(
             "Validation mIoU is of the few episodes that a run selects its checkpoint on: a single value without an "
             "interval, not a result.",
@@ -107,7 +103,8 @@ def store_table(sets: Sequence[ResultSet], store: str | Path | None = None) -> t
     Args:
         store: instead of the place that the rows name.
     """
-    rows, reasons, seen = [], [], set()
+    rows: list[tuple[Value, ...]] = []
+    reasons, seen = [], set()
     for one in sets:
         if one.first.store in seen:
             continue
@@ -120,26 +117,24 @@ def store_table(sets: Sequence[ResultSet], store: str | Path | None = None) -> t
         info = opened.info()
         recipe: Mapping[str, Any] = info["recipe"]
         plain = _plain_bytes(recipe)
-        own = info["bytes_per_image"]
+        stored = info["bytes_per_image"]
         rows.append(
-            Row(
-                (
-                    Cell(printable(Path(info["path"]).name)),
-                    Cell(f"{recipe['backbone']}, {recipe['image_size']} px"),
-                    Cell(str(recipe.get("precision"))),
-                    count_cell(info["images"]),
-                    Cell(size_text(own), "", own) if own else Cell("–"),
-                    Cell(size_text(plain), "", plain),
-                    Cell(f"{plain / own:.1f}×", "", plain / own) if own else Cell("–"),
-                    Cell(size_text(info["bytes"]), "", info["bytes"]),
-                )
+            (
+                printable(Path(info["path"]).name),
+                f"{recipe['backbone']}, {recipe['image_size']} px",
+                str(recipe.get("precision")),
+                info["images"],
+                Figure(size_text(stored), stored) if stored else None,
+                Figure(size_text(plain), plain),
+                Figure(f"{plain / stored:.1f}×", plain / stored) if stored else None,
+                Figure(size_text(info["bytes"]), info["bytes"]),
             )
         )
     if not rows:
         return None, reasons
     head = ("store", "features", "stored as", "images", "bytes per image", "as float16", "smaller by", "in all")
     note = "Bytes per image include its label map and checksums; float16 is what the features alone would take."
-    return Table("stores", "Compression", head, tuple(rows), texts=3, notes=(note,)), reasons
+    return Table("Compression", columns(*head, texts=3), rows, key="stores", notes=(note,)), reasons
 
 
 def _plain_bytes(recipe: Mapping[str, Any]) -> int:
@@ -170,5 +165,5 @@ def _file_digest(path: Path) -> str:
         return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _whole(value: object) -> Cell:
-    return Cell(str(value), "", value) if type(value) is int else Cell("–")
+def _whole(value: object) -> Figure | None:
+    return Figure(str(value), value) if type(value) is int else None

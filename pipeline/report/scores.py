@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hsnet.errors import HSNetError
-from pipeline.analyze import SECTIONS, Difference, Score, analyze
+from pipeline.analyze import SECTIONS, analyze
 from pipeline.episodes.protocols import POLICIES, Policy
 from pipeline.report.inputs import ResultSet
+from pipeline.scores.analysis import Difference, Score
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class SetScores:
             if score.fold is None or not several or len(rivals) == 1:
                 wanted.append(score)
         return wanted
+
+    def total(self, policy: Policy, shots: int, fusion: str) -> Score | None:
+        """The score of one policy, number of shots and fusion; None if it was not scored."""
+        wanted = [s for s in self.everything if (s.policy, s.shots, s.fusion) == (policy, shots, fusion)]
+        return next(iter(self.totals(wanted)), None)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from pipeline.report.gallery import Gallery, make_gallery
 from pipeline.report.inputs import ResultSet, Run, read_inputs
 from pipeline.report.origins import Origins
 from pipeline.report.scores import SetDifference, SetScores, score_set, set_differences
+from pipeline.scores.tables import Table
 
 log = logging.getLogger(__name__)
 
@@ -75,13 +76,13 @@ def report(
         raise DataError(f"{out} is a folder; give the name of an HTML file. Nothing was written.")
     result_sets, runs = read_inputs(paths)
     sets = [score_set(one, unit=unit, seed=seed) for one in result_sets]
-    comparisons = set_differences(result_sets, unit=unit, seed=seed) if len(result_sets) > 1 else []
+    apart = set_differences(result_sets, unit=unit, seed=seed) if len(result_sets) > 1 else []
     shown, left_out = _gallery(result_sets, gallery, gallery_shots, origins or Origins(), seed, device, on_event)
     stores, reasons = facts.store_table(result_sets, (origins or Origins()).store)
     left_out += reasons
     for reason in left_out:
         log.warning("Left out of the report: %s", reason)
-    text = render_page(title, sets, comparisons, runs, shown, stores, left_out, unit)
+    text = render_page(title, sets, apart, runs, shown, stores, left_out, unit)
     _write(out, text)
     return ReportSummary(
         out,
@@ -96,10 +97,10 @@ def report(
 def render_page(
     title: str | None,
     sets: Sequence[SetScores],
-    comparisons: Sequence[SetDifference],
+    apart: Sequence[SetDifference],
     runs: Sequence[Run],
     gallery: Gallery | None,
-    stores: tables.Table | None,
+    stores: Table | None,
     left_out: Sequence[str],
     unit: str,
 ) -> str:
@@ -115,7 +116,8 @@ def render_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["printable"] = printable
+    environment.filters |= {"printable": printable, "zip": zip}
+    environment.globals["cell"] = tables.page_cell
     shown: dict[str, Any] = {
         "title": title or _title(sets, runs),
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -129,7 +131,7 @@ def render_page(
         "unit": unit,
         "notes": tables.set_notes(sets),
         "results": tables.results_tables(sets),
-        "comparison": tables.comparison_table(comparisons),
+        "differences": tables.difference_table(apart),
         "policies": tables.policy_table(sets) if sets else None,
         "fusions": tables.fusion_table(sets),
         "seeds": tables.seed_table(sets),
@@ -148,7 +150,6 @@ def render_page(
         "protocols": facts.protocol_facts(result_sets),
         "digests": facts.digest_facts(result_sets, runs),
         "environments": facts.environments(result_sets),
-        "score_cell": tables.score_cell,
     }
     return environment.get_template("page.html").render(shown)
 
