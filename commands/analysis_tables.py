@@ -18,73 +18,75 @@ if TYPE_CHECKING:
 POLICY_NAMES = {policy_name(policy): policy for policy in POLICIES}
 
 
-def as_values(found: Analysis) -> dict[str, Any]:
+def as_values(analysis: Analysis) -> dict[str, Any]:
     """Everything as JSON values."""
 
     def files(which: Sequence[Any]) -> list[dict[str, Any]]:
         return [
             {
-                "path": one.path,
-                "fold": one.fold,
-                "store": one.store,
-                "checkpoint": one.checkpoint,
-                "protocol": one.protocol.to_dict(),
-                "manifests": {f"{k}-shot, seed {s}": digest for (k, s), digest in one.manifests.items()},
+                "path": file.path,
+                "fold": file.fold,
+                "store": file.store,
+                "checkpoint": file.checkpoint,
+                "protocol": file.protocol.to_dict(),
+                "manifests": {f"{k}-shot, seed {s}": digest for (k, s), digest in file.manifests.items()},
             }
-            for one in which
+            for file in which
         ]
 
-    rest = {name: plain(getattr(found, name)) for name in ("unit", "scores", "scores_against", "differences", "notes")}
-    return {"files": files(found.files), "against": files(found.against), **rest}
+    rest = {
+        name: plain(getattr(analysis, name)) for name in ("unit", "scores", "scores_against", "differences", "notes")
+    }
+    return {"files": files(analysis.files), "against": files(analysis.against), **rest}
 
 
-def plain_text(found: Analysis) -> str:
-    parts = [fact_lines(_facts(found))]
-    for title, head, body in map(_lines, tables(found)):
+def plain_text(analysis: Analysis) -> str:
+    parts = [fact_lines(_facts(analysis))]
+    for title, head, body in map(_lines, tables(analysis)):
         parts.append(f"{title}\n{table(body, head)}")
-    notes = "\n".join(f"Note: {printable(note)}" for note in found.notes)
+    notes = "\n".join(f"Note: {printable(note)}" for note in analysis.notes)
     return "\n\n".join([*parts, notes] if notes else parts)
 
 
-def markdown_text(found: Analysis) -> str:
+def markdown_text(analysis: Analysis) -> str:
     def line(cells: Sequence[str]) -> str:
         return f"| {' | '.join(cell.strip().replace('|', chr(92) + '|') for cell in cells)} |"
 
-    parts = ["\n".join(f"- {name}: {value}" for name, value in _facts(found).items())]
-    for title, head, body in map(_lines, tables(found)):
+    parts = ["\n".join(f"- {name}: {value}" for name, value in _facts(analysis).items())]
+    for title, head, body in map(_lines, tables(analysis)):
         rule = "|" + "---|" * len(head)
         parts.append("\n".join([f"**{title}**", "", line(head), rule, *map(line, body)]))
-    parts += [f"Note: {printable(note)}" for note in found.notes]
+    parts += [f"Note: {printable(note)}" for note in analysis.notes]
     return "\n\n".join(parts)
 
 
-def csv_text(found: Analysis) -> str:
+def csv_text(analysis: Analysis) -> str:
     """One figure a line, with what it is of."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    every = figures(found)
+    every = figures(analysis)
     writer.writerow(every.columns)
     writer.writerows([printable(value) if isinstance(value, str) else value for value in row] for row in every.rows)
     return out.getvalue()
 
 
-def _facts(found: Analysis) -> dict[str, str]:
+def _facts(analysis: Analysis) -> dict[str, str]:
     from pipeline.scores.rows import differences
 
-    first = found.files[0]
+    first = analysis.files[0]
     facts = {
         "data set": f"{printable(first.facts['dataset'])} ({first.facts['data'][:15]}), '{first.facts['role']}', folds "
-        + ", ".join(map(str, sorted({one.fold for one in found.files}))),
-        "scored": _head(found.files),
+        + ", ".join(map(str, sorted({file.fold for file in analysis.files}))),
+        "scored": _head(analysis.files),
     }
-    if found.against:
-        facts["against"] = _head(found.against)
-        apart = differences(first, found.against[0])
+    if analysis.against:
+        facts["against"] = _head(analysis.against)
+        apart = differences(first, analysis.against[0])
         if apart:
             facts["they differ in"] = "; ".join(f"{name}: {_short(a)} / {_short(b)}" for name, (a, b) in apart.items())
     facts |= first.protocol.lines()
-    facts["scored at"] = "; ".join(dict.fromkeys(str(one.policy) for one in found.scores))
-    what = "episodes" if found.unit == "episode" else "query photos"
+    facts["scored at"] = "; ".join(dict.fromkeys(str(score.policy) for score in analysis.scores))
+    what = "episodes" if analysis.unit == "episode" else "query photos"
     facts["intervals"] = f"95 %, 2,000 resamples of {what} within each class"
     return facts
 
@@ -97,9 +99,9 @@ def _short(value: object) -> str:
 def _head(files: Sequence[Any]) -> str:
     """The method and its checkpoints."""
     method = (files[0].facts.get("method") or {}).get("name", "unknown")
-    checkpoints = dict.fromkeys(one.checkpoint for one in files if one.checkpoint)
+    checkpoints = dict.fromkeys(file.checkpoint for file in files if file.checkpoint)
     shown = ", ".join(digest[:15] for digest in checkpoints)
-    names = ", ".join(printable(one.path) for one in files)
+    names = ", ".join(printable(file.path) for file in files)
     return f"{printable(str(method))}{f' ({shown})' if shown else ''}: {names}"
 
 

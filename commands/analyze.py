@@ -89,7 +89,7 @@ def analyze(
     from pipeline.scores.rows import read_results
 
     sections = PARTS if "all" in by else tuple(name for name in (by or ("class", "seed")) if name != "total")
-    found = stage(
+    analysis = stage(
         [read_results(path) for path in rows],
         [read_results(path) for path in against],
         policies=POLICIES if "all" in policies else [POLICY_NAMES[name] for name in policies],
@@ -100,7 +100,7 @@ def analyze(
         seed=seed,
     )
     if as_csv:
-        click.echo(csv_text(found), nl=False)
+        click.echo(csv_text(analysis), nl=False)
         return None
-    text = markdown_text(found) if as_markdown else plain_text(found)
-    return emit(as_values(found), text, as_json)
+    text = markdown_text(analysis) if as_markdown else plain_text(analysis)
+    return emit(as_values(analysis), text, as_json)

@@ -77,7 +77,7 @@ def report(
     from pipeline.report.stage import report as stage
 
     with Progress("report", "pictures", quiet) as progress:
-        made = stage(
+        summary = stage(
             runs,
             out,
             title=title,
@@ -90,11 +90,11 @@ def report(
             on_event=progress.update,
         )
     lines = {
-        "page": f"{printable(made.path)} ({size_text(made.bytes)})",
-        "results": printable("; ".join(made.sets)) or "none",
-        "runs": printable("; ".join(made.runs)) or "none",
-        "gallery": f"{made.episodes_shown} episodes",
+        "page": f"{printable(summary.path)} ({size_text(summary.bytes)})",
+        "results": printable("; ".join(summary.sets)) or "none",
+        "runs": printable("; ".join(summary.runs)) or "none",
+        "gallery": f"{summary.episodes_shown} episodes",
     }
-    if made.left_out:
-        lines["left out"] = printable("; ".join(reason.splitlines()[0] for reason in made.left_out))
-    return emit(made, fact_lines(lines), as_json)
+    if summary.left_out:
+        lines["left out"] = printable("; ".join(reason.splitlines()[0] for reason in summary.left_out))
+    return emit(summary, fact_lines(lines), as_json)

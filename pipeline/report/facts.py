@@ -28,41 +28,41 @@ class Facts:
 
 def protocol_facts(sets: Sequence[ResultSet]) -> list[Facts]:
     """How each set was scored, with what departs from the protocol's name."""
-    found = []
-    for one in sets:
-        items = list(one.first.protocol.lines().items())
-        folds = ", ".join(map(str, one.folds))
-        notes = [str(note) for note in one.first.facts.get("notes") or ()]
-        items += [("data set", f"{printable(one.dataset)}, fold{'s' * (len(one.folds) > 1)} {folds}")]
-        if one.first.facts.get("ignore"):
-            items.append(("ignore label", str(one.first.facts["ignore"])))
+    lists = []
+    for results in sets:
+        items = list(results.first.protocol.lines().items())
+        folds = ", ".join(map(str, results.folds))
+        notes = [str(note) for note in results.first.facts.get("notes") or ()]
+        items += [("data set", f"{printable(results.dataset)}, fold{'s' * (len(results.folds) > 1)} {folds}")]
+        if results.first.facts.get("ignore"):
+            items.append(("ignore label", str(results.first.facts["ignore"])))
         items += [("note", note) for note in notes]
-        found.append(Facts(one.label, tuple(items)))
-    return found
+        lists.append(Facts(results.label, tuple(items)))
+    return lists
 
 
 def digest_facts(sets: Sequence[ResultSet], runs: Sequence[Run]) -> list[Facts]:
     """What identifies data, store, heads, episodes and protocol."""
-    found = []
-    for one in sets:
-        items = [("data", str(one.first.facts["data"])), ("store", one.first.store)]
-        for fold, digest in sorted({(file.fold, file.checkpoint) for file in one.files if file.checkpoint}):
+    lists = []
+    for results in sets:
+        items = [("data", str(results.first.facts["data"])), ("store", results.first.store)]
+        for fold, digest in sorted({(file.fold, file.checkpoint) for file in results.files if file.checkpoint}):
             items.append((f"checkpoint, fold {fold}", digest))
-        weights = as_dict(one.first.facts.get("recipe")).get("weights")
+        weights = as_dict(results.first.facts.get("recipe")).get("weights")
         if weights:
-            items.append((f"weights of {one.backbone}", str(weights)))
-        for file in one.files:
+            items.append((f"weights of {results.backbone}", str(weights)))
+        for file in results.files:
             for (shots, seed), digest in sorted(file.manifests.items()):
                 items.append((f"episodes, fold {file.fold}, {shots}-shot, seed {seed}", digest))
-        items.append(("protocol", one.first.protocol.digest))
-        items += [("rows", f"{_file_digest(file.path)}  {printable(file.path.name)}") for file in one.files]
-        found.append(Facts(one.label, tuple(dict.fromkeys(items)), codes=True))
+        items.append(("protocol", results.first.protocol.digest))
+        items += [("rows", f"{_file_digest(file.path)}  {printable(file.path.name)}") for file in results.files]
+        lists.append(Facts(results.label, tuple(dict.fromkeys(items)), codes=True))
     for run in runs:
         items = [("data", str(run.config.get("data", "not said")))]
         weights = as_dict(run.config.get("recipe")).get("weights")
         items += [("weights", str(weights))] if weights else []
-        found.append(Facts(f"run {run.label}", tuple(items), codes=True))
-    return found
+        lists.append(Facts(f"run {run.label}", tuple(items), codes=True))
+    return lists
 
 
 def run_facts(runs: Sequence[Run]) -> Table | None:
@@ -105,14 +105,14 @@ def store_table(sets: Sequence[ResultSet], store: str | Path | None = None) -> t
     """
     rows: list[tuple[Value, ...]] = []
     reasons, seen = [], set()
-    for one in sets:
-        if one.first.store in seen:
+    for results in sets:
+        if results.first.store in seen:
             continue
-        seen.add(one.first.store)
+        seen.add(results.first.store)
         try:
-            opened = open_store(one.first, store).store
+            opened = open_store(results.first, store).store
         except HSNetError as error:
-            reasons.append(f"Store of {one.label}: {printable(str(error).splitlines()[0])}")
+            reasons.append(f"Store of {results.label}: {printable(str(error).splitlines()[0])}")
             continue
         info = opened.info()
         recipe: Mapping[str, Any] = info["recipe"]
@@ -149,13 +149,13 @@ def _plain_bytes(recipe: Mapping[str, Any]) -> int:
 def environments(sets: Sequence[ResultSet]) -> list[Facts]:
     """Versions and machine that made the page, and those of the rows where they were others."""
     here = environment()
-    found = [Facts("This page was made with", tuple(here.items()))]
-    for one in sets:
-        there = as_dict(one.first.facts.get("environment"))
+    lists = [Facts("This page was made with", tuple(here.items()))]
+    for results in sets:
+        there = as_dict(results.first.facts.get("environment"))
         others = {str(name): printable(str(value)) for name, value in there.items() if value != here.get(str(name))}
         if others:
-            found.append(Facts(f"The rows of {one.label} were made with other", tuple(others.items())))
-    return found
+            lists.append(Facts(f"The rows of {results.label} were made with other", tuple(others.items())))
+    return lists
 
 
 def _file_digest(path: Path) -> str:

@@ -75,7 +75,7 @@ def report(
     if out.is_dir():
         raise DataError(f"{out} is a folder; give the name of an HTML file. Nothing was written.")
     result_sets, runs = read_inputs(paths)
-    sets = [score_set(one, unit=unit, seed=seed) for one in result_sets]
+    sets = [score_set(results, unit=unit, seed=seed) for results in result_sets]
     apart = set_differences(result_sets, unit=unit, seed=seed) if len(result_sets) > 1 else []
     shown, left_out = _gallery(result_sets, gallery, gallery_shots, origins or Origins(), seed, device, on_event)
     stores, reasons = facts.store_table(result_sets, (origins or Origins()).store)
@@ -87,7 +87,7 @@ def report(
     return ReportSummary(
         out,
         len(text.encode()),
-        tuple(one.label for one in result_sets),
+        tuple(results.label for results in result_sets),
         tuple(run.label for run in runs),
         len(shown.episodes) if shown else 0,
         tuple(left_out),
@@ -107,7 +107,7 @@ def render_page(
     """The page's HTML. Every name in it is escaped, and its policy forbids all but its own script and pictures."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    result_sets = [one.results for one in sets]
+    result_sets = [scores.results for scores in sets]
     script = _part("page.js")
     environment = Environment(
         loader=PackageLoader("pipeline.report", "page"),
@@ -126,8 +126,8 @@ def render_page(
         # The browser runs this very script and nothing else, loads no address, and sends nothing.
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "sets": sets,
-        "episodes": len({(f.path, s, e) for one in result_sets for f in one.files for s, e in _episodes(f)}),
-        "files": sum(len(one.files) for one in result_sets),
+        "episodes": len({(f.path, s, e) for results in result_sets for f in results.files for s, e in _episodes(f)}),
+        "files": sum(len(results.files) for results in result_sets),
         "unit": unit,
         "notes": tables.set_notes(sets),
         "results": tables.results_tables(sets),
@@ -136,9 +136,9 @@ def render_page(
         "fusions": tables.fusion_table(sets),
         "seeds": tables.seed_table(sets),
         "supports": tables.support_table(sets),
-        "ends": [(one.results.label, tables.best_and_worst(one)) for one in sets],
-        "classes": [table for place, one in enumerate(sets) for table in tables.class_tables(one, str(place))],
-        "sizes": [t for place, one in enumerate(sets) if (t := tables.size_table(one, str(place))) is not None],
+        "ends": [(scores.results.label, tables.best_and_worst(scores)) for scores in sets],
+        "classes": [table for number, scores in enumerate(sets) for table in tables.class_tables(scores, str(number))],
+        "sizes": [t for number, scores in enumerate(sets) if (t := tables.size_table(scores, str(number))) is not None],
         "sizes_plot": plots.sizes_plot(sets),
         "runs": facts.run_facts(runs),
         "curves": plots.learning_curves(runs) if runs else None,
@@ -181,8 +181,8 @@ def _episodes(file: Any) -> set[tuple[int, int]]:
 
 
 def _title(sets: Sequence[SetScores], runs: Sequence[Run]) -> str:
-    data = dict.fromkeys(one.results.dataset for one in sets)
-    backbones = dict.fromkeys(one.results.backbone for one in sets)
+    data = dict.fromkeys(scores.results.dataset for scores in sets)
+    backbones = dict.fromkeys(scores.results.backbone for scores in sets)
     if sets:
         return f"Few-shot segmentation: {', '.join(data)}, {', '.join(backbones)}"
     return f"Training: {', '.join(run.label for run in runs)}"
