@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 
-from commands.analysis_tables import interval_text
 from commands.groups import on_interrupt
 from commands.options import (
     ANY_PATH,
@@ -35,6 +34,7 @@ from commands.options import (
 )
 from commands.steps import emit, open_runner, parse_data_options, pick_device, store_source
 from commands.terminal import Progress, fact_lines, plain, set_up_logging, table
+from pipeline.scores.tables import interval_text
 
 
 @click.command(short_help="mIoU and FB-IoU on held-out classes.")

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from commands.analysis_tables import interval_text
 from commands.groups import Failure
 from commands.options import (
     ANY_PATH,
@@ -27,6 +26,7 @@ from commands.steps import emit, open_runner, pick_device, stop_on_interrupt, st
 from commands.terminal import Progress, set_up_logging, table
 from hsnet.errors import ConfigError
 from pipeline.common.text import printable
+from pipeline.scores.tables import interval_text
 
 if TYPE_CHECKING:
     from pipeline.loading.source import StoreSource

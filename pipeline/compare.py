@@ -27,7 +27,8 @@ from pipeline.features.precision import encode
 from pipeline.features.recipe import difference_lines
 from pipeline.heads.catalogue import trained
 from pipeline.loading.source import FeatureSource, StoreSource
-from pipeline.scores.bootstrap import Interval, miou_interval, paired_difference
+from pipeline.scores.bootstrap import Interval, interval, resample
+from pipeline.scores.rows import episode_counts
 
 PAIRS = 32
 POSITIONS = 256
@@ -154,6 +155,7 @@ def compare_scores(
     require_comparable(*pair)
     # An image that one of them lacks is in no episode of either.
     skipped = {image for source in pair for image in source.skipped}
+    rules = resolve("default", shots=(shots,), episodes=episodes, seeds=(seed,))
     tables: list[pa.Table] = []
     for number, (source, make) in enumerate(zip(pair, (make_source, make_against), strict=True)):
         method = trained(checkpoint, source, device)
@@ -163,7 +165,7 @@ def compare_scores(
             source=source,
             make_source=make,
             fold=fold,
-            protocol=resolve("default", shots=(shots,), episodes=episodes, seeds=(seed,)),
+            protocol=rules,
             skipped=skipped,
             device=device,
         )
@@ -175,17 +177,15 @@ def compare_scores(
         tables.append(evaluate(plan, runner=runner, on_event=report).rows)
     assert fold is not None
     class_ids = pair[0].index.split(fold, "test").class_ids
-    classes = tables[0]["class_id"].to_pylist()
-    first, second = (
-        np.stack([table["intersection"].to_numpy(), table["union"].to_numpy()], axis=1) for table in tables
-    )
+    counts = np.stack([episode_counts(table, rules.policy) for table in tables])
+    values, samples = resample(counts, tables[0]["class_id"].to_numpy(), class_ids).miou()
     return ScoreChange(
         fold=fold,
         shots=shots,
         episodes=episodes,
-        miou=miou_interval(first, classes, class_ids),
-        miou_against=miou_interval(second, classes, class_ids),
-        difference=paired_difference(first, second, classes, class_ids),
+        miou=interval(values[0], samples[:, 0]),
+        miou_against=interval(values[1], samples[:, 1]),
+        difference=interval(values[0] - values[1], samples[:, 0] - samples[:, 1]),
     )
 
 

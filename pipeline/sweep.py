@@ -234,7 +234,7 @@ def _configurations(done: Sequence[CaseDone]) -> list[Configuration]:
             folds.setdefault(case_done.case.configuration, {})[case_done.case.fold] = case_done.rows
     configurations = []
     for name, rows in folds.items():
-        analysis = analyze(list(rows.values()), sections=())
+        analysis = analyze([read_results(path) for path in rows.values()], sections=())
         scores = [score for score in analysis.scores if len(rows) == 1 or score.fold is None]
         configurations.append(Configuration(name, tuple(rows), tuple(scores)))
     return configurations

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from pipeline.episodes.manifest import ListedEpisode, Manifest
 from pipeline.episodes.protocols import POLICIES, resolve
-from pipeline.scores.rows import COUNTS, METADATA, schema
+from pipeline.scores.rows import COUNTS, METADATA, Results, read_results, schema
 
 SIZE = 100
 """Network size of the made-up photos, pixels."""
@@ -117,3 +117,8 @@ def write(path: Path, table: pa.Table | None = None, **choices) -> Path:
     """Rows in a file; `choices` as for `made`."""
     pq.write_table(made(**choices) if table is None else table, path)
     return path
+
+
+def read(path: Path, table: pa.Table | None = None, **choices) -> Results:
+    """The same, read back."""
+    return read_results(write(path, table, **choices))

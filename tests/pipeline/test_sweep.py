@@ -66,7 +66,11 @@ def test_a_sweep_trains_tests_and_averages_over_folds(store, tmp_path):
         assert one.folds == (0, 1)
         assert [score.shots for score in one.scores] == [1, 2]
         files = [tmp_path / f"{one.name}-fold{fold}.parquet" for fold in (0, 1)]
-        (mean,) = (score for score in analyze(files).scores if score.fold is None and score.shots == 1)
+        (mean,) = (
+            score
+            for score in analyze([read_results(file) for file in files]).scores
+            if score.fold is None and score.shots == 1
+        )
         assert one.scores[0].miou == mean.miou
     config = RunDir(tmp_path / "s-seed=1-fold0", config_of(tmp_path / "s-seed=1-fold0"), write=False).config
     assert (config.seed, config.fold, config.steps) == (1, 0, 2)
@@ -89,7 +93,7 @@ def test_only_what_is_missing_is_done_again(store, tmp_path):
     rows = tmp_path / "s-seed=0-fold0.parquet"
     rows.write_bytes(b"cut off")
     run(cases, tmp_path)
-    assert analyze([rows]).scores, "rows that cannot be read are made again"
+    assert analyze([read_results(rows)]).scores, "rows that cannot be read are made again"
     rows.write_bytes((tmp_path / "s-seed=1-fold0.parquet").read_bytes())
     run(cases, tmp_path)
     assert read_results(rows).facts["checkpoint"] == load_checkpoint(tmp_path / "s-seed=0-fold0").digest
