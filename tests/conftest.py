@@ -108,7 +108,7 @@ def tiny_report(report_inputs, tmp_path_factory):
 
 
 def by_path(name: str) -> ModuleType:
-    """A module of tests/: tests are no package, so they cannot import it."""
+    """A module of tests/: tests are no package, so they cannot import what was not loaded before."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -116,3 +116,6 @@ def by_path(name: str) -> ModuleType:
     sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+by_path("fakes")  # for `from fakes import ...`

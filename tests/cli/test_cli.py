@@ -18,21 +18,14 @@ from typing import Any
 import click
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from fakes import invoke
 
 import cli
 from commands import options, steps, terminal
 from hsnet.errors import ConfigError
+from pipeline.common.text import size_text
 
 ROOT = Path(cli.__file__).parent
-
-
-def invoke(*args: str | Path) -> Result:
-    """Run a command in this process; stdout and stderr apart. An unforeseen exception is raised here."""
-    result = CliRunner().invoke(cli.main, [str(arg) for arg in args])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 def failure(*args: str | Path) -> str:
@@ -224,7 +217,7 @@ def test_time_text(seconds: float, text: str) -> None:
 
 @pytest.mark.parametrize(("nbytes", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 KB"), (2.5e12, "2.50 TB")])
 def test_size_text(nbytes: float, text: str) -> None:
-    assert terminal.size_text(nbytes) == text
+    assert size_text(nbytes) == text
 
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(
