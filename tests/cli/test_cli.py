@@ -19,7 +19,7 @@ from typing import Any
 import click
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from fakes import invoke
 
 import cli
 from commands import options, steps, terminal
@@ -27,14 +27,6 @@ from hsnet.errors import ConfigError
 from pipeline.common.text import printable, size_text, time_text
 
 ROOT = Path(cli.__file__).parent
-
-
-def invoke(*args: str | Path) -> Result:
-    """Run a command in this process; stdout and stderr apart. An unforeseen exception is raised here."""
-    result = CliRunner().invoke(cli.main, [str(arg) for arg in args])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 def failure(*args: str | Path) -> str:

@@ -1,7 +1,6 @@
 """The store's promises: what is read is what was written, and nothing half-written, foreign or damaged is read."""
 
 import errno
-import hashlib
 import json
 import os
 import pickle
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+from fakes import fingerprints, plain_user
 
 import pipeline.store.skeleton as skeleton
 from hsnet.errors import ConfigError, DataError, StoreError, StoreIncomplete, StoreMismatch
@@ -56,14 +56,6 @@ def fill(path: Path, precision: str = "int8", shards: range | None = None, image
         for number in shards if shards is not None else range(store.shards):
             store.write_shard(number, **contents(store, number))
     return store
-
-
-def fingerprints(path: Path) -> dict[str, str]:
-    return {
-        str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(path.rglob("*"))
-        if file.is_file()
-    }
 
 
 def change_json(path: Path, change) -> None:
@@ -488,17 +480,6 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 
 @pytest.fixture
-def as_plain_user():
-    """Root may write anywhere; give that right up for the test."""
-    root = os.geteuid() == 0
-    if root:
-        os.seteuid(65534)
-    yield
-    if root:
-        os.seteuid(0)
-
-
-@pytest.fixture
 def read_only_store():
     with tempfile.TemporaryDirectory() as folder:  # tmp_path's parents are closed to other users
         os.chmod(folder, 0o755)
@@ -506,12 +487,13 @@ def read_only_store():
         fill(path, shards=range(1))
         for part in (path, path / "_done", *(path / name / "c" for name in ("level0", "level1", "level2", "label"))):
             os.chmod(part, 0o555)
-        yield path
+        with plain_user():
+            yield path
         for part in (path, *path.rglob("*")):
             os.chmod(part, 0o755)
 
 
-def test_a_read_only_folder(read_only_store, as_plain_user):
+def test_a_read_only_folder(read_only_store):
     before = fingerprints(read_only_store)
     store = FeatureStore.create(read_only_store, make_recipe(), make_index(), shard_images=8)
     with pytest.raises(StoreError, match=r"cannot be locked.*Permission denied.*Nothing was changed"), store.writing():

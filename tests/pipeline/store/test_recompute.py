@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from fakes import Photos
 from PIL import Image
 
 from hsnet.backbone import FrozenBackbone
@@ -17,27 +18,6 @@ from pipeline.store.markers import marker_file, shard_file
 from pipeline.store.recompute import CODED_TOLERANCE, TOLERANCE, recompute, sample
 
 COUNT = 21
-
-
-class Photos:
-    """Photos with edges, in memory; `changes` replaces what is seen of some."""
-
-    def __init__(self, changes=None, labels=None) -> None:
-        names = tuple(f"photos/{i}.jpg" for i in range(COUNT))
-        entries = tuple((i, i % 2) for i in range(COUNT))
-        self.index = DatasetIndex("folder", {0: "cat", 1: "dog"}, names, {0: {"trn": Split(entries)}})
-        self.changes = changes or {}
-        self.labels = labels or {}
-
-    def image(self, i):
-        rng = np.random.default_rng(i)
-        pixels = rng.integers(0, 256, (6, 6, 3), np.uint8).repeat(15, 0).repeat(15, 1)
-        return self.changes.get(i, lambda image: image)(Image.fromarray(pixels))
-
-    def label(self, i):
-        label = np.zeros((90, 90), np.uint8)
-        label[10:40, 10:30] = i % 2 + 1
-        return self.labels.get(i, lambda label: label)(label)
 
 
 @pytest.fixture(scope="module")
@@ -106,14 +86,14 @@ def unreadable(image):
     [
         ({3: resaved}, {}, "features differ: largest 1 - cosine"),
         ({3: patched}, {}, "features differ"),
-        ({3: lambda image: image.crop((0, 0, 80, 90))}, {}, r"size and classes were \(\(90, 90\)"),
+        ({3: lambda image: image.crop((0, 0, 80, 53))}, {}, r"size and classes were \(\(53, 87\)"),
         ({3: unreadable}, {}, "cannot be read any more: .*truncated"),
         ({}, {3: lambda label: np.roll(label, 20)}, r"\d+ pixels of its label map differ$"),
         ({}, {3: lambda label: label * 0}, "size and classes were"),
     ],
 )
 def test_an_image_that_changed_is_named(path, weights, changes, labels, reason):
-    found = recompute(opened(path), Photos(changes, labels), weights, share=1.0)
+    found = recompute(opened(path), Photos(changes=changes, masks=labels), weights, share=1.0)
     (one,) = found.different
     assert (one.image, one.shard, found.equal, found.close) == ("photos/3.jpg", 0, COUNT - 1, 0)
     assert re.search(reason, one.reason)

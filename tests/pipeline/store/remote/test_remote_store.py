@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fakes
 import numpy as np
 import pytest
+from fakes import Photos
 from PIL import Image
 
 import pipeline.store.mirror as mirror_module
@@ -133,9 +135,8 @@ sys.path[:0] = {sys.path!r}
 from pipeline.store import mirror
 from pipeline.extract.stage import extract
 from pipeline.features.weights import load_weights
-import importlib.util
-spec = importlib.util.spec_from_file_location("conf", {str(Path(__file__).with_name("conftest.py"))!r})
-conf = importlib.util.module_from_spec(spec); sys.modules["conf"] = conf; spec.loader.exec_module(conf)
+sys.path.append({str(Path(fakes.__file__).parent)!r})
+from fakes import Photos
 put = mirror.Bucket.put
 def killed(self, key, data):
     if key == {after!r}:
@@ -143,7 +144,7 @@ def killed(self, key, data):
     put(self, key, data)
 mirror.Bucket.put = killed
 weights = load_weights("squeezenet1_1")
-extract(conf.Photos(), weights, {URL!r}, image_size=32, precision="int8", shard_images=4)
+extract(Photos(range(11)), weights, {URL!r}, image_size=32, precision="int8", shard_images=4)
 """
     ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
@@ -220,7 +221,7 @@ def test_another_store_at_the_address_never_gets_the_old_ones_shards(s3, photos,
     before = FeatureStore.open(URL)
     contents(before)
     # Another machine replaces it, by one whose last image differs: same recipe, same data set, other bytes.
-    other, cache = type(photos)(), os.environ["HSNET_CACHE"]
+    other, cache = Photos(range(11)), os.environ["HSNET_CACHE"]
     other.image = lambda i, image=other.image: image(i).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     run(other, tmp_path / "other.zarr")
     for key in list(s3.objects()):
@@ -287,7 +288,7 @@ def test_a_shard_in_use_is_not_evicted(s3, photos, run, tmp_path, monkeypatch):
 def test_a_store_in_a_bucket_grows(s3, photos, run, local, tmp_path, monkeypatch):
     run(photos, URL)
     before = objects(s3)
-    more = type(photos)(15)
+    more = Photos(range(15))
     run(more, local)
     reader = FeatureStore.open(URL)
     summary = run(more, URL)
@@ -362,7 +363,7 @@ def test_a_creation_that_breaks_leaves_no_store(s3, photos, run, local, monkeypa
 def test_a_growth_that_breaks_leaves_the_old_store_to_readers(s3, photos, run, local, tmp_path, monkeypatch):
     run(photos, URL)
     before = contents(FeatureStore.open(URL))
-    more, cut, breaks = type(photos)(15), Cut(monkeypatch), 0
+    more, cut, breaks = Photos(range(15)), Cut(monkeypatch), 0
     cache = os.environ["HSNET_CACHE"]
     while True:
         cut.after(1)
