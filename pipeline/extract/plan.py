@@ -15,7 +15,8 @@ from pipeline.store.arrays import image_nbytes
 from pipeline.store.attributes import read_facts
 from pipeline.store.feature_store import SHARD_IMAGES, FeatureStore
 from pipeline.store.growth import Grown, growth
-from pipeline.store.place import Place, place_of
+from pipeline.store.local_place import Place
+from pipeline.store.place import place_of
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from pipeline.features.recipe import Recipe
 from pipeline.store.arrays import ArrayLayout, array_layouts, read_fit
 from pipeline.store.attributes import StoreFacts, choose_state, read_facts, read_index, read_placement
 from pipeline.store.buffers import Buffers
+from pipeline.store.local_place import Place
 from pipeline.store.markers import (
     ShardFacts,
     marker_file,
@@ -37,7 +38,7 @@ from pipeline.store.markers import (
     shard_file,
     sweep_partials,
 )
-from pipeline.store.place import Place, place_of
+from pipeline.store.place import place_of
 from pipeline.store.shard_file import OPEN_SHARDS, ChunkReader, OpenShards
 from pipeline.store.shard_writer import write_whole_shard
 

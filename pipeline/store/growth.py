@@ -33,8 +33,9 @@ from pipeline.store.attributes import (
     row_ranges,
     write_facts,
 )
+from pipeline.store.local_place import Place
 from pipeline.store.markers import sweep_partials
-from pipeline.store.place import Place, place_of
+from pipeline.store.place import place_of
 from pipeline.store.skeleton import write_state
 
 

@@ -30,8 +30,8 @@ from hsnet.errors import HSNetError, StoreError
 from pipeline.store.bucket import Bucket, ObjectFacts
 from pipeline.store.cache import CACHE, CACHE_BYTES, cache_folder, locked, make_room, use_lock
 from pipeline.store.lease import OWNER, holds, sole_remote_writer
+from pipeline.store.local_place import ROOT, Place
 from pipeline.store.markers import MARKERS, ShardFacts, StoredFile, marker_file, shard_file, sum_file
-from pipeline.store.place import ROOT, Place
 
 TRIES = 3
 """Downloads of a shard file that arrives damaged, before it is taken for damaged there."""

@@ -518,7 +518,7 @@ def test_arguments_that_cannot_work(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from pipeline.store.place import Place
+from pipeline.store.local_place import Place
 with Place(Path(sys.argv[1])).sole_writer():
     print("held", flush=True)
     time.sleep(60)
