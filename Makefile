@@ -11,12 +11,13 @@ BENCH_ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help venv demo test lint format bench bench-check bench-pipeline bench-store bench-table clean distclean
+.PHONY: help venv demo test test-fast lint format bench bench-check bench-pipeline bench-store bench-table clean distclean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       extract, train, evaluate and predict on generated images, in minutes, without a GPU"
 	@echo "make test       all tests (TEST_ARGS='-k episodes' for some; TEST_WORKERS=1 one after the other)"
+	@echo "make test-fast  those that need no Ray, server, browser or patience: about a minute"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     rewrite the code as 'make lint' wants it"
 	@echo "make bench      time training and evaluation against the published way (BENCH_ARGS='--backbones vgg16' for a part)"
@@ -51,6 +52,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not (ray or s3 or browser or slow)" $(TEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -30,8 +30,6 @@ from commands.terminal import set_up_logging
 from commands.train import train
 from commands.weights import weights
 
-DISTRIBUTION = "hsnet-pipeline"
-
 SECTIONS = {
     "Data": (prepare,),
     "Store": (plan, extract, store),
@@ -44,6 +42,8 @@ SECTIONS = {
 
 def _version() -> str:
     from importlib import metadata
+
+    from pipeline.common.machine import DISTRIBUTION
 
     try:
         return metadata.version(DISTRIBUTION)

@@ -55,7 +55,11 @@ def count(backbone: str, size: int, masks: Tensor) -> Count:
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """Of the table; None for a device that is not in it."""
+    """Peak of a device by its name; None for one that is not in the table.
+
+    >>> peak_tflops("NVIDIA H200"), peak_tflops("NVIDIA L40S"), peak_tflops("Imaginary 9000")
+    (989, 362, None)
+    """
     return next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
 
 

@@ -28,11 +28,11 @@ from torch import Tensor
 from hsnet.metrics import count, mean_iou, sum_by_class
 from hsnet.model import resize_logits
 from pipeline.common.runner import one_torch_thread
-from pipeline.datasets.images import network_image
 from pipeline.datasets.shapes import Shapes
 from pipeline.episodes.stream import EpisodeStream
 from pipeline.extract.stage import extract
 from pipeline.features.backbones import Reading, new_recipe, open_backbone
+from pipeline.features.forward import PhotoNetwork
 from pipeline.features.weights import load_weights
 from pipeline.loading.batch import load_batch
 from pipeline.loading.source import StoreSource
@@ -154,17 +154,14 @@ def rate(backbone: str, weights: str | None, image_size: int, reading: Reading) 
     recipe = new_recipe(backbone, loaded, image_size, reading=reading)
     data = Shapes(size=400, trn_per_class=2, val_per_class=2)
     with one_torch_thread(), tempfile.TemporaryDirectory() as folder:
-        network = open_backbone(recipe, loaded)
-        inputs = [
-            torch.from_numpy(network_image(data.image(number), image_size, network.mean, network.std))[None]
-            for number in range(8)
-        ]
-        network.taps(inputs[0])
+        network = PhotoNetwork(open_backbone(recipe, loaded), image_size)
+        inputs = [network.pixels(data.image(number)) for number in range(8)]
+        network.taps(inputs[:1])
         start = time.perf_counter()
-        for one in inputs:
-            network.taps(one)
+        for pixels in inputs:
+            network.taps([pixels])
         bare = len(inputs) / (time.perf_counter() - start)
-        made = extract(data, loaded, backbone, image_size, "int8", Path(folder) / "s.zarr", reading=reading)
+        made = extract(data, loaded, Path(folder) / "s.zarr", image_size=image_size, precision="int8", reading=reading)
     return {
         "backbone": backbone,
         "image_size": image_size,

@@ -32,12 +32,12 @@ from benchmarks import rounding
 from commands.terminal import plain
 from pipeline.compare import compare, compare_scores
 from pipeline.datasets import open_dataset
-from pipeline.datasets.images import network_image
 from pipeline.datasets.index import DatasetIndex
 from pipeline.extract.stage import extract
 from pipeline.features import fitting
 from pipeline.features.backbones import new_recipe, open_backbone
 from pipeline.features.budgeted import TransformCodec, fit_layers
+from pipeline.features.forward import PhotoNetwork
 from pipeline.features.precision import encode
 from pipeline.features.recipe import CODED, Coding, Recipe
 from pipeline.features.weights import load_weights
@@ -75,10 +75,9 @@ def measure(options: argparse.Namespace) -> None:
         summary = extract(
             dataset,
             weights,
-            options.backbone,
-            options.image_size,
-            WHOLE.get(bits, "int8"),
             path,
+            image_size=options.image_size,
+            precision=WHOLE.get(bits, "int8"),
             bytes_per_image=None if bits in WHOLE else int(values * bits / 8),
         )
         seconds = time.perf_counter() - started
@@ -175,12 +174,11 @@ def round_floats(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     dataset = open_dataset(options.dataset, options.data_root, options.splits)
     weights = load_weights(options.backbone, options.weights)
-    backbone = open_backbone(new_recipe(options.backbone, weights, options.image_size), weights)
+    recipe = new_recipe(options.backbone, weights, options.image_size)
+    network = PhotoNetwork(open_backbone(recipe, weights), options.image_size)
     listed = sorted({image for image, _ in dataset.index.split(0, "test").entries})
     chosen = listed[:: max(1, len(listed) // options.photos)][: options.photos]
-    mean, std = backbone.mean, backbone.std
-    pixels = (network_image(dataset.image(image), options.image_size, mean, std) for image in chosen)
-    photos = [backbone(torch.from_numpy(photo)[None]) for photo in pixels]
+    photos = [network([dataset.image(image)]) for image in chosen]
     found = []
     for rounded in rounding.measure(photos):
         found.append(rounded)

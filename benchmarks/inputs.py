@@ -25,7 +25,11 @@ def picture(number: int, size: int) -> Tensor:
 
 
 def disc(number: int, size: int, share: float = OBJECT_SHARE) -> Tensor:
-    """Mask of picture `number`: a disc of `share` of the area, somewhere inside, (S, S) bool."""
+    """Mask of picture `number`: a disc of `share` of the area, somewhere inside, (S, S) bool.
+
+    >>> [round(float(disc(number, 200, 0.18).float().mean()), 2) for number in range(3)]
+    [0.18, 0.18, 0.18]
+    """
     if not 0 < share <= math.pi / 4:
         raise ValueError(f"A disc inside a square covers at most {math.pi / 4:.0%} of it, not {share:.0%}.")
     radius = math.sqrt(share / math.pi)

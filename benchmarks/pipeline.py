@@ -37,7 +37,6 @@ from PIL import Image
 
 from benchmarks import timing
 from benchmarks.inputs import disc, picture
-from hsnet import torchvision_ops  # noqa: F401  (must run before torchvision is imported)
 from hsnet.backbone import FrozenBackbone, random_state_dict
 from pipeline.common.runner import one_torch_thread
 from pipeline.datasets import Dataset, open_dataset
@@ -79,7 +78,7 @@ def measure_extract(
             # Ray's processes import everything in a first round that does not count.
             some = data(4 * workers) if number < 0 else dataset
             path, before = scratch / f"{backbone}-{workers}-{number}.zarr", time.process_time()
-            summary = extract(some, weights, backbone, size, "int8", path, runner)
+            summary = extract(some, weights, path, image_size=size, precision="int8", runner=runner)
             if number >= 0:
                 ours.append(summary.images_per_s)
                 cpu.append((time.process_time() - before) / many)
@@ -158,10 +157,11 @@ def measure_evaluate(
     """
     from hsnet.fusion import fuse
     from hsnet.metrics import count
-    from pipeline import evaluate as stage
     from pipeline.episodes.protocols import resolve
     from pipeline.episodes.stream import EpisodeStream
-    from pipeline.heads import methods
+    from pipeline.evaluate import stage
+    from pipeline.evaluate.plan import EvaluationPlan
+    from pipeline.heads import catalogue
     from pipeline.loading.batch import load_batch
     from pipeline.loading.source import StoreSource
     from pipeline.store.feature_store import FeatureStore
@@ -169,8 +169,8 @@ def measure_evaluate(
     chosen = ["--checkpoint", str(run_dir)] if run_dir else ["--baseline", "untrained"]
     options = ["evaluate", *chosen, "--store", str(store), "--shots", str(shots), "--quiet", "--device", "cpu"]
     source = StoreSource(FeatureStore.open(store))
-    method = methods.trained(run_dir, source) if run_dir else methods.untrained(source)
-    protocol = resolve(shots=(shots,), episodes=episodes[0])
+    method = catalogue.trained(run_dir, source) if run_dir else catalogue.untrained(source)
+    plan = EvaluationPlan(method=method, source=source, fold=0, protocol=resolve(shots=(shots,), episodes=episodes[0]))
     stream = EpisodeStream(source.index, 0, "test", shots, 0)
     drawn = [stream[number] for number in range(min(min(episodes), max(1, stage.BLOCK // shots)))]
     with one_torch_thread():
@@ -187,7 +187,7 @@ def measure_evaluate(
             def run() -> None:
                 before, stage.READ_AHEAD = stage.READ_AHEAD, ahead
                 try:
-                    stage.evaluate(method.make, lambda: source, source.index, fold=0, protocol=protocol)
+                    stage.evaluate(plan)
                 finally:
                     stage.READ_AHEAD = before
 
@@ -211,7 +211,7 @@ def measure_evaluate(
 
 def measure_train(store: Path, batch: int, steps: int, threads: int | None, scratch: Path) -> dict[str, Any]:
     """Seconds from the start of `hsnet train` to its first step, and the share of steps spent waiting for data."""
-    from pipeline.heads.config import RunConfig, skipped_digest
+    from pipeline.heads.config import RunConfig
     from pipeline.loading.source import StoreSource
     from pipeline.store.feature_store import FeatureStore
     from pipeline.train import StepDone, fit
@@ -224,15 +224,7 @@ def measure_train(store: Path, batch: int, steps: int, threads: int | None, scra
     _remove(run)
 
     source = StoreSource(FeatureStore.open(store))
-    config = RunConfig(
-        fold=0,
-        recipe=source.recipe,
-        data=source.index.digest,
-        skipped=skipped_digest([source.index.images[image] for image in source.skipped]),
-        steps=steps + 1,
-        batch_size=batch,
-        select_on="none",
-    )
+    config = RunConfig.of(source, fold=0, steps=steps + 1, batch_size=batch, select_on="none")
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     result: dict[str, Any] = {
@@ -360,9 +352,8 @@ def _make_store(data: Callable[[int], Dataset], size: int, scratch: Path) -> Pat
     from pipeline.extract.stage import extract
     from pipeline.features.weights import load_weights
 
-    return Path(
-        extract(data(48), load_weights("resnet50", "random"), "resnet50", size, "int8", scratch / "store.zarr").path
-    )
+    weights = load_weights("resnet50", "random")
+    return Path(extract(data(48), weights, scratch / "store.zarr", image_size=size, precision="int8").path)
 
 
 def _made_for(store: Path) -> tuple[str, int]:

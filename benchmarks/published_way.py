@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hsnet import torchvision_ops  # noqa: F401  (must run before torchvision is imported)
 from hsnet.backbone import backbone_spec
 from hsnet.model import CHANNELS, GROUPS, MIX_CONVOLUTIONS, SQUEEZE_KERNELS, SQUEEZE_STRIDES, HSNet
+from hsnet.torchvision_ops import ensure_importable
 
 EPS = 1e-5
 
@@ -107,6 +107,7 @@ class PublishedHSNet(nn.Module):
 
     def __init__(self, backbone: str, state_dict: dict[str, Tensor], learner: HSNet) -> None:
         super().__init__()
+        ensure_importable()
         import torchvision.models
 
         self.spec = backbone_spec(backbone)

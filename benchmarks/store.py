@@ -23,7 +23,6 @@ import numpy as np
 import zarr
 
 from benchmarks import timing
-from hsnet import torchvision_ops  # noqa: F401  (must run before torchvision is imported)
 from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.features.recipe import Recipe
 from pipeline.store.feature_store import FeatureStore

@@ -164,6 +164,9 @@ def versions(*modules: str) -> dict[str, str]:
     """Versions of Python and of imported packages."""
     import importlib
 
+    from hsnet.torchvision_ops import ensure_importable
+
+    ensure_importable()
     found = {"python": platform.python_version()}
     found |= {name: str(getattr(importlib.import_module(name), "__version__", "?")) for name in modules}
     return found

@@ -121,7 +121,7 @@ class Job:
         path = self.stores / f"{self.backbone}-{self.size}-{self.object_share}-{precision}.zarr"
         if path.exists() and FeatureStore.open(path, require_complete=False).complete:
             return path
-        extract(self.pictures, self.weights, self.backbone, self.size, precision, path)
+        extract(self.pictures, self.weights, path, image_size=self.size, precision=precision)
         return path
 
     def learner(self) -> HSNet:

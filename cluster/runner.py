@@ -30,7 +30,7 @@ class RayRunner:
         gpus: GPUs (or a share of one) per item.
 
     Tasks and not actors, because Ray repeats a task whose process or node died without any code here, and work is
-    repeatable. The function is made once per process, as `Runner` demands: `max_calls=0` keeps GPU processes alive
+    repeatable. The function is packed once per process, as `Runner` demands: `max_calls=0` keeps GPU processes alive
     between tasks. Results must be small; they pass through Ray's object store.
     """
 
@@ -59,16 +59,16 @@ class RayRunner:
         task = make_remote(_run)
         key = uuid.uuid4().hex
         # In a list, so that Ray hands over the reference: only a process that has no worker yet fetches the bytes.
-        made = [ray.put(cloudpickle.dumps(make_worker))]
+        packed = [ray.put(cloudpickle.dumps(make_worker))]
         running: dict[Any, T] = {}
         waiting = iter(items)
         try:
-            _submit(task, key, made, waiting, running, self.workers)
+            _submit(task, key, packed, waiting, running, self.workers)
             while running:
                 (done,), _ = ray.wait(list(running), num_returns=1)
                 item = running.pop(done)
                 result = _result(done, item)
-                _submit(task, key, made, waiting, running, self.workers)  # before the caller takes its time
+                _submit(task, key, packed, waiting, running, self.workers)  # before the caller takes its time
                 yield item, result
         finally:
             # By force: a gentle cancel raises KeyboardInterrupt anywhere, which can leave a half-imported module in
@@ -77,18 +77,18 @@ class RayRunner:
                 ray.cancel(reference, force=True)
 
 
-def _submit(task: Any, key: str, made: list[Any], waiting: Iterator[T], running: dict[Any, T], limit: int) -> None:
+def _submit(task: Any, key: str, packed: list[Any], waiting: Iterator[T], running: dict[Any, T], limit: int) -> None:
     for item in islice(waiting, limit - len(running)):
-        running[task.remote(key, made, item)] = item
+        running[task.remote(key, packed, item)] = item
 
 
-def _run(key: str, made: list[Any], item: Any) -> tuple[bool, Any]:
+def _run(key: str, packed: list[Any], item: Any) -> tuple[bool, Any]:
     """(True, result), or (False, error) for an error of the user's: Ray would wrap it."""
     try:
         if key not in _workers:
             _workers.clear()  # one map at a time: let the previous one's backbone go
             torch.set_num_threads(1)
-            _workers[key] = cloudpickle.loads(ray.get(made[0]))()
+            _workers[key] = cloudpickle.loads(ray.get(packed[0]))()
         return True, _workers[key](item)
     except HSNetError as error:
         return False, error

@@ -92,13 +92,24 @@ def fit_on_ray(
     run_dir = run_dir.absolute()
     RunDir(run_dir, config)
     with session(address or "local", num_cpus=max(workers, os.cpu_count() or 1)):
-        return _fit_in_session(config, make_source, run_dir, workers, device, micro_batch, resident, stop, on_event)
+        return _fit_in_session(
+            config,
+            make_source,
+            run_dir,
+            workers=workers,
+            device=device,
+            micro_batch=micro_batch,
+            resident=resident,
+            stop=stop,
+            on_event=on_event,
+        )
 
 
 def _fit_in_session(
     config: RunConfig,
     make_source: Callable[[], FeatureSource],
     run_dir: Path,
+    *,
     workers: int,
     device: str,
     micro_batch: int | None,

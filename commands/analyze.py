@@ -86,11 +86,12 @@ def analyze(
         raise click.UsageError("Choose one of --json, --csv and --markdown.")
     set_up_logging(quiet)
     from pipeline.analyze import analyze as stage
+    from pipeline.scores.rows import read_results
 
     sections = PARTS if "all" in by else tuple(name for name in (by or ("class", "seed")) if name != "total")
-    found = stage(
-        rows,
-        against,
+    analysis = stage(
+        [read_results(path) for path in rows],
+        [read_results(path) for path in against],
         policies=POLICIES if "all" in policies else [POLICY_NAMES[name] for name in policies],
         fusions=fusions,
         fusion_against=against_fusion,
@@ -99,7 +100,7 @@ def analyze(
         seed=seed,
     )
     if as_csv:
-        click.echo(csv_text(found), nl=False)
+        click.echo(csv_text(analysis), nl=False)
         return None
-    text = markdown_text(found) if as_markdown else plain_text(found)
-    return emit(as_values(found), text, as_json)
+    text = markdown_text(analysis) if as_markdown else plain_text(analysis)
+    return emit(as_values(analysis), text, as_json)

@@ -29,7 +29,7 @@ def backbones(name: str | None, image_size: int, taps: str | None, as_json: bool
       hsnet backbones timm:vit_small_patch14_dinov2
     """
     from pipeline.features.backbones import Reading
-    from pipeline.features.catalogue import backbone_facts, catalogue
+    from pipeline.features.known_networks import backbone_facts, known_networks
     from pipeline.features.timm_registry import INSTALL, available
 
     if name is not None:
@@ -50,7 +50,7 @@ def backbones(name: str | None, image_size: int, taps: str | None, as_json: bool
         return emit(one, fact_lines(facts), as_json)
     if taps is not None:
         raise click.UsageError("--taps are layers of one network: give its NAME, too.")
-    found = catalogue(image_size, with_timm=available())
+    found = known_networks(image_size, with_timm=available())
     rows = [
         [
             one.backbone,

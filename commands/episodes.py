@@ -99,7 +99,7 @@ def make(
     Example:
       hsnet episodes make pascal --data-root VOC2012 --splits splits --fold 2 --protocol hsnet --out fold2.parquet
     """
-    from pipeline.episodes.manifest import of_protocol
+    from pipeline.episodes.drawing import of_protocol
     from pipeline.episodes.manifest_file import write
     from pipeline.episodes.protocols import resolve
 
@@ -116,14 +116,14 @@ def make(
     index, skipped = _index(dataset, store, data_root, splits, data_options, quiet)
     planned = of_protocol(rules, index, fold, skipped)
     results, texts = [], []
-    for one in planned:
-        same_seed = sum(other.seed == one.seed for other in planned)
-        name = out.stem + (f"-{one.manifest.shots}shot" if same_seed > 1 else "")
-        name += f"-seed{one.seed}" if len(rules.seeds) > 1 else ""
+    for test in planned:
+        same_seed = sum(other.seed == test.seed for other in planned)
+        name = out.stem + (f"-{test.manifest.shots}shot" if same_seed > 1 else "")
+        name += f"-seed{test.seed}" if len(rules.seeds) > 1 else ""
         path = out.with_name(name + (out.suffix or ".parquet"))
-        write(path, one.manifest)
-        results.append(_facts(path, one.manifest))
-        texts.append(_text(path, one.manifest))
+        write(path, test.manifest)
+        results.append(_facts(path, test.manifest))
+        texts.append(_text(path, test.manifest))
     return emit(results, "\n\n".join(texts), as_json)
 
 
@@ -171,20 +171,25 @@ def verify(
     Example:
       hsnet episodes verify fold2.parquet --store voc.zarr
     """
-    from pipeline.episodes.manifest import difference, redraw, resolve
+    from pipeline.episodes.drawing import redraw
+    from pipeline.episodes.manifest import difference, episodes_in
     from pipeline.episodes.manifest_file import read
 
     manifest = read(path)
     index, skipped = _index(dataset, store, data_root, splits, data_options, quiet, manifest.data)
-    resolve(manifest, index, skipped)
+    episodes_in(manifest, index, skipped)
     again = redraw(manifest, index)
-    found = None if again is None else difference(manifest, again)
+    first_difference = None if again is None else difference(manifest, again)
     drawn = "imported: there is nothing to draw again" if again is None else "drawn again: the same episodes"
-    if found:
-        drawn = f"drawn again, other episodes came out; first difference (file, now): {printable(found)}"
-    facts = {**_facts(path, manifest), "drawn_again": None if again is None else not found, "difference": found}
+    if first_difference:
+        drawn = f"drawn again, other episodes came out; first difference (file, now): {printable(first_difference)}"
+    facts = {
+        **_facts(path, manifest),
+        "drawn_again": None if again is None else not first_difference,
+        "difference": first_difference,
+    }
     emit(facts, f"{printable(path)}: {len(manifest):,} episodes, all of these data; {drawn}", as_json)
-    if found:
+    if first_difference:
         ctx.exit(1)
 
 
@@ -261,7 +266,8 @@ def _index(
 
 
 def _facts(path: Path, manifest: Manifest) -> dict[str, Any]:
-    from pipeline.episodes.manifest import balance_of, notes, published_name
+    from pipeline.episodes.balance import balance_of, notes
+    from pipeline.episodes.published import published_name
 
     balance = balance_of(manifest)
     return {

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from commands.analysis_tables import interval_text
 from commands.groups import on_interrupt
 from commands.options import (
     ANY_PATH,
+    BASELINES,
     DATASETS,
     FILE,
     STORE,
@@ -33,23 +32,16 @@ from commands.options import (
     store_option,
     workers_option,
 )
-from commands.steps import emit, open_data, open_runner, pick_device, store_source
+from commands.steps import emit, open_runner, parse_data_options, pick_device, store_source
 from commands.terminal import Progress, fact_lines, plain, set_up_logging, table
-
-if TYPE_CHECKING:
-    from pipeline.datasets import Dataset
-    from pipeline.datasets.index import DatasetIndex
-    from pipeline.episodes.manifest import Planned
-    from pipeline.episodes.protocols import Protocol
-    from pipeline.heads.methods import Method
-    from pipeline.loading.source import FeatureSource
+from pipeline.scores.tables import interval_text
 
 
 @click.command(short_help="mIoU and FB-IoU on held-out classes.")
-@click.option("--checkpoint", "checkpoint_path", type=ANY_PATH, metavar="C", help="Checkpoint, or a run: its best.")
+@click.option("--checkpoint", type=ANY_PATH, metavar="C", help="Checkpoint, or a run: its best.")
 @click.option(
     "--baseline",
-    type=click.Choice(("cosine", "location", "untrained")),
+    type=click.Choice(BASELINES),
     help="Instead of a checkpoint: a cosine map cut at a threshold fitted on training episodes; one mask for all "
     "queries, where training objects usually are; or an untrained head.",
 )
@@ -87,7 +79,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--dataset",
-    "data_name",
+    "reader",
     type=click.Choice(DATASETS),
     help="With --data-root: the data set's reader, for scores at the photos' own size. [default: the store's]",
 )
@@ -95,7 +87,25 @@ if TYPE_CHECKING:
 @click.option("--out", type=ANY_PATH, metavar="ROWS.parquet", help="Write one row per episode.")
 @options(resident_option, arithmetic_option, workers_option, address_option, device_option)
 @common_options
-def evaluate(**options: Any) -> Any:
+def evaluate(
+    store: str | Path,
+    protocol: str,
+    choices: tuple[tuple[str, Any], ...],
+    shots: tuple[int, ...] | None,
+    episodes: Any,
+    distinct_supports: bool,
+    seed: int | None,
+    manifest: Path | None,
+    fusions: tuple[str, ...],
+    data_options: tuple[str, ...],
+    out: Path | None,
+    workers: int,
+    address: str | None,
+    device: str,
+    as_json: bool,
+    quiet: bool,
+    **tested: Any,
+) -> Any:
     """Score a checkpoint on episodes of the fold's held-out classes: mIoU, FB-IoU and IoU per class.
 
     The same rows come out for any number of workers. With --data-root, scores at the photos' own size come from the
@@ -106,131 +116,50 @@ def evaluate(**options: Any) -> Any:
       hsnet evaluate --checkpoint runs/voc-0 --store voc.zarr --fold 0 --shots 1,5 --out rows.parquet
       hsnet evaluate --checkpoint runs/voc-0 --store voc.zarr --protocol hsnet --data-root VOC2012 --fusion all
     """
-    return _evaluate(**options)
-
-
-def _evaluate(
-    checkpoint_path: Path | None,
-    baseline: str | None,
-    store: str | Path,
-    fold: int | None,
-    protocol: str,
-    choices: tuple[tuple[str, Any], ...],
-    shots: tuple[int, ...] | None,
-    episodes: Any,
-    distinct_supports: bool,
-    seed: int | None,
-    manifest: Path | None,
-    fusions: tuple[str, ...],
-    transfer: bool,
-    trained_on: str | Path | None,
-    data_name: str | None,
-    data_root: Path | None,
-    splits: Path | None,
-    data_options: tuple[str, ...],
-    out: Path | None,
-    resident: str,
-    arithmetic: str,
-    workers: int,
-    address: str | None,
-    device: str,
-    as_json: bool,
-    quiet: bool,
-) -> Any:
     set_up_logging(quiet)
     on_interrupt("No result was written.")
-    if episodes == "reference" and distinct_supports:
+    reference = episodes == "reference"
+    if reference and distinct_supports:
         raise click.UsageError("The reference episodes let supports repeat: leave out --distinct-supports.")
-    if (checkpoint_path is None) == (baseline is None):
+    if (tested["checkpoint"] is None) == (tested["baseline"] is None):
         raise click.UsageError("Give --checkpoint C or --baseline cosine|location|untrained, one of them.")
-    if transfer and checkpoint_path is None:
+    if tested["transfer"] and tested["checkpoint"] is None:
         raise click.UsageError("--transfer asks what a checkpoint was trained on: give --checkpoint.")
-    if trained_on and not transfer:
+    if tested["trained_on"] and not tested["transfer"]:
         raise click.UsageError("--trained-on is for --transfer.")
-    if manifest is not None and (transfer or episodes or distinct_supports or seed is not None):
+    if manifest is not None and (tested["transfer"] or episodes or distinct_supports or seed is not None):
         raise click.UsageError("--manifest says which episodes: leave out --transfer, --episodes, --seed and the like.")
     from pipeline.common.files import require_writable, write_table
     from pipeline.episodes.manifest_file import read
     from pipeline.episodes.protocols import FUSIONS, resolve
-    from pipeline.evaluate import evaluate as stage
-    from pipeline.heads import methods
+    from pipeline.evaluate.plan import plan_evaluation
+    from pipeline.evaluate.stage import evaluate as stage
 
     if out is not None:
         require_writable(out)
-    reference = episodes == "reference"
-    rules = resolve(
-        protocol,
-        **{
-            **dict(choices),
-            **_given(
-                shots=shots,
-                draw="reference" if reference else None,
-                episodes=None if reference else episodes,
-                seeds=None if seed is None else (seed,),
-                repeat_supports=False if distinct_supports else None,
-            ),
-        },
+    given = {
+        "shots": shots,
+        "draw": "reference" if reference else None,
+        "episodes": None if reference else episodes,
+        "seeds": None if seed is None else (seed,),
+        "repeat_supports": False if distinct_supports else None,
+    }
+    rules = resolve(protocol, **dict(choices) | {name: value for name, value in given.items() if value is not None})
+    stored = None if manifest is None else read(manifest)
+    plan = plan_evaluation(
+        # A store that grew since still has the lists the manifest was made for.
+        store_source(store, stored.data if stored else None),
+        rules,
+        manifest=stored,
+        shots=shots or (),
+        fusions=FUSIONS if "all" in fusions else fusions,
+        data_options=parse_data_options(data_options),
+        device=pick_device(device, address),
+        **tested,
     )
-    device = pick_device(device, address)
-    # A store that grew since still has the lists the manifest was made for.
-    make_source = store_source(store, None if manifest is None else read(manifest).data)
-    source = make_source()
-    index = source.index
-    dataset: Dataset | None = None
-    reader = data_name or index.name.split()[0]
-    if data_root is not None and reader not in DATASETS:
-        raise click.UsageError("--data-root needs --dataset: the store does not say which reader made it.")
-    if data_root is not None or data_name is not None or reader == "shapes":
-        dataset = open_data(reader, data_root, splits, data_options, quiet)
-        if data_root is None and data_name is None and dataset.index.digest != index.digest:
-            dataset = None  # other shapes; nobody asked for scores at their size
-    if checkpoint_path is not None:
-        method = methods.trained(checkpoint_path, source, device, arithmetic)
-        if transfer:
-            index, fold = _transfer(method, index, trained_on, fold, quiet)
-        else:
-            fold = _tested_fold(method, source, fold)
-    elif baseline == "untrained":
-        fold, method = fold or 0, methods.untrained(source, rules.seeds[0], device)
-    else:
-        click.echo(f"Fitting the {baseline} baseline on training episodes", err=True) if not quiet else None
-        fold = fold or 0
-        method = (methods.cosine if baseline == "cosine" else methods.location)(source, fold, rules.seeds[0])
-    planned: tuple[Planned, ...] = ()
-    if manifest is not None:
-        planned, rules = _from_file(manifest, rules, shots)
-        fold = planned[0].manifest.fold
-    notes = rules.departures(dataset=index.name, image_size=source.recipe.image_size, has_ignore=index.has_ignore)
-    with open_runner(workers, address, device) as runner, Progress("evaluate", "episodes", quiet) as progress:
-        result = stage(
-            method.make,
-            make_source,
-            index,
-            fold=fold,
-            protocol=rules,
-            fusions=FUSIONS if "all" in fusions else fusions,
-            dataset=dataset,
-            manifests=planned,
-            skipped=tuple(source.skipped),
-            runner=runner,
-            device=device,
-            resident=resident,
-            store=source.store.identity,
-            checkpoint=str(method.facts.get("checkpoint", "")),
-            facts={
-                "method": method.facts,
-                "recipe": source.recipe.to_dict(),
-                "notes": notes,
-                # Where a report may look for photos and head; what they are is said by the digests.
-                "paths": {
-                    "store": source.store.path,
-                    "checkpoint": checkpoint_path and str(checkpoint_path.absolute()),
-                    "data_root": data_root and str(data_root.absolute()),
-                },
-            },
-            on_event=progress.update,
-        )
-    classes = index.classes
+    with open_runner(workers, address, plan.device) as runner, Progress("evaluate", "episodes", quiet) as progress:
+        result = stage(plan, runner=runner, on_event=progress.update)
+    classes = plan.source.index.classes
     named = [
         {
             **plain(scores),
@@ -240,65 +169,16 @@ def _evaluate(
         for scores in result.scores
     ]
     report = {"scores": named, "facts": result.facts, "rows": out}
-    head = fact_lines(rules.lines())
+    head = fact_lines(plan.protocol.lines())
     printed = emit(report, f"{head}\n\n{_scores_text(result.scores, classes)}", as_json)
     if out is not None:  # after the table: a disk that is full by now does not cost it
         write_table(out, result.rows)
     without = sum(count == 0 for count in result.scores[0].episodes_per_class.values())
-    for note in () if quiet else notes:
+    for note in () if quiet else result.facts["notes"]:
         click.echo(f"Note: {note}", err=True)
     if without and not quiet:
         click.echo(f"Note: {without} classes had no episode and count as 0. Use more --episodes.", err=True)
     return printed
-
-
-def _from_file(path: Path, rules: Protocol, shots: tuple[int, ...] | None) -> tuple[tuple[Planned, ...], Protocol]:
-    """The episodes of a manifest, and the rules with what it decides."""
-    from pipeline.episodes.manifest import Planned
-    from pipeline.episodes.manifest_file import read
-
-    stored = read(path)
-    wanted = tuple(sorted(shots or (stored.shots,)))
-    made = {name: stored.made[name] for name in ("draw", "balance", "repeat_supports") if name in stored.made}
-    seed = int(stored.made.get("seed", 0))
-    fixed = dataclasses.replace(rules, episodes=len(stored), shots=wanted, seeds=(seed,), role=stored.role, **made)
-    return (Planned(wanted, seed, stored.first(wanted[-1])),), fixed
-
-
-def _given(**choices: Any) -> dict[str, Any]:
-    return {name: value for name, value in choices.items() if value is not None}
-
-
-def _transfer(
-    method: Method, index: DatasetIndex, trained_on: str | Path | None, fold: int | None, quiet: bool
-) -> tuple[DatasetIndex, int]:
-    """The store's index narrowed to what the head has not seen. Says which classes that are."""
-    from pipeline.datasets.unseen import unseen_classes
-    from pipeline.heads.methods import names_seen
-    from pipeline.store.feature_store import FeatureStore
-
-    training = FeatureStore.open(trained_on, require_complete=False).index if trained_on else None
-    held_out = (method.facts.get("trained_on") or {}).get("fold", fold)
-    found = unseen_classes(index, names_seen(method, training, held_out), held_out or 0)
-    if not quiet:
-        click.echo(f"Tested on {len(found.tested)} classes the head has not seen: {', '.join(found.tested)}.", err=True)
-        click.echo(f"Left out, trained on: {', '.join(found.left_out) or 'none'}.", err=True)
-    return found.index, found.fold
-
-
-def _tested_fold(method: Method, source: FeatureSource, fold: int | None) -> int:
-    """The fold to test a trained head on: its own unless another is asked for. Warns if it knows the classes."""
-    from pipeline.heads.methods import classes_seen, tested_fold
-
-    fold = tested_fold(method) if fold is None else fold
-    seen = [source.index.classes[class_id] for class_id in classes_seen(method, source, fold)]
-    if seen:
-        click.echo(
-            f"Warning: the head was trained on {len(seen)} of the classes tested here ({', '.join(seen[:5])}): it held "
-            f"out fold {tested_fold(method)}, not fold {fold}. This is no few-shot result.",
-            err=True,
-        )
-    return fold
 
 
 def _scores_text(all_scores: Sequence[Any], classes: Mapping[int, str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -33,10 +33,6 @@ from commands.options import (
 from commands.steps import emit, open_data, open_runner, pick_device
 from commands.terminal import Progress, set_up_logging
 from pipeline.common.text import printable, size_text, time_text
-
-if TYPE_CHECKING:
-    from pipeline.datasets import Dataset
-    from pipeline.features.backbones import Reading
 
 
 @click.command(short_help="Run the backbone once over all photos; keep features.")
@@ -111,20 +107,20 @@ def run_extraction(
     chosen = [given == click.core.ParameterSource.COMMANDLINE, bytes_per_image is not None, budget is not None]
     if sum(chosen) > 1:
         raise click.UsageError("Give one of --precision, --bytes-per-image and --budget.")
-    from pipeline.extract.plan import Planned
+    from pipeline.extract.plan import ExtractionPlan, plan_extraction
     from pipeline.extract.stage import extract as stage
-    from pipeline.features.backbones import Reading
+    from pipeline.features.backbones import Reading, new_recipe
     from pipeline.features.fitting import Fitting
     from pipeline.features.weights import load_weights
 
     data = open_data(dataset, data_root, splits, data_options, quiet)
     if budget is not None:
         bytes_per_image = budget // max(1, len(data.index.images))
+    sizes: dict[str, Any] = {"bytes_per_image": bytes_per_image, "shard_images": shard_images}
     reading = Reading(taps, autocast or "")
     if dry_run:
-        plan = _plan_extraction(
-            data, backbone, weights, image_size, precision, bytes_per_image, store, shard_images, reading
-        )
+        exact = new_recipe(backbone, None, image_size, precision, reading)
+        plan = plan_extraction(data, exact, store, **sizes, weights=lambda: load_weights(backbone, weights)).plan
         return emit(plan, f"{_plan_text(plan)} Nothing was written.", as_json)
     loaded = load_weights(backbone, weights)
     device = pick_device(device, address)
@@ -136,7 +132,7 @@ def run_extraction(
             if isinstance(event, Fitting):
                 progress.say(f"Fitting the codec to {event.images} training photos.")
                 return
-            if isinstance(event, Planned):
+            if isinstance(event, ExtractionPlan):
                 done, total = event.images_done, event.images
                 progress.say(_plan_text(event))
             else:
@@ -146,18 +142,16 @@ def run_extraction(
         summary = stage(
             data,
             loaded,
-            backbone,
-            image_size,
-            precision,
             store,
-            runner,
-            on_error,
-            shard_images,
-            show,
-            device,
-            bytes_per_image,
-            damaged,
-            reading,
+            image_size=image_size,
+            precision=precision,
+            reading=reading,
+            **sizes,
+            on_error=on_error,
+            damaged=damaged,
+            runner=runner,
+            device=device,
+            on_event=show,
         )
     lines = [
         f"{printable(summary.path)}: {summary.images} images, {size_text(summary.bytes)} "
@@ -168,36 +162,6 @@ def run_extraction(
     if summary.skipped:
         lines.append(f"{len(summary.skipped)} unreadable images left out: {', '.join(summary.skipped[:5])}")
     return emit(summary, "\n".join(lines), as_json)
-
-
-def _plan_extraction(
-    data: Dataset,
-    backbone: str,
-    weights: str | None,
-    image_size: int,
-    precision: str,
-    bytes_per_image: int | None,
-    path: str | Path,
-    shard_images: int,
-    reading: Reading,
-) -> Any:
-    """The plan of a store; weights, which may have to be downloaded, are looked at only to compare a store with."""
-    from pipeline.extract.plan import plan_growth, plan_new, plan_store
-    from pipeline.extract.stage import wanted_recipe
-    from pipeline.features.backbones import new_recipe
-    from pipeline.features.weights import load_weights
-    from pipeline.store.feature_store import FeatureStore
-    from pipeline.store.mirror import is_free
-
-    if not is_free(path):
-        exact = new_recipe(backbone, load_weights(backbone, weights), image_size, precision, reading)
-        recipe = wanted_recipe(exact, bytes_per_image, path)
-        plan = plan_growth(path, recipe, data.index)
-        if plan is not None:
-            return plan
-        return plan_store(FeatureStore.open(path, recipe, require_complete=False, index_digest=data.index.digest))
-    unknown = new_recipe(backbone, None, image_size, precision, reading)
-    return plan_new(data.index, wanted_recipe(unknown, bytes_per_image, path), path, shard_images)
 
 
 def _plan_text(plan: Any) -> str:

@@ -75,11 +75,11 @@ class Commands(OrderedGroup):
 
 def _disk_trouble(error: OSError) -> str | None:
     """A message for the troubles with disks that no stage can foresee, None for other errors."""
-    place = f": {error.filename}" if error.filename else ""
+    file = f": {error.filename}" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"No space left on the disk{place}. Make room and run the same command again."
+        return f"No space left on the disk{file}. Make room and run the same command again."
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"Not allowed to read or write{place} ({error.strerror}). Give another path or change its permissions."
+        return f"Not allowed to read or write{file} ({error.strerror}). Give another path or change its permissions."
     return None
 
 

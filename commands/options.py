@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 import click
 
 from hsnet.errors import ConfigError
-from pipeline.episodes.protocols import PROTOCOLS, parse_choice
+from pipeline.episodes.protocols import PROTOCOLS, protocol_choice
 
 # Spelt out, because the tables they come from import torch; tests compare them.
 BACKBONES = ("vgg16", "resnet50", "resnet101", "squeezenet1_1")
 DATASETS = ("pascal", "coco", "fss", "folder", "shapes")
 PRECISIONS = ("int8", "float16", "float32")
+BASELINES = ("cosine", "location", "untrained")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -69,11 +70,11 @@ class Bytes(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?B?)", str(value).strip())
-        if not found:
+        size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?B?)", str(value).strip())
+        if not size:
             self.fail(f"'{value}' is not a size such as 500KB, 2MB or 60GB", param, ctx)
-        scale = " KMGT".index(found[2].upper().rstrip("B") or " ")
-        number = int(float(found[1]) * 1000**scale)
+        scale = " KMGT".index(size[2].upper().rstrip("B") or " ")
+        number = int(float(size[1]) * 1000**scale)
         if number < 1:
             self.fail(f"'{value}' is less than a byte", param, ctx)
         return number
@@ -118,7 +119,7 @@ class ProtocolChoice(click.ParamType):
         if isinstance(value, tuple):
             return value
         try:
-            return parse_choice(str(value))
+            return protocol_choice(str(value))
         except ConfigError as error:
             self.fail(str(error), param, ctx)
 

@@ -73,15 +73,15 @@ def plan(
     set_up_logging(quiet)
     from pipeline.features.backbones import Reading
     from pipeline.features.weights import load_weights
-    from pipeline.plan import BATCH, forecast
+    from pipeline.plan import STEP_EPISODES, measure_costs
     from pipeline.store.bucket import address, local_path
-    from pipeline.store.mirror import cache_folder
+    from pipeline.store.cache import cache_folder
 
     data = open_data(dataset, data_root, splits, data_options, quiet)
     # Of a store in a bucket the disk keeps what is being written and read.
     lies = cache_folder() / "store" if address(store) else local_path(store)
-    folder = next(place for place in lies.absolute().parents if place.is_dir())
-    found = forecast(
+    folder = next(above for above in lies.absolute().parents if above.is_dir())
+    costs = measure_costs(
         data,
         load_weights(backbone, weights),
         image_size,
@@ -93,17 +93,17 @@ def plan(
         sample=photos,
         reading=Reading(taps, autocast or ""),
     )
-    each = ", ".join(f"{name} {1000 * value:.0f}" for name, value in found.seconds_per_image.items())
-    room = {"disk": found.disk_free, "memory": found.memory_free, "device": found.device_free}
+    each = ", ".join(f"{name} {1000 * value:.0f}" for name, value in costs.seconds_per_image.items())
+    room = {"disk": costs.disk_free, "memory": costs.memory_free, "device": costs.device_free}
     facts = {
-        "store": f"{found.images} images of at most {size_text(found.bytes_per_image)}: {size_text(found.bytes)}",
+        "store": f"{costs.images} images of at most {size_text(costs.bytes_per_image)}: {size_text(costs.bytes)}",
         **{
-            f"fits in {place}": f"{'yes' if fits else 'no'}, {size_text(room[place] or 0)} may be filled"
-            for place, fits in found.fits.items()
+            f"fits in {where}": f"{'yes' if fits else 'no'}, {size_text(room[where] or 0)} may be filled"
+            for where, fits in costs.fits.items()
         },
-        "per photo": f"{each} ms, mean of {found.measured_images}",
-        "extract": f"{time_text(found.extract_seconds)} with {max(1, workers)} worker{'s' if workers > 1 else ''}",
-        "train": f"{time_text(found.train_seconds_per_step)} a step of {BATCH} episodes",
-        "evaluate": f"{time_text(1000 * found.evaluate_seconds_per_episode)} for 1,000 1-shot episodes on one worker",
+        "per photo": f"{each} ms, mean of {costs.measured_images}",
+        "extract": f"{time_text(costs.extract_seconds)} with {max(1, workers)} worker{'s' if workers > 1 else ''}",
+        "train": f"{time_text(costs.train_seconds_per_step)} a step of {STEP_EPISODES} episodes",
+        "evaluate": f"{time_text(1000 * costs.evaluate_seconds_per_episode)} for 1,000 1-shot episodes on one worker",
     }
-    return emit({**dataclasses.asdict(found), "fits": found.fits}, fact_lines(facts), as_json)
+    return emit({**dataclasses.asdict(costs), "fits": costs.fits}, fact_lines(facts), as_json)

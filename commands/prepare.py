@@ -54,7 +54,7 @@ def prepare_voc(voc: Path, sbd: Path, out: Path | None, counts: str, as_json: bo
     set_up_logging(quiet)
     on_interrupt("Masks that are there are whole: run the same command again to go on.")
     with Progress("prepare", "masks", quiet) as progress:
-        summary = stage(voc, sbd, out, counts=counts, on_event=lambda event: progress.update(event.done, event.total))
+        summary = stage(voc, sbd, out, counts=counts, on_event=progress.update)
     return emit(summary, _prepared_text(summary), as_json)
 
 
@@ -77,9 +77,7 @@ def prepare_coco(annotations: Path, photos: Path, out: Path, counts: str, as_jso
     set_up_logging(quiet)
     on_interrupt("Masks that are there are whole: run the same command again to go on.")
     with Progress("prepare", "masks", quiet) as progress:
-        summary = stage(
-            annotations, photos, out, counts=counts, on_event=lambda event: progress.update(event.done, event.total)
-        )
+        summary = stage(annotations, photos, out, counts=counts, on_event=progress.update)
     return emit(summary, _prepared_text(summary), as_json)
 
 
@@ -88,5 +86,5 @@ def _prepared_text(summary: Any) -> str:
         f"{printable(summary.masks)}: {summary.written} masks written, {summary.kept} were there, "
         f"{time_text(summary.seconds)}"
     ]
-    lines += [f"{name}: {found} (published: {wanted})" for name, (found, wanted) in summary.counts.items()]
+    lines += [f"{name}: {count} (published: {wanted})" for name, (count, wanted) in summary.counts.items()]
     return "\n".join([*lines, *(f"Note: {note}" for note in summary.notes)])

@@ -73,28 +73,28 @@ def report(
       hsnet report new.parquet old.parquet --out report.html --store voc.zarr --checkpoint runs/voc-0
     """
     set_up_logging(quiet)
-    from pipeline.report.gallery import Places
+    from pipeline.report.origins import Origins
     from pipeline.report.stage import report as stage
 
     with Progress("report", "pictures", quiet) as progress:
-        made = stage(
+        summary = stage(
             runs,
             out,
             title=title,
             gallery=gallery,
             gallery_shots=gallery_shots,
-            places=Places(store, checkpoint, data_root, splits, tuple(parse_data_options(data_options).items())),
+            origins=Origins(store, checkpoint, data_root, splits, tuple(parse_data_options(data_options).items())),
             unit=resample,
             seed=seed,
             device=pick_device(device) if gallery else "cpu",
             on_event=progress.update,
         )
     lines = {
-        "page": f"{printable(made.path)} ({size_text(made.bytes)})",
-        "results": printable("; ".join(made.sets)) or "none",
-        "runs": printable("; ".join(made.runs)) or "none",
-        "gallery": f"{made.episodes_shown} episodes",
+        "page": f"{printable(summary.path)} ({size_text(summary.bytes)})",
+        "results": printable("; ".join(summary.sets)) or "none",
+        "runs": printable("; ".join(summary.runs)) or "none",
+        "gallery": f"{summary.episodes_shown} episodes",
     }
-    if made.left_out:
-        lines["left out"] = printable("; ".join(reason.splitlines()[0] for reason in made.left_out))
-    return emit(made, fact_lines(lines), as_json)
+    if summary.left_out:
+        lines["left out"] = printable("; ".join(reason.splitlines()[0] for reason in summary.left_out))
+    return emit(summary, fact_lines(lines), as_json)

@@ -114,17 +114,18 @@ def store_source(path: str | Path, data: str | None = None) -> Callable[[], Stor
     from pipeline.store.attributes import read_facts
     from pipeline.store.bucket import location
     from pipeline.store.feature_store import FeatureStore
-    from pipeline.store.mirror import named, root_of
+    from pipeline.store.place import place_of
 
-    place = location(path)  # a worker may have another working directory
-    root = root_of(place)
-    with named(root):
-        facts = read_facts(root)
+    absolute = location(path)  # a worker may have another working directory
+    place = place_of(absolute)
+    place.sync()
+    with place.named():
+        facts = read_facts(place.root)
     digest = facts.states[facts.current].digest
     if data is not None and facts.find(data) is not None and data != digest:
         digest = data
         click.echo(f"Note: {path} has grown since; this goes on with the images and lists it began with.", err=True)
-    return lambda: StoreSource(FeatureStore.open(place, index_digest=digest))
+    return lambda: StoreSource(FeatureStore.open(absolute, index_digest=digest))
 
 
 def online_source(data: Dataset, weights: Weights, recipe: Recipe, device: str) -> Callable[[], FeatureSource]:
@@ -136,13 +137,17 @@ def online_source(data: Dataset, weights: Weights, recipe: Recipe, device: str) 
 
 
 @contextlib.contextmanager
-def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """A function that tells whether Ctrl-C (or a scheduler's SIGTERM) has come. The second Ctrl-C stops at once."""
+def stop_on_interrupt(at_once: bool = False) -> Iterator[Callable[[], bool]]:
+    """A function that tells whether Ctrl-C (or a scheduler's SIGTERM) has come. The second Ctrl-C stops at once.
+
+    Args:
+        at_once: the first one does: nobody who would ask the function works in this process.
+    """
     asked = False
 
     def ask(signum: int, frame: Any) -> None:
         nonlocal asked
-        if asked:
+        if asked or at_once:
             raise KeyboardInterrupt
         asked = True
         click.echo("\nStopping after this step; the run is being saved. Ctrl-C again stops at once.", err=True)

@@ -36,7 +36,6 @@ from pipeline.common.text import printable, size_text
 
 if TYPE_CHECKING:
     from pipeline.loading.source import FeatureSource
-    from pipeline.store.recompute import Recomputation
     from pipeline.store.verify import Verification
 
 
@@ -126,41 +125,29 @@ def store_verify(
         raise click.UsageError("--recompute reads photos again: say of which data set, with --dataset and its options.")
     found = _verify(path, quiet)
     if share is not None and dataset is not None:
-        found = replace(
-            found,
-            recomputed=_recompute(
-                path, share, dataset, data_root, splits, data_options, weights, seed, workers, address, device, quiet
-            ),
-        )
+        from pipeline.features.weights import load_weights
+        from pipeline.store.feature_store import FeatureStore
+        from pipeline.store.recompute import recompute
+
+        opened = FeatureStore.open(path, require_complete=False)
+        data = open_data(dataset, data_root, splits, data_options, quiet)
+        loaded = load_weights(opened.recipe.backbone, weights)
+        device = pick_device(device, address)
+        with open_runner(workers, address, device) as runner, Progress("recompute", "images", quiet) as progress:
+            recomputed = recompute(
+                opened,
+                data,
+                loaded,
+                share=share,
+                seed=seed,
+                runner=runner,
+                device=device,
+                on_images=progress.update,
+            )
+        found = replace(found, recomputed=recomputed)
     emit(found, _verification_text(found), as_json)
     if found.damage or (found.recomputed and found.recomputed.different):
         ctx.exit(1)
-
-
-def _recompute(
-    path: str | Path,
-    share: float,
-    dataset: str,
-    data_root: Path | None,
-    splits: Path | None,
-    data_options: tuple[str, ...],
-    weights: str | None,
-    seed: int,
-    workers: int,
-    address: str | None,
-    device: str,
-    quiet: bool,
-) -> Recomputation:
-    from pipeline.features.weights import load_weights
-    from pipeline.store.feature_store import FeatureStore
-    from pipeline.store.recompute import recompute
-
-    opened = FeatureStore.open(path, require_complete=False)
-    data = open_data(dataset, data_root, splits, data_options, quiet)
-    loaded = load_weights(opened.recipe.backbone, weights)
-    device = pick_device(device, address)
-    with open_runner(workers, address, device) as runner, Progress("recompute", "images", quiet) as progress:
-        return recompute(opened, data, loaded, share, seed, runner, device, progress.update)
 
 
 def _verification_text(found: Verification) -> str:
@@ -250,7 +237,7 @@ def _verify(path: str | Path, quiet: bool) -> Verification:
 
     opened = FeatureStore.open(path, require_complete=False)
     with Progress("verify", "shards", quiet) as progress:
-        return verify(opened, progress.update)
+        return verify(opened, on_shard=progress.update)
 
 
 @store.command("compare", short_help="What a store's codec costs: correlations and mIoU.")

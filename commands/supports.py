@@ -62,7 +62,7 @@ def supports(
     set_up_logging(quiet)
     on_interrupt("No result was written.")
     from pipeline.common.files import require_writable, write_table
-    from pipeline.heads import methods
+    from pipeline.heads.catalogue import trained
     from pipeline.supports import choose_supports
 
     if out is not None:
@@ -70,10 +70,10 @@ def supports(
     device = pick_device(device, address)
     make_source = store_source(store)
     source = make_source()
-    method = methods.trained(checkpoint_path, source, device, arithmetic)
-    fold = methods.tested_fold(method) if fold is None else fold
+    method = trained(checkpoint_path, source, device, arithmetic)
+    fold = (method.held_out or 0) if fold is None else fold
     with open_runner(workers, address, device) as runner, Progress("supports", "queries", quiet) as progress:
-        found = choose_supports(
+        choice = choose_supports(
             method.make,
             make_source,
             source.index,
@@ -89,14 +89,14 @@ def supports(
         )
     lines = [
         [
-            printable(one.name),
-            f"{one.mean:.1f}",
-            f"{one.spread:.1f}",
-            f"{one.supports[0].iou:.1f}  {printable(one.supports[0].image)}",
-            f"{one.supports[-1].iou:.1f}  {printable(one.supports[-1].image)}",
-            "-" if one.gain is None else f"{one.gain:+.1f}",
+            printable(scores.name),
+            f"{scores.mean:.1f}",
+            f"{scores.spread:.1f}",
+            f"{scores.supports[0].iou:.1f}  {printable(scores.supports[0].image)}",
+            f"{scores.supports[-1].iou:.1f}  {printable(scores.supports[-1].image)}",
+            "-" if scores.gain is None else f"{scores.gain:+.1f}",
         ]
-        for one in found.classes
+        for scores in choice.classes
     ]
     head = ["class", "mean IoU", "spread", "best support", "worst support", "gain"]
     text = (
@@ -104,7 +104,7 @@ def supports(
         f"{candidates} supports on {queries} queries a class, where there are so many. spread: standard deviation over "
         f"supports. gain: of the best support over the mean one, on queries it was not chosen on."
     )
-    result = emit({"fold": fold, "classes": found.classes, "pairs": out}, text, as_json)
+    result = emit({"fold": fold, "classes": choice.classes, "pairs": out}, text, as_json)
     if out is not None:
-        write_table(out, found.table())
+        write_table(out, choice.table())
     return result

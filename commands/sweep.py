@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from commands.analysis_tables import interval_text
 from commands.groups import Failure
 from commands.options import (
     ANY_PATH,
@@ -27,6 +26,7 @@ from commands.steps import emit, open_runner, pick_device, stop_on_interrupt, st
 from commands.terminal import Progress, set_up_logging, table
 from hsnet.errors import ConfigError
 from pipeline.common.text import printable
+from pipeline.scores.tables import interval_text
 
 if TYPE_CHECKING:
     from pipeline.loading.source import StoreSource
@@ -94,8 +94,9 @@ def sweep(
     """
     set_up_logging(quiet)
     from pipeline.episodes.protocols import resolve
-    from pipeline.sweep import make_cases, parse_choice
+    from pipeline.sweep import Case, CaseDone, make_cases, parse_axis
     from pipeline.sweep import sweep as stage
+    from pipeline.train import Event, StepDone
 
     rules = resolve(protocol, **{**dict(choices), **({"shots": shots} if shots else {}), "episodes": episodes})
     device = pick_device(device, address)
@@ -104,28 +105,30 @@ def sweep(
     wanted = sorted(set.intersection(*there)) if isinstance(folds, str) else folds
     if missing := [fold for fold in wanted if not all(fold in known for known in there)]:
         raise ConfigError(f"Not every store has fold {missing[0]}; folds of all: {sorted(set.intersection(*there))}.")
-    fixed = {name: _single(name, values) for name, values in map(parse_choice, fix)}
-    cases = make_cases(list(sources), wanted, dict(map(parse_choice, vary)), {"steps": steps, **fixed})
+    fixed = {name: _single(name, values) for name, values in map(parse_axis, fix)}
+    cases = make_cases(list(sources), wanted, dict(map(parse_axis, vary)), {"steps": steps, **fixed})
+    in_this_process = workers == 0 and address is None
     with (
         open_runner(workers, address, device) as runner,
         Progress("sweep", "cases", quiet) as progress,
-        stop_on_interrupt() as stop,
+        stop_on_interrupt(at_once=not in_this_process) as stop,
     ):
         done = 0
 
-        def show(one: Any) -> None:
+        def show(result: CaseDone) -> None:
             nonlocal done
             done += 1
-            said = (
-                one.error.splitlines()[0] if one.error else f"{one.steps} steps{'' if one.trained else ' were there'}"
-            )
-            progress.say(f"{printable(one.case.name)}: {printable(said)}")
+            said = f"{result.steps} steps{'' if result.trained else ' were there'}"
+            if result.error:
+                said = result.error.splitlines()[0]
+            progress.say(f"{printable(result.case.name)}: {printable(said)}")
             progress.update(done, len(cases))
 
-        def step(case: Any, event: Any) -> None:
-            if hasattr(event, "loss"):
+        def step(case: Case, event: Event) -> None:
+            if isinstance(event, StepDone):
                 progress.update(done, len(cases), f"{printable(case.name)}, step {event.step}/{event.steps}")
 
+        listening: dict[str, Any] = {"stop": stop, "on_step": step} if in_this_process else {}
         progress.update(0, len(cases))
         result = stage(
             cases,
@@ -134,21 +137,20 @@ def sweep(
             rules,
             runner=runner,
             device=device,
-            stop=stop,
             on_case=show,
-            on_step=step,
+            **listening,
         )
         stopped = stop()
     rows = [
         [
-            printable(one.name),
-            ", ".join(map(str, one.folds)),
+            printable(configuration.name),
+            ", ".join(map(str, configuration.folds)),
             f"{score.shots}-shot",
             interval_text(score.miou),
             interval_text(score.fb_iou),
         ]
-        for one in result.configurations
-        for score in one.scores
+        for configuration in result.configurations
+        for score in configuration.scores
     ]
     head = ["configuration", "folds", "", "mIoU", "FB-IoU"]
     lines = [table(rows, head)] if rows else []
@@ -158,8 +160,8 @@ def sweep(
     if stopped:
         click.get_current_context().exit(130)
     if result.failed:
-        failed = "\n".join(f"  {one.case.name}: {one.error}" for one in result.failed)
-        raise Failure(f"{len(result.failed)} of {len(cases)} cases failed; the others are done:\n{failed}")
+        reasons = "\n".join(f"  {failed.case.name}: {failed.error}" for failed in result.failed)
+        raise Failure(f"{len(result.failed)} of {len(cases)} cases failed; the others are done:\n{reasons}")
     return printed
 
 

@@ -38,53 +38,7 @@ from commands.terminal import Progress, set_up_logging
 from pipeline.common.text import printable, time_text
 
 if TYPE_CHECKING:
-    from pipeline.heads.config import RunConfig
     from pipeline.loading.source import FeatureSource
-    from pipeline.train import FitSummary
-
-
-def _fit_somewhere(
-    config: RunConfig,
-    source: FeatureSource,
-    make_source: Callable[[], FeatureSource],
-    run_dir: Path,
-    workers: int,
-    address: str | None,
-    device: str,
-    micro_batch: int | None,
-    resident: str,
-    stop: Callable[[], bool],
-    on_event: Callable[[Any], None],
-) -> FitSummary:
-    """Train in this process, or on Ray's workers."""
-    if workers == 0 and address is None:
-        from pipeline.train import fit
-
-        return fit(
-            config,
-            source,
-            run_dir,
-            device=device,
-            micro_batch=micro_batch,
-            resident=resident,
-            stop=stop,
-            on_event=on_event,
-        )
-    require_ray(workers, address, device)
-    from cluster.train import fit_on_ray
-
-    return fit_on_ray(
-        config,
-        make_source,
-        run_dir,
-        workers=workers,
-        address=address,
-        device=device,
-        micro_batch=micro_batch,
-        resident=resident,
-        stop=stop,
-        on_event=on_event,
-    )
 
 
 @click.command(short_help="Train a head on a store's features, or go on with it.")
@@ -177,9 +131,9 @@ def train(
         raise click.UsageError("--features online needs --dataset and --backbone.")
     from pipeline.features.backbones import Reading, new_recipe
     from pipeline.features.weights import load_weights
-    from pipeline.heads.config import RunConfig, skipped_digest
+    from pipeline.heads.config import RunConfig
     from pipeline.heads.run_dir import run_data
-    from pipeline.train import Validated, steps_per_epoch, training_stream
+    from pipeline.train import Event, Validated, fit, steps_per_epoch, training_stream
 
     device = pick_device(device, address)
     make_source: Callable[[], FeatureSource]
@@ -194,11 +148,9 @@ def train(
         recipe.require_trainable()
         make_source = online_source(data, loaded, recipe, device)
     source = make_source()
-    config = RunConfig(
+    config = RunConfig.of(
+        source,
         fold=fold,
-        recipe=source.recipe,
-        data=source.index.digest,
-        skipped=skipped_digest([source.index.images[image] for image in source.skipped]),
         steps=steps or 10_000,
         batch_size=batch_size,
         learning_rate=lr,
@@ -217,7 +169,7 @@ def train(
     with Progress("train", "steps", quiet) as progress, stop_on_interrupt() as stop:
         smooth = None
 
-        def show(event: Any) -> None:
+        def show(event: Event) -> None:
             nonlocal smooth
             if isinstance(event, Validated):
                 best = ", the best so far" if event.is_best else ""
@@ -226,9 +178,20 @@ def train(
                 smooth = event.loss if smooth is None else 0.95 * smooth + 0.05 * event.loss
                 progress.update(event.step, event.steps, f"loss {smooth:.3f}")
 
-        summary = _fit_somewhere(
-            config, source, make_source, run_dir, workers, address, device, micro_batch, resident, stop, show
-        )
+        same: dict[str, Any] = {
+            "device": device,
+            "micro_batch": micro_batch,
+            "resident": resident,
+            "stop": stop,
+            "on_event": show,
+        }
+        if workers == 0 and address is None:
+            summary = fit(config, source, run_dir, **same)
+        else:
+            require_ray(workers, address, device)
+            from cluster.train import fit_on_ray
+
+            summary = fit_on_ray(config, make_source, run_dir, workers=workers, address=address, **same)
     loss = f", loss {summary.loss:.3f}" if summary.loss == summary.loss else ""
     done = f"{summary.steps} of {max(summary.steps, config.steps)} steps"
     lines = [f"{printable(run_dir)}: {done}, {time_text(summary.seconds)}{loss}"]

@@ -129,10 +129,10 @@ def correlate_rows(
     The mask scales a whole feature vector, so normalising takes it out again up to eps: what remains is the factor
     m / (m n + eps) on the vector, n its norm.
     """
-    for name, one, other in (("layers", 0, 0), ("channels", 2, 3)):
-        if query.values.shape[one] != support.shape[other]:
+    for name, axis, other in (("layers", 0, 0), ("channels", 2, 3)):
+        if query.values.shape[axis] != support.shape[other]:
             raise ShapeError(
-                f"Query and support differ in {name}: {query.values.shape[one]} and {support.shape[other]}."
+                f"Query and support differ in {name}: {query.values.shape[axis]} and {support.shape[other]}."
             )
     positions = mask.flatten().nonzero()[:, 0]
     chosen = support.flatten(1, 2).index_select(1, positions)  # (L, n, C)

@@ -14,7 +14,7 @@ from hsnet.conv4d import CenterPivotConv4d
 from hsnet.correlation import correlate_all, correlate_rows, interpolate_mask, prepare_query
 from hsnet.errors import ConfigError, ShapeError
 from hsnet.model import HSNet, require_same_grid, resize_logits
-from hsnet.rows import Rows, convolve, normalise
+from hsnet.sparse import SparseActivations, convolve, normalise
 
 ARITHMETIC = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -26,7 +26,7 @@ class FusedHSNet(nn.Module):
         model: the learner. Its parameters are shared, not copied: training this trains it.
         arithmetic: "float32", or "bfloat16" for activations and products of the learner. Norms, statistics of the
             normalisations, parameters and logits stay float32.
-        sparse: leave out the support positions outside the object (`hsnet.rows`), or compute all of them, without
+        sparse: leave out the support positions outside the object (`hsnet.sparse`), or compute all of them, without
             ever asking which they are. By default the first on a CPU and the second elsewhere.
 
     `forward` takes levels of the queries, finest first, each (B, L, H, W, C), levels of their supports, each
@@ -63,7 +63,7 @@ class FusedHSNet(nn.Module):
             require_same_grid(mixed.grid, finer.grid)
             height, width = finer.values.shape[2:]
             coarse = resize_logits(mixed.values, (height, width))
-            mixed = _run(mix, Rows.complete(coarse + finer.values, pairs, finer.grid))
+            mixed = _run(mix, SparseActivations.complete(coarse + finer.values, pairs, finer.grid))
         return _exact(mixed.values).unflatten(0, (pairs, -1)).mean(1)
 
     def decode(self, context: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def _exact(values: Tensor) -> Tensor:
     return values.float() if values.dtype == torch.bfloat16 else values
 
 
-def _correlate(query: Tensor, support: Tensor, mask: Tensor, unit: bool, dtype: torch.dtype) -> Rows:
+def _correlate(query: Tensor, support: Tensor, mask: Tensor, unit: bool, dtype: torch.dtype) -> SparseActivations:
     """The level's correlations at object positions; query (B, L, H, W, C), support (B K, L, U, V, C)."""
     grid = (support.shape[2], support.shape[3])
     masks = interpolate_mask(mask, grid)
@@ -113,10 +113,10 @@ def _correlate(query: Tensor, support: Tensor, mask: Tensor, unit: bool, dtype: 
         for pair in range(number * shots, (number + 1) * shots):
             correlate_rows(prepared, support[pair], masks[pair], out=values[starts[pair] : starts[pair + 1]])
     values = values.bfloat16() if dtype == torch.bfloat16 else values
-    return Rows(values, pairs, positions, len(masks), grid)
+    return SparseActivations(values, pairs, positions, len(masks), grid)
 
 
-def _run(block: nn.Module, rows: Rows) -> Rows:
+def _run(block: nn.Module, rows: SparseActivations) -> SparseActivations:
     """A squeeze or mix block (`hsnet.model.block`): convolution, normalisation and ReLU, several times."""
     for layer in block.children():
         if isinstance(layer, CenterPivotConv4d):

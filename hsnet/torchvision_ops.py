@@ -8,6 +8,7 @@ nothing is declared.
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 import torch
@@ -23,7 +24,7 @@ def ensure_importable() -> None:
     """Make `import torchvision` work in this process, whatever build it is. Safe to call again."""
     global _library
     try:
-        import torchvision
+        importlib.import_module("torchvision")
     except RuntimeError as error:
         if "torchvision::" not in str(error) or _library is not None:
             raise
@@ -32,7 +33,4 @@ def ensure_importable() -> None:
         _library = torch.library.Library("torchvision", "DEF")
         for schema in _SCHEMAS:
             _library.define(schema)
-        import torchvision  # noqa: F401
-
-
-ensure_importable()
+        importlib.import_module("torchvision")

@@ -1,0 +1,31 @@
+"""Everything between photos and scores, in one process: stages, and the folders of what they share.
+
+    photos + masks -prepare-> data set -extract-> store -train-> run -evaluate-> rows -analyze, report-> tables, page
+                                                                  └-predict-> masks of new photos
+
+Stages, each a command of its name. A stage is a function that returns a result and prints nothing:
+
+prepare     class-number masks from official sources that come without them
+plan        bytes, seconds per stage and what fits into memory, told before anything is made
+extract     the backbone once over every photo, its features into a store
+train       a head on episodes of a store, with exact resume
+sweep       many training configurations, each trained, tested and kept
+evaluate    episodes answered by a head or a baseline, one row for each
+predict     masks of new photos from a few photos with masks
+analyze     rows -> scores with intervals, spreads and paired tests
+supports    how much the choice of the support matters, and which one to take
+compare     what a codec costs: correlations and mIoU of one store against another
+report      rows and runs -> one page
+doctor      what works on this machine and what will not
+
+Folders, each importing only those above it:
+
+common      no subject of this project: whole files, locks, seeded randomness, runners, pictures
+datasets    photos, masks, classes and lists: readers by name
+episodes    which photos meet: drawing, protocols, manifests
+features    what a stored feature is: recipe, weights, precisions, the budgeted codec
+store       features on disk or in a bucket: shards, markers, growth, repair
+loading     from episodes to tensors: sources, batches, residence in memory
+heads       what answers an episode: configurations, checkpoints, runs, segmenters
+scores      rows of an evaluation and what is computed from them; stands on common and episodes alone
+"""

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,17 +17,17 @@ from numpy.typing import NDArray
 from hsnet.errors import ConfigError, DataError
 from pipeline.episodes.protocols import Policy
 from pipeline.scores import bootstrap
+from pipeline.scores.analysis import Analysis, Difference, Score, Spread
 from pipeline.scores.bootstrap import Interval, Part, interval
 from pipeline.scores.rows import (
-    Cell,
     Results,
-    cell,
-    read_results,
+    ScoredEpisodes,
     require_one_configuration,
     require_same_episodes,
     require_same_rows,
+    scored_episodes,
 )
-from pipeline.scores.support_spread import Support, spread_by_support
+from pipeline.scores.support_spread import spread_by_support
 
 SECTIONS = ("class", "size", "support", "seed")
 UNITS = ("episode", "query")
@@ -36,77 +35,12 @@ SIZE_EDGES = (0.0, 0.01, 0.05, 0.15, 0.35, 1.0)
 """Bins of the object's share of the squashed query photo; fixed, so that tables of different data can be compared."""
 
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Spread:
-    """How several seeds differ."""
-
-    parts: tuple[Part, ...]
-    deviation: float
-    """Standard deviation of the seeds' mIoU, points."""
-    expected: float
-    """What one seed's interval makes one expect: its standard error, mean over the seeds."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """One number of shots, way to combine them, and policy: of a fold, or the mean over folds."""
-
-    policy: Policy
-    shots: int
-    fusion: str
-    fold: int | None
-    """None for the mean over several folds."""
-    seeds: tuple[int, ...]
-    episodes: int
-    queries: int
-    """Different query photos of a class, summed over classes."""
-    miou: Interval
-    fb_iou: Interval | None
-    """None if no background was counted."""
-    needed: int | None
-    """Episodes at which the interval of mIoU would be about plus and minus half a point; None if it cannot be told."""
-    classes: tuple[Part, ...] = ()
-    sizes: tuple[Part, ...] = ()
-    support: Support | None = None
-    spread: Spread | None = None
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The first set minus the one it is compared against, on the same episodes."""
-
-    policy: Policy
-    shots: int
-    fusion: str
-    fusion_against: str
-    fold: int | None
-    episodes: int
-    miou: Interval
-    p: float
-    """Two-sided, of the hypothesis that swapping the two on any episode would change nothing."""
-    fb_iou: Interval | None
-    needed: int | None
-    classes: tuple[Part, ...] = ()
-
-
-@dataclass(frozen=True)
-class Analysis:
-    """Everything that was asked for."""
-
-    files: tuple[Results, ...]
-    against: tuple[Results, ...]
-    unit: str
-    scores: tuple[Score, ...]
-    scores_against: tuple[Score, ...]
-    differences: tuple[Difference, ...]
-    notes: tuple[str, ...]
+Fold = TypeVar("Fold")
 
 
 def analyze(
-    paths: Sequence[Path],
-    against: Sequence[Path] = (),
+    files: Sequence[Results],
+    against: Sequence[Results] = (),
     *,
     policies: Sequence[Policy] = (),
     fusions: Sequence[str] = (),
@@ -118,7 +52,8 @@ def analyze(
     """Scores of one configuration with intervals, and its paired differences from another.
 
     Args:
-        paths: rows of one configuration: one file, or several folds, seeds and numbers of shots of it.
+        files: rows of one configuration, read by `pipeline.scores.rows.read_results`: one file, or several folds,
+            seeds and numbers of shots of it.
         against: rows of another one on the same episodes.
         policies: which pixels; empty: the protocol's own.
         fusions: ways to combine supports; empty: the protocol's own for one shot, all there are for more.
@@ -128,154 +63,146 @@ def analyze(
         seed: of the resampling.
 
     Raises:
-        DataError: a file cannot be read, files do not belong together, or the policy's counts are not there.
+        DataError: files do not belong together, or the policy's counts are not there.
         ConfigError: an unknown section, unit, policy or fusion.
     """
-    if not paths:
+    if not files:
         raise ConfigError("There are no rows to analyze.")
     odd = set(sections) - set(SECTIONS)
     if odd or unit not in UNITS:
         raise ConfigError(f"Sections are {', '.join(SECTIONS)}; units are {', '.join(UNITS)}: not {odd or unit}.")
-    files = [read_results(path) for path in paths]
-    others = [read_results(path) for path in against]
     require_one_configuration(files)
-    if others:
-        require_one_configuration(others)
-        require_same_episodes(files, others)
-    chosen = list(policies) or [files[0].protocol.policy]
-    for policy in chosen:
-        for one in (*files, *others):
-            if policy not in one.policies:
+    if against:
+        require_one_configuration(against)
+        require_same_episodes(files, against)
+    policies = list(policies) or [files[0].protocol.policy]
+    for policy in policies:
+        for file in (*files, *against):
+            if policy not in file.policies:
                 raise DataError(
-                    f"{one.path} has no counts at {policy}: it was evaluated without the photos' own masks. Evaluate "
+                    f"{file.path} has no counts at {policy}: it was evaluated without the photos' own masks. Evaluate "
                     f"again with --data-root, or choose another --policy."
                 )
-    maker = _Maker(unit, seed, frozenset(sections))
-    scores = maker.scores(files, chosen, fusions)
+    scorer = _Scorer(unit, seed, frozenset(sections))
+    scores = scorer.scores(files, policies, fusions)
     differences: list[Difference] = []
-    if others or fusion_against:
-        differences = maker.differences(files, others or files, chosen, fusions, fusion_against)
+    if against or fusion_against:
+        differences = scorer.differences(files, against or files, policies, fusions, fusion_against)
     return Analysis(
         tuple(files),
-        tuple(others),
+        tuple(against),
         unit,
         tuple(scores),
-        tuple(maker.scores(others, chosen, fusions)) if others else (),
+        tuple(scorer.scores(against, policies, fusions)) if against else (),
         tuple(differences),
         _notes(files, scores, unit),
     )
 
 
-class _Maker:
+class _Scorer:
     """Makes scores and differences with one unit, seed and set of sections."""
 
     def __init__(self, unit: str, seed: int, sections: frozenset[str]) -> None:
         self.unit, self.seed, self.sections = unit, seed, sections
 
     def scores(self, files: Sequence[Results], policies: Sequence[Policy], fusions: Sequence[str]) -> list[Score]:
-        found: list[Score] = []
-        folds = sorted({one.fold for one in files})
+        """Per policy, number of shots and fusion: the mean over several folds, then every fold."""
+        scores: list[Score] = []
         for policy in policies:
             for shots, fusion in _cases(files, fusions):
-                made = [
-                    (own, self._resampled(own))
-                    for fold in folds
-                    if (own := cell(files, fold, shots, fusion, policy)) is not None
+                folds = [
+                    (episodes, self._resampled(episodes))
+                    for fold in _folds(files)
+                    if (episodes := scored_episodes(files, fold, shots, fusion, policy)) is not None
                 ]
-                if not made:
-                    continue
-                size = files[0].image_size
-                each = [self._score(policy, shots, fusion, [one], size) for one in made]
-                if len(made) > 1:
-                    found.append(self._score(policy, shots, fusion, made, size))
-                found += each
-        return found
+                for some in _together_and_apart(folds):
+                    scores.append(self._score(policy, shots, fusion, some, files[0].image_size))
+        return scores
 
-    def _resampled(self, own: Cell, counts: NDArray[np.int64] | None = None) -> bootstrap.Resampled:
+    def _resampled(self, episodes: ScoredEpisodes, counts: NDArray[np.int64] | None = None) -> bootstrap.Resampled:
         return bootstrap.resample(
-            own.counts[None] if counts is None else counts,
-            own.classes,
-            own.class_ids,
-            seed=self._key(own.fold),
-            groups=self._groups(own),
+            episodes.counts[None] if counts is None else counts,
+            episodes.classes,
+            episodes.class_ids,
+            seed=self._key(episodes.fold),
+            groups=self._groups(episodes),
         )
 
     def _key(self, fold: int) -> int:
         return self.seed * 10_000 + fold  # folds are drawn apart even where they share a class
 
-    def _groups(self, own: Cell) -> tuple[str, ...] | None:
-        return own.queries if self.unit == "query" else None
+    def _groups(self, episodes: ScoredEpisodes) -> tuple[str, ...] | None:
+        return episodes.queries if self.unit == "query" else None
 
     def _score(
         self,
         policy: Policy,
         shots: int,
         fusion: str,
-        made: Sequence[tuple[Cell, bootstrap.Resampled]],
+        folds: Sequence[tuple[ScoredEpisodes, bootstrap.Resampled]],
         image_size: int | None,
     ) -> Score:
-        miou = _mean_interval([drawn.miou() for _, drawn in made])
-        fb = _mean_interval([drawn.fb_iou() for _, drawn in made])
-        cells = [own for own, _ in made]
-        episodes = sum(map(len, cells))
-        single = len(made) == 1
+        miou = _mean_interval([drawn.miou() for _, drawn in folds])
+        fb = _mean_interval([drawn.fb_iou() for _, drawn in folds])
+        each = [episodes for episodes, _ in folds]
+        count = sum(map(len, each))
+        single = len(folds) == 1
         sections = self.sections
         return Score(
             policy=policy,
             shots=shots,
             fusion=fusion,
-            fold=cells[0].fold if single else None,
-            seeds=tuple(sorted({int(s) for own in cells for s in own.seeds})),
-            episodes=episodes,
-            queries=sum(len(set(zip(own.classes.tolist(), own.queries, strict=True))) for own in cells),
+            fold=each[0].fold if single else None,
+            seeds=tuple(sorted({int(seed) for episodes in each for seed in episodes.seeds})),
+            episodes=count,
+            queries=sum(len(set(zip(some.classes.tolist(), some.queries, strict=True))) for some in each),
             miou=miou,
             fb_iou=None if np.isnan(fb.value) else fb,
-            needed=bootstrap.episodes_for(miou, episodes),
-            classes=_class_parts(*made[0]) if single and "class" in sections else (),
-            sizes=self._sizes(cells, image_size) if "size" in sections else (),
-            support=spread_by_support(cells, shots, self.seed) if "support" in sections else None,
-            spread=self._spread(cells[0]) if single and "seed" in sections else None,
+            needed=bootstrap.episodes_for(miou, count),
+            classes=_class_parts(*folds[0]) if single and "class" in sections else (),
+            sizes=self._sizes(each, image_size) if "size" in sections else (),
+            support=spread_by_support(each, shots, self.seed) if "support" in sections else None,
+            spread=self._spread(each[0]) if single and "seed" in sections else None,
         )
 
-    def _sizes(self, cells: Sequence[Cell], image_size: int | None) -> tuple[Part, ...]:
+    def _sizes(self, folds: Sequence[ScoredEpisodes], image_size: int | None) -> tuple[Part, ...]:
         """mIoU over the classes with two or more episodes whose objects have a size, all folds together."""
         if image_size is None:
             return ()
-        shares = [own.object_pixels / image_size**2 for own in cells]
+        shares = [episodes.object_pixels / image_size**2 for episodes in folds]
         bins = [("0 px (vanished when squashed)", [share == 0 for share in shares])]
         for low, high in pairwise(SIZE_EDGES):
             inside = [(share > low) & (share <= high) for share in shares]
             bins.append((f"{100 * low:g} to {100 * high:g} %", inside))
         parts = []
         for name, masks in bins:
-            taken = [_varying(own, mask) for own, mask in zip(cells, masks, strict=True)]
-            episodes, everything = sum(map(len, taken)), sum(int(mask.sum()) for mask in masks)
+            varying = [_varying(episodes, mask) for episodes, mask in zip(folds, masks, strict=True)]
+            count, everything = sum(map(len, varying)), sum(int(mask.sum()) for mask in masks)
             if not everything and name.startswith("0 px"):
                 continue
-            if not episodes:
+            if not count:
                 parts.append(Part(name, everything, None, 0))
                 continue
-            values, samples, classes = 0.0, np.zeros(bootstrap.RESAMPLES), 0
-            for own in taken:
-                drawn = self._resampled(own)
-                value, sample = drawn.class_iou()
-                values, samples = values + value[0].sum(), samples + sample[:, 0].sum(1)
-                classes += len(own.class_ids)
-            parts.append(Part(name, episodes, interval(values / classes, samples / classes), classes))
+            value, samples, classes = 0.0, np.zeros(bootstrap.RESAMPLES), 0
+            for episodes in varying:
+                iou, drawn = self._resampled(episodes).class_iou()
+                value, samples = value + iou[0].sum(), samples + drawn[:, 0].sum(1)
+                classes += len(episodes.class_ids)
+            parts.append(Part(name, count, interval(value / classes, samples / classes), classes))
         return tuple(parts)
 
-    def _spread(self, own: Cell) -> Spread | None:
-        seeds = sorted({int(seed) for seed in own.seeds})
+    def _spread(self, episodes: ScoredEpisodes) -> Spread | None:
+        seeds = sorted({int(seed) for seed in episodes.seeds})
         if len(seeds) < 2:
             return None
-        parts, errors = [], []
+        parts, mious, errors = [], [], []
         for seed in seeds:
-            one = _only(own, own.seeds == seed, own.class_ids)
-            values, samples = self._resampled(one).miou()
-            parts.append(Part(f"seed {seed}", len(one), interval(values[0], samples[:, 0]), len(own.class_ids)))
+            of_seed = _only(episodes, episodes.seeds == seed, episodes.class_ids)
+            (miou,), samples = self._resampled(of_seed).miou()
+            parts.append(Part(f"seed {seed}", len(of_seed), interval(miou, samples[:, 0]), len(episodes.class_ids)))
+            mious.append(miou)
             errors.append(samples[:, 0].std())
-        found = [part.value.value for part in parts if part.value is not None]
-        return Spread(tuple(parts), float(np.std(found, ddof=1)), float(np.mean(errors)))
+        return Spread(tuple(parts), float(np.std(mious, ddof=1)), float(np.mean(errors)))
 
     def differences(
         self,
@@ -285,159 +212,167 @@ class _Maker:
         fusions: Sequence[str],
         fusion_against: str | None,
     ) -> list[Difference]:
-        found: list[Difference] = []
-        folds = sorted({one.fold for one in files})
+        """As `scores`, of `files` minus `against`."""
+        differences: list[Difference] = []
         for policy in policies:
             for shots, fusion in _cases(files, fusions):
                 other = fusion_against or (fusion if len(fusions) or shots > 1 else against[0].protocol.fusion)
                 if against is files and other == fusion:
                     continue
-                pairs = []
-                for fold in folds:
-                    mine, theirs = cell(files, fold, shots, fusion, policy), cell(against, fold, shots, other, policy)
-                    if mine is not None and theirs is not None:
-                        require_same_rows(mine, theirs, f"Fold {fold}, {shots}-shot")
-                        pairs.append((mine, theirs))
-                made = [self._pair(mine, theirs) for mine, theirs in pairs]
-                if not made:
-                    continue
-                cells = [mine for mine, _ in pairs]
-                each = [
-                    self._difference(policy, shots, fusion, other, [one], [own])
-                    for one, own in zip(made, cells, strict=True)
-                ]
-                if len(made) > 1:
-                    found.append(self._difference(policy, shots, fusion, other, made, cells))
-                found += each
-        if not found:
+                folds = []
+                for fold in _folds(files):
+                    first = scored_episodes(files, fold, shots, fusion, policy)
+                    second = scored_episodes(against, fold, shots, other, policy)
+                    if first is not None and second is not None:
+                        require_same_rows(first, second, f"Fold {fold}, {shots}-shot")
+                        folds.append(self._pair(first, second))
+                for some in _together_and_apart(folds):
+                    differences.append(self._difference(policy, shots, fusion, other, some))
+        if not differences:
             raise DataError(
                 f"Nothing can be paired: there are no rows of a number of shots and fusion in both. Fusions are "
                 f"{', '.join(files[0].fusions)} and {', '.join(against[0].fusions)}."
             )
-        return found
+        return differences
 
-    def _pair(self, mine: Cell, theirs: Cell) -> tuple[bootstrap.Resampled, float, Floats]:
-        counts = np.stack([mine.counts, theirs.counts])
+    def _pair(self, first: ScoredEpisodes, second: ScoredEpisodes) -> _Pair:
+        counts = np.stack([first.counts, second.counts])
         real, swapped = bootstrap.swapped_differences(
-            counts, mine.classes, mine.class_ids, seed=self._key(mine.fold), groups=self._groups(mine)
+            counts, first.classes, first.class_ids, seed=self._key(first.fold), groups=self._groups(first)
         )
-        return self._resampled(mine, counts), real, swapped
+        return _Pair(first, self._resampled(first, counts), real, swapped)
 
-    def _difference(
-        self,
-        policy: Policy,
-        shots: int,
-        fusion: str,
-        other: str,
-        made: Sequence[tuple[bootstrap.Resampled, float, Floats]],
-        cells: Sequence[Cell],
-    ) -> Difference:
-        miou = _mean_interval([_apart(*drawn.miou()) for drawn, _, _ in made])
-        fb = _mean_interval([_apart(*drawn.fb_iou()) for drawn, _, _ in made])
-        episodes = sum(map(len, cells))
+    def _difference(self, policy: Policy, shots: int, fusion: str, other: str, folds: Sequence[_Pair]) -> Difference:
+        miou = _mean_interval([_first_minus_second(*pair.drawn.miou()) for pair in folds])
+        fb = _mean_interval([_first_minus_second(*pair.drawn.fb_iou()) for pair in folds])
+        count = sum(len(pair.episodes) for pair in folds)
+        single = folds[0] if len(folds) == 1 else None
         classes: tuple[Part, ...] = ()
-        if len(made) == 1 and "class" in self.sections:
-            values, samples = made[0][0].class_iou()
+        if single and "class" in self.sections:
+            values, samples = single.drawn.class_iou()
             apart = samples[:, 0] - samples[:, 1]
-            classes = _parts(cells[0], values[0] - values[1], apart, made[0][0].units, lowest=-100)
+            classes = _parts(single.episodes, values[0] - values[1], apart, single.drawn.units, lowest=-100)
+        real = float(np.mean([pair.real for pair in folds]))
         return Difference(
             policy=policy,
             shots=shots,
             fusion=fusion,
             fusion_against=other,
-            fold=cells[0].fold if len(made) == 1 else None,
-            episodes=episodes,
+            fold=single.episodes.fold if single else None,
+            episodes=count,
             miou=miou,
-            p=bootstrap.p_value(
-                float(np.mean([real for _, real, _ in made])), np.mean([s for _, _, s in made], axis=0)
-            ),
+            p=bootstrap.p_value(real, np.mean([pair.swapped for pair in folds], axis=0)),
             fb_iou=None if np.isnan(fb.value) else fb,
-            needed=bootstrap.episodes_for(miou, episodes),
+            needed=bootstrap.episodes_for(miou, count),
             classes=classes,
         )
 
 
+class _Pair(NamedTuple):
+    """Two methods on the episodes of one fold."""
+
+    episodes: ScoredEpisodes
+    """Of the first; the second has the same."""
+    drawn: bootstrap.Resampled
+    """Both."""
+    real: float
+    """Difference of mIoU, points."""
+    swapped: Floats
+    """What it is when the two are swapped at random."""
+
+
+def _together_and_apart(folds: list[Fold]) -> list[list[Fold]]:
+    """All folds, if there are several, and each by itself."""
+    return ([folds] if len(folds) > 1 else []) + [[fold] for fold in folds]
+
+
+def _folds(files: Sequence[Results]) -> list[int]:
+    return sorted({file.fold for file in files})
+
+
 def _cases(files: Sequence[Results], fusions: Sequence[str]) -> list[tuple[int, str]]:
     """(shots, fusion) to look at. With one support all fusions answer alike: the protocol's own stands for them."""
-    there = {(k, fusion) for one in files for k in one.shots for fusion in one.fusions}
+    there = {(k, fusion) for file in files for k in file.shots for fusion in file.fusions}
     known = sorted({fusion for _, fusion in there})
     odd = set(fusions) - set(known)
     if odd:
         raise ConfigError(f"No rows of fusion '{min(odd)}': {files[0].path} has {', '.join(known)}.")
-    own = files[0].protocol.fusion
-    order = sorted(known, key=lambda name: (name != own, name))
+    usual = files[0].protocol.fusion
+    order = sorted(known, key=lambda name: (name != usual, name))
     shots = sorted({k for k, _ in there})
     return [
         (k, fusion)
         for k in shots
         for fusion in order
-        if (k, fusion) in there and (fusion in fusions if fusions else k > 1 or fusion == own)
+        if (k, fusion) in there and (fusion in fusions if fusions else k > 1 or fusion == usual)
     ]
 
 
-def _apart(values: Floats, samples: Floats) -> tuple[Floats, Floats]:
-    """The first method minus the second, as one method."""
+def _first_minus_second(values: Floats, samples: Floats) -> tuple[Floats, Floats]:
+    """Of two methods, as one method."""
     return values[:1] - values[1:2], samples[:, :1] - samples[:, 1:2]
 
 
-def _mean_interval(made: Sequence[tuple[Floats, Floats]]) -> Interval:
+def _mean_interval(folds: Sequence[tuple[Floats, Floats]]) -> Interval:
     """The mean over folds, each drawn by itself."""
-    value = float(np.mean([values[0] for values, _ in made]))
-    samples = np.mean([samples[:, 0] for _, samples in made], axis=0)
+    value = float(np.mean([values[0] for values, _ in folds]))
+    samples = np.mean([samples[:, 0] for _, samples in folds], axis=0)
     return interval(value, samples) if np.isfinite(value) else Interval(value, value, value)
 
 
-def _only(own: Cell, mask: NDArray[np.bool_], class_ids: tuple[int, ...] = ()) -> Cell:
+def _only(episodes: ScoredEpisodes, mask: NDArray[np.bool_], class_ids: tuple[int, ...] = ()) -> ScoredEpisodes:
     """Some of the episodes, with the classes they have or those given."""
-    places = np.flatnonzero(mask)
-    classes = own.classes[places]
-    return Cell(
-        own.fold,
+    kept = np.flatnonzero(mask)
+    classes = episodes.classes[kept]
+    return ScoredEpisodes(
+        episodes.fold,
         class_ids or tuple(sorted({int(c) for c in classes})),
-        own.names,
+        episodes.names,
         classes,
-        own.seeds[places],
-        own.numbers[places],
-        tuple(own.queries[place] for place in places),
-        tuple(own.supports[place] for place in places),
-        own.object_pixels[places],
-        own.counts[places],
+        episodes.seeds[kept],
+        episodes.numbers[kept],
+        tuple(episodes.queries[number] for number in kept),
+        tuple(episodes.supports[number] for number in kept),
+        episodes.object_pixels[kept],
+        episodes.counts[kept],
     )
 
 
-def _varying(own: Cell, mask: NDArray[np.bool_]) -> Cell:
+def _varying(episodes: ScoredEpisodes, mask: NDArray[np.bool_]) -> ScoredEpisodes:
     """Some of the episodes, without those that are alone in their class: nothing tells how far they could be off."""
-    counts = Counter(own.classes[mask].tolist())
-    return _only(own, mask & np.array([counts[c] > 1 for c in own.classes.tolist()], dtype=bool))
+    counts = Counter(episodes.classes[mask].tolist())
+    return _only(episodes, mask & np.array([counts[c] > 1 for c in episodes.classes.tolist()], dtype=bool))
 
 
-def _class_parts(own: Cell, drawn: bootstrap.Resampled) -> tuple[Part, ...]:
+def _class_parts(episodes: ScoredEpisodes, drawn: bootstrap.Resampled) -> tuple[Part, ...]:
     values, samples = drawn.class_iou()
-    return _parts(own, values[0], samples[:, 0], drawn.units, lowest=0)
+    return _parts(episodes, values[0], samples[:, 0], drawn.units, lowest=0)
 
 
-def _parts(own: Cell, values: Floats, samples: Floats, units: NDArray[np.int64], lowest: float) -> tuple[Part, ...]:
+def _parts(
+    episodes: ScoredEpisodes, values: Floats, samples: Floats, units: NDArray[np.int64], lowest: float
+) -> tuple[Part, ...]:
     """One part per class; (C,), (R, C) and (C,). A class with a single unit could be anything from `lowest` to 100."""
     parts = []
-    for place, class_id in enumerate(own.class_ids):
-        value: Interval | None = interval(values[place], samples[:, place])
-        if units[place] < 2:
-            value = Interval(float(values[place]), lowest, 100.0) if units[place] else None
-        parts.append(Part(own.names[class_id], int((own.classes == class_id).sum()), value))
+    for column, class_id in enumerate(episodes.class_ids):
+        value: Interval | None = interval(values[column], samples[:, column])
+        if units[column] < 2:
+            value = Interval(float(values[column]), lowest, 100.0) if units[column] else None
+        parts.append(Part(episodes.names[class_id], int((episodes.classes == class_id).sum()), value))
     return tuple(parts)
 
 
 def _notes(files: Sequence[Results], scores: Sequence[Score], unit: str) -> tuple[str, ...]:
-    notes = [str(note) for one in files[:1] for note in one.facts.get("notes") or ()]
+    notes = [str(note) for file in files[:1] for note in file.facts.get("notes") or ()]
     head = scores[0]
-    names = {c: name for one in files for c, name in one.classes.items()}
-    tested = {c for one in files for c in one.table["class_id"].unique().to_pylist()}
+    names = {c: name for file in files for c, name in file.classes.items()}
+    tested = {c for file in files for c in file.table["class_id"].unique().to_pylist()}
     empty = sorted(set(names) - tested)
     if empty:
         shown = ", ".join(f"'{names[c]}'" for c in empty[:5])
         more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
         notes.append(f"No episode of {shown}{more}: a class without one counts as IoU 0.")
-    counts = Counter((one.fold, c) for one in files for c in _one_case(one))
+    counts = Counter((file.fold, c) for file in files for c in _classes_of_one_case(file))
     if 0 < min(counts.values()) < 10:
         notes.append(
             f"A class has only {min(counts.values())} episodes. With fewer than 10, intervals hold the truth in about "
@@ -451,8 +386,8 @@ def _notes(files: Sequence[Results], scores: Sequence[Score], unit: str) -> tupl
     return tuple(notes)
 
 
-def _one_case(one: Results) -> list[int]:
+def _classes_of_one_case(file: Results) -> list[int]:
     """Class ids of the episodes of one number of shots and fusion."""
-    table = one.table.select(["shots", "fusion", "class_id"]).to_pydict()
+    table = file.table.select(["shots", "fusion", "class_id"]).to_pydict()
     case = table["shots"][0], table["fusion"][0]
     return [c for k, f, c in zip(*table.values(), strict=True) if (k, f) == case]

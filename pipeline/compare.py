@@ -20,13 +20,15 @@ from hsnet.errors import ConfigError, StoreMismatch
 from pipeline.common.philox import Draws
 from pipeline.common.runner import Runner
 from pipeline.episodes.protocols import resolve
-from pipeline.evaluate import evaluate
+from pipeline.evaluate.plan import EvaluationPlan
+from pipeline.evaluate.stage import evaluate
 from pipeline.features.budgeted import unit_vectors
 from pipeline.features.precision import encode
 from pipeline.features.recipe import difference_lines
-from pipeline.heads import methods
+from pipeline.heads.catalogue import trained
 from pipeline.loading.source import FeatureSource, StoreSource
-from pipeline.scores.bootstrap import Interval, miou_interval, paired_difference
+from pipeline.scores.bootstrap import Interval, interval, resample
+from pipeline.scores.rows import episode_counts
 
 PAIRS = 32
 POSITIONS = 256
@@ -63,13 +65,13 @@ class ScoreChange:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class CodecComparison:
     """The cost of a store's codec."""
 
     layers: tuple[LayerError, ...]
     pairs: int
     bytes_per_image: float | None
-    """Of the features, label maps not counted."""
+    """Size of the features, label maps not counted."""
     bytes_per_image_against: float | None
     encode_per_s: float | None
     """Images a second that this process encodes; None if there is nothing exact to encode."""
@@ -85,7 +87,7 @@ def compare(
     pairs: int = PAIRS,
     seed: int = 0,
     score: ScoreChange | None = None,
-) -> Comparison:
+) -> CodecComparison:
     """Correlate pairs of images by both sources.
 
     Args:
@@ -101,19 +103,19 @@ def compare(
     drawn = _draw_pairs(source, against, pairs, seed)
     grids = [rows * columns for _, rows, columns, _ in source.recipe.level_shapes()]
     layers = [shape[0] for shape in source.recipe.level_shapes()]
-    found: list[list[list[Tensor]]] = [[[] for _ in range(count)] for count in layers]
-    kept: list[list[list[Tensor]]] = [[[] for _ in range(count)] for count in layers]
+    first: list[list[list[Tensor]]] = [[[] for _ in range(count)] for count in layers]
+    second: list[list[list[Tensor]]] = [[[] for _ in range(count)] for count in layers]
     for number, pair in enumerate(drawn):
         ours, theirs = ([unit_levels(each, [image]) for image in pair] for each in (source, against))
         for level, count in enumerate(layers):
             places = [_positions(grids[level], (seed, number, level, side)) for side in range(2)]
             for layer in range(count):
-                found[level][layer].append(_correlate(ours, level, layer, places))
-                kept[level][layer].append(_correlate(theirs, level, layer, places))
+                first[level][layer].append(_correlate(ours, level, layer, places))
+                second[level][layer].append(_correlate(theirs, level, layer, places))
     encode_per_s, decode_per_s = _rates(source, against, sorted({image for pair in drawn for image in pair})[:16])
-    return Comparison(
+    return CodecComparison(
         layers=tuple(
-            _error(level, layer, torch.cat(found[level][layer]), torch.cat(kept[level][layer]))
+            _error(level, layer, torch.cat(first[level][layer]), torch.cat(second[level][layer]))
             for level, count in enumerate(layers)
             for layer in range(count)
         ),
@@ -152,41 +154,38 @@ def compare_scores(
     pair = [make_source(), make_against()]
     require_comparable(*pair)
     # An image that one of them lacks is in no episode of either.
-    skipped = tuple(sorted({image for source in pair for image in source.skipped}))
+    skipped = {image for source in pair for image in source.skipped}
+    rules = resolve("default", shots=(shots,), episodes=episodes, seeds=(seed,))
     tables: list[pa.Table] = []
     for number, (source, make) in enumerate(zip(pair, (make_source, make_against), strict=True)):
-        method = methods.trained(checkpoint, source, device)
-        fold = methods.tested_fold(method) if fold is None else fold
+        method = trained(checkpoint, source, device)
+        fold = (method.held_out or 0) if fold is None else fold
+        plan = EvaluationPlan(
+            method=method,
+            source=source,
+            make_source=make,
+            fold=fold,
+            protocol=rules,
+            skipped=skipped,
+            device=device,
+        )
 
         def report(now: int, _: int, before: int = number * episodes) -> None:
             if on_event:
                 on_event(before + now, 2 * episodes)
 
-        result = evaluate(
-            method.make,
-            make,
-            source.index,
-            fold=fold,
-            protocol=resolve("default", shots=(shots,), episodes=episodes, seeds=(seed,)),
-            skipped=skipped,
-            runner=runner,
-            device=device,
-            on_event=report,
-        )
-        tables.append(result.rows)
+        tables.append(evaluate(plan, runner=runner, on_event=report).rows)
     assert fold is not None
     class_ids = pair[0].index.split(fold, "test").class_ids
-    classes = tables[0]["class_id"].to_pylist()
-    first, second = (
-        np.stack([table["intersection"].to_numpy(), table["union"].to_numpy()], axis=1) for table in tables
-    )
+    counts = np.stack([episode_counts(table, rules.policy) for table in tables])
+    values, samples = resample(counts, tables[0]["class_id"].to_numpy(), class_ids).miou()
     return ScoreChange(
         fold=fold,
         shots=shots,
         episodes=episodes,
-        miou=miou_interval(first, classes, class_ids),
-        miou_against=miou_interval(second, classes, class_ids),
-        difference=paired_difference(first, second, classes, class_ids),
+        miou=interval(values[0], samples[:, 0]),
+        miou_against=interval(values[1], samples[:, 1]),
+        difference=interval(values[0] - values[1], samples[:, 0] - samples[:, 1]),
     )
 
 
@@ -250,18 +249,16 @@ def _correlate(pair: Sequence[Sequence[Tensor]], level: int, layer: int, places:
     return (query @ support.t()).clamp_(min=0).flatten()
 
 
-def _error(level: int, layer: int, found: Tensor, kept: Tensor) -> LayerError:
-    shift = found - kept
+def _error(level: int, layer: int, first: Tensor, second: Tensor) -> LayerError:
+    shift = first - second
     error = shift.abs()
     p99 = error.kthvalue(max(1, math.ceil(0.99 * len(error)))).values
     return LayerError(
-        level, layer, float(error.mean()), float(p99), float(error.max()), float(kept.std()), float(shift.mean())
+        level, layer, float(error.mean()), float(p99), float(error.max()), float(second.std()), float(shift.mean())
     )
 
 
-def _rates(
-    source: FeatureSource, against: FeatureSource, images: Sequence[int]
-) -> tuple[float | None, float]:  # fmt: skip
+def _rates(source: FeatureSource, against: FeatureSource, images: Sequence[int]) -> tuple[float | None, float]:
     """(images encoded, images decoded) a second, one by one as extraction does, without disk or backbone."""
     stored = [source.features([image]) for image in images]
     decode_s = _seconds(lambda levels: _unit(source, levels), stored)

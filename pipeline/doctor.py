@@ -9,18 +9,20 @@ import importlib
 import importlib.metadata
 import os
 import platform
-import re
 import shutil
 import sys
 import tempfile
+import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hsnet.errors import WeightsError
+from packaging.requirements import Requirement
 
-DISTRIBUTION = "hsnet-pipeline"
+from hsnet.errors import WeightsError
+from pipeline.common.machine import DISTRIBUTION, cores, memory
+
 OUR_NAMES = ("cli", "cluster", "commands", "hsnet", "pipeline")
 
 GIB = 2**30
@@ -88,20 +90,24 @@ def _python() -> Iterator[Finding]:
 
 
 def _packages() -> Iterator[Finding]:
-    """Every dependency: there, new enough, and torch and torchvision importable together."""
-    for package, minimum in _requirements():
+    """Every dependency: there, of a version that will do, and torch and torchvision importable together."""
+    for wanted in _requirements():
+        package, todo = wanted.name, f"pip install '{wanted}'"
         module = _IMPORT_NAMES.get(package, package.replace("-", "_"))
         try:
             version = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(package, "fail", "not installed", f"pip install '{package}>={minimum}'")
+            yield Finding(package, "fail", "not installed", todo)
             continue
-        if _numbers(version) < _numbers(minimum):
-            todo = f"pip install '{package}>={minimum}'"
-            yield Finding(package, "fail", f"{version}, but {minimum} or later is needed", todo)
+        if not wanted.specifier.contains(version, prereleases=True):
+            yield Finding(package, "fail", f"{version}, but {wanted.specifier} is needed", todo)
             continue
         try:
-            importlib.import_module(_IMPORT_FIRST.get(module, module))
+            if module == "torchvision":
+                from hsnet.torchvision_ops import ensure_importable  # which needs torch
+
+                ensure_importable()
+            importlib.import_module(module)
         except Exception as error:
             yield Finding(package, "fail", f"{version}, but importing {module} fails: {error}", "reinstall it")
         else:
@@ -109,28 +115,20 @@ def _packages() -> Iterator[Finding]:
 
 
 _IMPORT_NAMES = {"Jinja2": "jinja2", "Pillow": "PIL", "PyYAML": "yaml"}
-# Makes torchvision importable where its compiled operators do not load; no network of ours uses them.
-_IMPORT_FIRST = {"torchvision": "hsnet.torchvision_ops"}
 
 
-def _requirements() -> list[tuple[str, str]]:
-    """(package, lowest version) of every dependency, from the one place that declares them.
+def _requirements() -> list[Requirement]:
+    """Every dependency, from the one place that declares them.
 
     That is the installed package's metadata, or pyproject.toml when run from a bare checkout.
     """
     try:
-        declared = [line for line in importlib.metadata.requires(DISTRIBUTION) or () if "extra ==" not in line]
+        declared = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
-        project = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
-        block = re.search(r"^dependencies = \[\n(.*?)^\]", project, re.DOTALL | re.MULTILINE)
-        declared = re.findall(r'^\s*"([^"]+)"', block[1], re.MULTILINE) if block else []
-    found = [re.match(r"([\w.-]+)(?:\[.*?\])?.*?>=\s*([\d.]+)", line) for line in declared]
-    return [(match[1], match[2]) for match in found if match]
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: "2.13.0+cpu" -> (2, 13, 0)."""
-    return tuple(int(number) for number in re.match(r"[\d.]*", version)[0].split(".") if number)  # type: ignore[index]
+        project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))
+        declared = project["project"]["dependencies"]
+    wanted = map(Requirement, declared)
+    return [need for need in wanted if need.marker is None or need.marker.evaluate({"extra": ""})]
 
 
 def _names() -> Iterator[Finding]:
@@ -147,11 +145,11 @@ def _names() -> Iterator[Finding]:
             todo = f"pip uninstall {' '.join(others)}, then install {DISTRIBUTION} again"
             yield Finding("import names", "fail", f"'{name}' is also installed by {', '.join(others)}", todo)
         spec = importlib.util.find_spec(name)
-        place = Path(spec.origin).resolve() if spec and spec.origin else None
-        if place is None or root not in place.parents:
+        origin = Path(spec.origin).resolve() if spec and spec.origin else None
+        if origin is None or root not in origin.parents:
             trouble = True
             todo = f"run it with an environment in which only {DISTRIBUTION} provides '{name}'"
-            yield Finding("import names", "fail", f"'{name}' is imported from {place}, not from {root}", todo)
+            yield Finding("import names", "fail", f"'{name}' is imported from {origin}, not from {root}", todo)
     if not trouble:
         how = "installed" if installed else "run from the source folder"
         yield Finding("import names", "ok", f"{', '.join(OUR_NAMES)} are ours ({how}: {root})")
@@ -173,35 +171,26 @@ def _devices() -> Iterator[Finding]:
     else:
         why = f"torch {torch.__version__} sees no GPU" if torch.version.cuda else "torch is a CPU build"
         yield Finding("gpu", "warn", why, "everything works on the CPU; training at 400 px takes days there")
-    yield Finding("cpu", "ok", f"{_usable_cores():g} cores usable, {platform.machine()}")
-
-
-def _usable_cores() -> float:
-    """Cores this process may use: the scheduler's affinity, and the quota of its container."""
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return min(affinity, round(int(quota) / int(period), 2))
-    except (OSError, ValueError):  # no such file, or quota "max"
-        return affinity
+    yield Finding("cpu", "ok", f"{cores():g} cores usable, {platform.machine()}")
 
 
 def _threads() -> Iterator[Finding]:
     import torch
 
-    threads, cores = torch.get_num_threads(), _usable_cores()
+    threads, usable = torch.get_num_threads(), cores()
     detail = f"torch uses {threads}, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')}"
-    if threads > cores:
-        yield Finding("threads", "warn", f"{detail}, for {cores:g} cores", f"set OMP_NUM_THREADS={int(cores) or 1}")
+    if threads > usable:
+        yield Finding("threads", "warn", f"{detail}, for {usable:g} cores", f"set OMP_NUM_THREADS={int(usable) or 1}")
     else:
         yield Finding("threads", "ok", detail)
 
 
 def _memory() -> Iterator[Finding]:
-    available, total = _memory_bytes()
-    if available is None or total is None:
+    readable = memory()
+    if readable is None:
         yield Finding("memory", "warn", "cannot be read on this system")
         return
+    available, total = readable
     detail = f"{available / GIB:.1f} of {total / GIB:.1f} GiB available"
     if available < MEMORY_WANTED:
         todo = "use fewer --workers, a smaller --batch-size with --micro-batch, or a smaller --image-size"
@@ -210,29 +199,13 @@ def _memory() -> Iterator[Finding]:
         yield Finding("memory", "ok", detail)
 
 
-def _memory_bytes() -> tuple[int | None, int | None]:
-    """(available, total) bytes: the machine's, or the container's where that is less."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None, None
-    facts = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if len(line.split()) > 1}
-    available, total = facts.get("MemAvailable"), facts.get("MemTotal")
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):  # no cgroup v2, or no limit ("max")
-        return available, total
-    return min(available or limit, limit - used), min(total or limit, limit)
-
-
 def _disk(folder: Path) -> Iterator[Finding]:
     for name, path in (("disk", folder), ("temporary files", Path(tempfile.gettempdir()))):
-        place = next((p for p in (path.resolve(), *path.resolve().parents) if p.exists()), Path("/"))
-        free = shutil.disk_usage(place).free
-        detail = f"{free / GIB:.1f} GiB free at {place}"
-        if not os.access(place, os.W_OK):
-            yield Finding(name, "fail", f"{place} is not writable", "run from a folder that you may write to")
+        existing = next((p for p in (path.resolve(), *path.resolve().parents) if p.exists()), Path("/"))
+        free = shutil.disk_usage(existing).free
+        detail = f"{free / GIB:.1f} GiB free at {existing}"
+        if not os.access(existing, os.W_OK):
+            yield Finding(name, "fail", f"{existing} is not writable", "run from a folder that you may write to")
         elif free < DISK_WANTED:
             yield Finding(name, "warn", detail, "a ResNet-50 store at 400 px takes 10 MB an image (int8)")
         else:
@@ -294,8 +267,10 @@ def _weights() -> Iterator[Finding]:
             except WeightsError as error:
                 yield Finding(f"weights {name}", "fail", str(error), f"install {DISTRIBUTION} again")
             continue
-        from hsnet import torchvision_ops  # noqa: F401  (must run before torchvision is imported)
-        from torchvision.models import get_model_weights  # isort: skip
+        from hsnet.torchvision_ops import ensure_importable
+
+        ensure_importable()
+        from torchvision.models import get_model_weights
 
         file = cache / Path(get_model_weights(name)[weights.PUBLISHED].url).name
         if file.is_file():

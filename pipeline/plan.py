@@ -1,7 +1,7 @@
-"""What a data set will take, told beforehand: bytes, seconds per stage, and what fits into memory.
+"""The plan stage: what a data set will take, bytes of its store, seconds of every stage, and what fits into memory.
 
-Bytes follow from the shapes. Seconds come from a short calibration: a few of the data set's own photos go through what
-extraction, training and evaluation do, on the device that is asked about.
+Bytes follow from the shapes. Seconds are measured: a few of the data set's own photos go through what extraction,
+training and evaluation do, on the device that is asked about.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hsnet.backbone import Backbone
 from hsnet.errors import ConfigError, DataError
 from hsnet.fused import FusedHSNet
 from hsnet.loss import episode_losses
 from hsnet.model import HSNet, predict_mask, resize_logits
 from pipeline.common.runner import one_torch_thread
 from pipeline.datasets import Dataset
-from pipeline.datasets.images import network_image, resize_label
+from pipeline.datasets.images import resize_label
 from pipeline.features.backbones import Reading, new_recipe, open_backbone
 from pipeline.features.budgeted import TransformCodec, fit_layers, unit_vectors
 from pipeline.features.fitting import nominal_recipe
+from pipeline.features.forward import PhotoNetwork
 from pipeline.features.precision import encode
 from pipeline.features.recipe import Recipe
 from pipeline.features.weights import Weights
 from pipeline.loading.resident import SHARE, free_on
 from pipeline.store.arrays import image_nbytes
 
-BATCH = 20
-"""Episodes of a training step that is spoken of."""
+STEP_EPISODES = 20
+"""Episodes of the training step that is told; `_TRAINED_AT_ONCE` of them are measured."""
 _TRAINED_AT_ONCE = 2
 
 
 @dataclass(frozen=True)
-class Forecast:
+class Costs:
     """What a store takes to make, hold and use. Seconds are of this machine as busy as it was."""
 
     images: int
     bytes_per_image: int
-    """At most: label maps count as if they did not compress."""
+    """Upper bound: label maps count as if they did not compress."""
     bytes: int
     disk_free: int
     memory_free: int
@@ -54,25 +54,25 @@ class Forecast:
     """The same of the GPU asked about, beside what training takes; None on a CPU."""
     measured_images: int
     seconds_per_image: dict[str, float]
-    """Of extraction on one worker: read (decode and resize), backbone, encode, write."""
+    """Parts of extraction on one worker: read (decode and resize), backbone, encode, write."""
     workers: int
     extract_seconds: float
-    """With so many workers, if each has a core or a GPU of its own."""
+    """Extraction by so many workers, if each has a core or a GPU of its own."""
     train_seconds_per_step: float
-    """A step of `BATCH` one-shot episodes, features in memory."""
+    """A step of `STEP_EPISODES` one-shot episodes, features in memory."""
     evaluate_seconds_per_episode: float
     """One-shot, on one worker, features in memory."""
 
     @property
     def fits(self) -> dict[str, bool]:
-        """Where the whole store fits: disk, memory and device."""
+        """Whether the whole store fits: disk, memory and device."""
         rooms = {"disk": self.disk_free, "memory": self.memory_free}
         if self.device_free is not None:
             rooms["device"] = self.device_free
         return {place: self.bytes <= room for place, room in rooms.items()}
 
 
-def forecast(
+def measure_costs(
     dataset: Dataset,
     weights: Weights,
     image_size: int,
@@ -84,7 +84,7 @@ def forecast(
     device: str = "cpu",
     sample: int = 4,
     reading: Reading = Reading(),  # noqa: B008  (frozen)
-) -> Forecast:
+) -> Costs:
     """Measure `sample` photos of the data set and say what all of them will take.
 
     Args:
@@ -102,22 +102,22 @@ def forecast(
     recipe.require_trainable()
     index = dataset.index
     nbytes = image_nbytes(nominal_recipe(recipe, bytes_per_image) if bytes_per_image is not None else recipe, index)
-    backbone = open_backbone(recipe, weights).to(device)
+    network = PhotoNetwork(open_backbone(recipe, weights), image_size, device)
     with one_torch_thread():
-        photos = _Photos(recipe, bytes_per_image)
-        seconds = photos.extract(dataset, backbone, folder, device, sample)
-        evaluate = _seconds(photos.evaluation(), device)
-    train = _seconds(photos.training(), device) * BATCH / _TRAINED_AT_ONCE
+        calibration = _Calibration(recipe, bytes_per_image)
+        seconds = calibration.extract(dataset, network, folder, device, sample)
+        evaluate = _seconds(calibration.evaluation(), device)
+    train = _seconds(calibration.training(), device) * STEP_EPISODES / _TRAINED_AT_ONCE
     images = len(index.images)
     alone = sum(seconds.values())
-    return Forecast(
+    return Costs(
         images=images,
         bytes_per_image=nbytes,
         bytes=images * nbytes,
         disk_free=shutil.disk_usage(folder).free,
         memory_free=int(SHARE * free_on("cpu")),
         device_free=int(SHARE * free_on(device)) if device.startswith("cuda") else None,
-        measured_images=len(photos.masks),
+        measured_images=len(calibration.masks),
         seconds_per_image=seconds,
         workers=workers,
         extract_seconds=images * alone / max(1, workers),
@@ -126,20 +126,22 @@ def forecast(
     )
 
 
-class _Photos:
-    """The photos that are measured, and what is done with them."""
+class _Calibration:
+    """A few photos: timed through extraction, and kept as it stores them to time an evaluation and a training step."""
 
     def __init__(self, recipe: Recipe, bytes_per_image: int | None) -> None:
         self.recipe, self.budget = recipe, bytes_per_image
         self.codec: TransformCodec | None = None
         self.levels: list[Tensor] = []
-        """As they are stored, of the photos that could be read."""
+        """Levels as they are stored, of the photos that could be read."""
         self.masks: Tensor
 
-    def extract(self, dataset: Dataset, backbone: Backbone, folder: Path, device: str, sample: int) -> dict[str, float]:
+    def extract(
+        self, dataset: Dataset, network: PhotoNetwork, folder: Path, device: str, sample: int
+    ) -> dict[str, float]:
         """Seconds per photo of each part."""
-        count, size = len(dataset.index.images), self.recipe.image_size
-        chosen = sorted({count * place // sample for place in range(sample)})
+        count, side = len(dataset.index.images), (network.image_size, network.image_size)
+        chosen = sorted({count * number // sample for number in range(sample)})
         clock = {"read": 0.0, "backbone": 0.0, "encode": 0.0, "write": 0.0}
         encoded: list[list[Tensor]] = []
         masks = []
@@ -147,12 +149,12 @@ class _Photos:
             for turn, image in enumerate([chosen[0], *chosen]):  # the first one twice: once to warm up
                 start = time.perf_counter()
                 try:
-                    photo = torch.from_numpy(network_image(dataset.image(image), size, backbone.mean, backbone.std))
-                    label = resize_label(dataset.label(image), (size, size))
+                    pixels = network.pixels(dataset.image(image))
+                    label = resize_label(dataset.label(image), side)
                 except (DataError, OSError):
                     continue
                 read = time.perf_counter()
-                features = backbone(photo[None].to(device))
+                features = network.levels([pixels])
                 _wait(device)
                 computed = time.perf_counter()
                 if self.budget is not None and self.codec is None:

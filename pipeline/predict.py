@@ -25,13 +25,13 @@ from hsnet.fused import FusedHSNet
 from hsnet.fusion import foreground, fuse
 from hsnet.model import HSNet, resize_logits
 from pipeline.common import render
-from pipeline.datasets.images import PHOTO_SUFFIXES, network_image, read_photo, resize_label
-from pipeline.datasets.own_support import Support, read_support
+from pipeline.common.files import whole
+from pipeline.datasets.images import PHOTO_SUFFIXES, read_photo, resize_label
+from pipeline.datasets.own_support import AnnotatedPhoto, read_support
 from pipeline.features.backbones import open_backbone, same_reading
+from pipeline.features.forward import PhotoNetwork
 from pipeline.features.weights import Weights
 from pipeline.heads.checkpoint import Checkpoint
-
-log = logging.getLogger(__name__)
 
 log = logging.getLogger(__name__)
 
@@ -80,22 +80,19 @@ class Predictor:
     """
 
     def __init__(self, learner: HSNet, backbone: Backbone, image_size: int, device: torch.device | str = "cpu") -> None:
-        self.device = torch.device(device)
-        self.learner = FusedHSNet(learner.to(self.device).eval())
-        self.backbone = backbone.to(self.device)
-        self.image_size = image_size
+        self.network = PhotoNetwork(backbone, image_size, device)
+        self.learner = FusedHSNet(learner.to(self.network.device).eval())
 
     @torch.inference_mode()
     def encode(self, photo: Image.Image) -> list[Tensor]:
         """Levels of one photo, shallow to deep, each (1, L, H, W, C) float32."""
-        pixels = torch.from_numpy(network_image(photo, self.image_size, self.backbone.mean, self.backbone.std))
-        return list(self.backbone(pixels[None].to(self.device)))
+        return self.network([photo])
 
-    def encode_support(self, support: Support) -> EncodedSupport:
+    def encode_support(self, support: AnnotatedPhoto) -> EncodedSupport:
         """Features and network-size mask of a support; to be computed once and used for any number of queries."""
-        side = (self.image_size, self.image_size)
+        side = (self.network.image_size, self.network.image_size)
         mask = torch.from_numpy(np.ascontiguousarray(resize_label(support.mask.astype(np.uint8), side)))
-        return EncodedSupport(self.encode(support.photo), mask[None].to(self.device))
+        return EncodedSupport(self.encode(support.photo), mask[None].to(self.network.device))
 
     @torch.inference_mode()
     def segment(
@@ -114,10 +111,10 @@ class Predictor:
         # One support after the other: memory stays that of one shot, whatever the number of supports.
         contexts = torch.stack([self.learner.encode(query, support.levels, support.mask) for support in supports])
         if fusion == "joint":
-            found = foreground(resize_logits(self.learner.joint(contexts), size), tau)
+            masks = foreground(resize_logits(self.learner.joint(contexts), size), tau)
         else:
-            found = fuse(torch.stack([self.learner.decode(context) for context in contexts]), size, fusion, tau)
-        mask: NDArray[np.bool_] = found[0].cpu().numpy().astype(bool)
+            masks = fuse(torch.stack([self.learner.decode(context) for context in contexts]), size, fusion, tau)
+        mask: NDArray[np.bool_] = masks[0].cpu().numpy().astype(bool)
         return mask
 
 
@@ -192,7 +189,7 @@ def list_queries(paths: Iterable[Path]) -> list[Path]:
     Raises:
         DataError: a path does not exist, or a folder holds no photo. Says what suffixes count.
     """
-    found: list[Path] = []
+    queries: list[Path] = []
     for path in paths:
         if path.is_dir():
             photos = sorted(p for p in path.iterdir() if p.suffix.lower() in PHOTO_SUFFIXES and p.is_file())
@@ -201,12 +198,12 @@ def list_queries(paths: Iterable[Path]) -> list[Path]:
                 raise DataError(
                     f"The folder {path} holds no photo ({', '.join(PHOTO_SUFFIXES)}); subfolders are not searched"
                 )
-            found += photos
+            queries += photos
         elif path.exists():
-            found.append(path)
+            queries.append(path)
         else:
             raise DataError(f"The query {path} does not exist")
-    return found
+    return queries
 
 
 def _without_masks(photos: list[Path]) -> list[Path]:
@@ -254,12 +251,5 @@ def _check_out_dir(out_dir: Path, queries: Sequence[Path]) -> None:
 
 
 def _save(picture: Image.Image, path: Path) -> None:
-    """Write and rename, so that no half-written file is left and a link of that name is replaced, not followed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            picture.save(file, format="PNG" if path.suffix == ".png" else "JPEG", quality=90)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with whole(path) as partial:
+        picture.save(partial, format="PNG" if path.suffix == ".png" else "JPEG", quality=90)

@@ -25,10 +25,10 @@ import scipy.io
 from PIL import Image
 
 from hsnet.errors import ConfigError, DataError
+from pipeline.common.files import replace_text, whole
 from pipeline.datasets.images import class_label, image_size, read_index_mask, require_same_size
-from pipeline.datasets.index import image_id_problem
 from pipeline.datasets.instances import InstanceMasks
-from pipeline.datasets.listing import require_files
+from pipeline.datasets.listing import read_image_names, require_files
 
 VOC_TRAIN_AUG = 10_582
 VOC_VAL = 1_449
@@ -37,14 +37,6 @@ COCO_CATEGORIES = 80
 COUNT_RULES = ("warn", "fail")
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Given to `on_event` after every mask."""
-
-    done: int
-    total: int
 
 
 @dataclass(frozen=True)
@@ -69,7 +61,7 @@ def prepare_voc(
     out: Path | None = None,
     *,
     counts: str = "warn",
-    on_event: Callable[[Progress], None] | None = None,
+    on_event: Callable[[int, int], None] | None = None,
 ) -> PrepareSummary:
     """Make SegmentationClassAug: VOC's own masks, and SBD's for images without one.
 
@@ -81,7 +73,7 @@ def prepare_voc(
         sbd: SBD's folder (benchmark_RELEASE), or its `dataset` folder.
         out: tree to write into; None is `voc` itself. Another tree gets a link to VOC's photos.
         counts: what other numbers than the published ones do: "warn" or "fail" (nothing is written then).
-        on_event: called with `Progress` after every mask.
+        on_event: called with (masks done, masks in all) after every mask.
 
     Raises:
         DataError: a source is missing or broken, a mask does not fit its photo, or other counts with "fail".
@@ -91,18 +83,20 @@ def prepare_voc(
     _require_rule(counts)
     tree = _folder(voc, ("JPEGImages",), "", "VOC2012", "VOCdevkit/VOC2012")
     extra = _folder(sbd, ("cls",), "", "dataset", "benchmark_RELEASE/dataset") / "cls"
-    own = {path.stem: path for path in sorted((tree / "SegmentationClass").glob("*.png"))}
-    other = {path.stem: path for path in sorted(extra.glob("*.mat"))}
-    if not own or not other:
-        raise DataError(f"No masks: {len(own)} PNG in {tree / 'SegmentationClass'}, {len(other)} .mat in {extra}.")
+    voc_masks = {path.stem: path for path in sorted((tree / "SegmentationClass").glob("*.png"))}
+    sbd_masks = {path.stem: path for path in sorted(extra.glob("*.mat"))}
+    if not voc_masks or not sbd_masks:
+        raise DataError(
+            f"No masks: {len(voc_masks)} PNG in {tree / 'SegmentationClass'}, {len(sbd_masks)} .mat in {extra}."
+        )
     photos = {path.stem for path in (tree / "JPEGImages").glob("*.jpg")}
-    without = sorted((set(own) | set(other)) - photos)
-    names = sorted((set(own) | set(other)) & photos)
-    val = _lines(tree / "ImageSets" / "Segmentation" / "val.txt")
+    without = sorted((set(voc_masks) | set(sbd_masks)) - photos)
+    names = sorted((set(voc_masks) | set(sbd_masks)) & photos)
+    val = read_image_names(tree / "ImageSets" / "Segmentation" / "val.txt")
     train = sorted(set(names) - set(val))
     require_files([f"{name}.png" for name in val], tree / "SegmentationClass", "masks of val.txt")
-    found = {"train_aug": (len(train), VOC_TRAIN_AUG), "val": (len(val), VOC_VAL)}
-    notes = _check_counts(found, counts, "VOC2012 with SBD")
+    counted = {"train_aug": (len(train), VOC_TRAIN_AUG), "val": (len(val), VOC_VAL)}
+    notes = _check_counts(counted, counts, "VOC2012 with SBD")
     if without:
         notes += (f"{len(without)} masks have no photo in JPEGImages and were left out, such as {without[0]}.",)
 
@@ -110,9 +104,9 @@ def prepare_voc(
     masks = target / "SegmentationClassAug"
 
     def draw(name: str) -> np.ndarray:
-        source = own.get(name) or other[name]
-        mask = read_index_mask(source) if name in own else read_sbd_mask(source)
-        label = class_label(mask, source, range(20), np.dtype(np.uint8), ignore=name in own)
+        source = voc_masks.get(name) or sbd_masks[name]
+        mask = read_index_mask(source) if name in voc_masks else read_sbd_mask(source)
+        label = class_label(mask, source, range(20), ignore=name in voc_masks)
         photo = tree / "JPEGImages" / f"{name}.jpg"
         require_same_size(photo, image_size(photo), source, (label.shape[0], label.shape[1]))
         return label
@@ -127,7 +121,7 @@ def prepare_voc(
     if target != tree:
         _write_text(lists / "val.txt", val)
     _write_text(lists / "trainaug.txt", train)
-    return PrepareSummary(masks, found, written, kept, notes, time.monotonic() - started)
+    return PrepareSummary(masks, counted, written, kept, notes, time.monotonic() - started)
 
 
 def prepare_coco(
@@ -136,7 +130,7 @@ def prepare_coco(
     out: Path,
     *,
     counts: str = "warn",
-    on_event: Callable[[Progress], None] | None = None,
+    on_event: Callable[[int, int], None] | None = None,
 ) -> PrepareSummary:
     """Draw the masks of one instances JSON, by the rules of `pipeline.datasets.instances`.
 
@@ -149,7 +143,7 @@ def prepare_coco(
         out: folder for the masks.
         counts: what other numbers of images and categories than COCO 2014's do, if the file has the name of one
             of its two: "warn" or "fail" (nothing is written then).
-        on_event: called with `Progress` after every mask.
+        on_event: called with (masks done, masks in all) after every mask.
 
     Raises:
         DataError: the JSON or a photo is missing or broken, or other counts with "fail".
@@ -162,11 +156,11 @@ def prepare_coco(
     annotations, photos, out = Path(annotations), Path(photos), Path(out)
     instances = InstanceMasks(annotations)
     files = instances.files
-    found: dict[str, tuple[int, int]] = {}
+    counted: dict[str, tuple[int, int]] = {}
     if annotations.stem in COCO_IMAGES:
-        found["images"] = (len(files), COCO_IMAGES[annotations.stem])
-        found["categories"] = (len(instances.classes), COCO_CATEGORIES)
-    notes = _check_counts(found, counts, "COCO 2014")
+        counted["images"] = (len(files), COCO_IMAGES[annotations.stem])
+        counted["categories"] = (len(instances.classes), COCO_CATEGORIES)
+    notes = _check_counts(counted, counts, "COCO 2014")
     require_files(files, photos, "photos")
     targets = {file: out / f"{file.rpartition('.')[0] or file}.png" for file in files}
     if len(set(targets.values())) != len(targets):
@@ -181,7 +175,7 @@ def prepare_coco(
     for folder in {path.parent for path in targets.values()} | {out}:
         folder.mkdir(parents=True, exist_ok=True)
     written, kept = _write_all(targets, draw, on_event)
-    return PrepareSummary(out, found, written, kept, notes, time.monotonic() - started)
+    return PrepareSummary(out, counted, written, kept, notes, time.monotonic() - started)
 
 
 def read_sbd_mask(path: Path) -> np.ndarray:
@@ -210,7 +204,7 @@ def read_sbd_mask(path: Path) -> np.ndarray:
 def _write_all(
     targets: Mapping[str, Path],
     draw: Callable[[str], np.ndarray],
-    on_event: Callable[[Progress], None] | None,
+    on_event: Callable[[int, int], None] | None,
 ) -> tuple[int, int]:
     there: dict[Path, set[str]] = {}
     for path in targets.values():
@@ -228,7 +222,7 @@ def _write_all(
             for done, future in enumerate(waiting, kept + 1):
                 future.result()
                 if on_event is not None:
-                    on_event(Progress(done, len(targets)))
+                    on_event(done, len(targets))
         finally:
             for future in waiting:
                 future.cancel()
@@ -239,27 +233,20 @@ def _write_mask(path: Path, label: np.ndarray) -> None:
     image = Image.fromarray(label)
     if label.dtype == np.uint8:
         image.putpalette(_palette())
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        image.save(part, "PNG")
-        os.replace(part, path)
+        with whole(path) as partial:
+            image.save(partial, "PNG")
     except OSError as error:
         raise DataError(
             f"{path} cannot be written: {error}. Masks written so far are whole; run again to finish."
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _write_text(path: Path, lines: Sequence[str]) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        os.replace(part, path)
+        replace_text(path, "".join(f"{line}\n" for line in lines))
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error}.") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _link(photos: Path, link: Path) -> None:
@@ -282,23 +269,12 @@ def _palette() -> bytes:
 
 
 def _folder(root: Path, holds: tuple[str, ...], *places: str) -> Path:
-    for place in places:
-        folder = Path(root) / place if place else Path(root)
+    for inner in places:
+        folder = Path(root) / inner if inner else Path(root)
         if all((folder / name).is_dir() for name in holds):
             return folder
-    where = ", ".join(place or "." for place in places)
+    where = ", ".join(inner or "." for inner in places)
     raise DataError(f"{root} does not hold {' and '.join(holds)} (looked in {where}).")
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        names = path.read_text(encoding="utf-8").split()
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as a list of image names: {error}.") from error
-    for name in names:
-        if image_id_problem(name):
-            raise DataError(f"{path}: {name[:80]!r} cannot be an image name: {image_id_problem(name)}.")
-    return names
 
 
 def _require_rule(counts: str) -> None:
@@ -306,8 +282,8 @@ def _require_rule(counts: str) -> None:
         raise ConfigError(f"counts is '{counts}', must be one of {', '.join(COUNT_RULES)}.")
 
 
-def _check_counts(found: Mapping[str, tuple[int, int]], rule: str, what: str) -> tuple[str, ...]:
-    wrong = [f"{name} {have:,} instead of {want:,}" for name, (have, want) in found.items() if have != want]
+def _check_counts(counted: Mapping[str, tuple[int, int]], rule: str, what: str) -> tuple[str, ...]:
+    wrong = [f"{name} {have:,} instead of {want:,}" for name, (have, want) in counted.items() if have != want]
     if not wrong:
         return ()
     text = f"These are not the counts of {what}: {', '.join(wrong)}."

@@ -78,6 +78,8 @@ class SupportChoice:
 
 @dataclass(frozen=True)
 class _Work:
+    """One query with its supports, by image number."""
+
     class_id: int
     query: int
     supports: tuple[int, ...]
@@ -134,17 +136,17 @@ def choose_supports(
 
     def make_worker() -> Callable[[_Work], list[list[int]]]:
         segmenter, source = make_segmenter(), make_source()
-        return lambda one: _counts(segmenter, source, one, device)
+        return lambda pairs: _counts(segmenter, source, pairs, device)
 
     counts: dict[tuple[int, int, int], tuple[int, int]] = {}
     if on_event:
         on_event(0, len(work))
-    for done, (one, found) in enumerate((runner or SerialRunner()).map(make_worker, work), 1):
-        for support, (intersection, union) in zip(one.supports, found, strict=True):
-            counts[one.class_id, one.query, support] = intersection, union
+    for done, (pairs, totals) in enumerate((runner or SerialRunner()).map(make_worker, work), 1):
+        for support, (intersection, union) in zip(pairs.supports, totals, strict=True):
+            counts[pairs.class_id, pairs.query, support] = intersection, union
         if on_event:
             on_event(done, len(work))
-    tested = sorted({one.class_id for one in work})
+    tested = sorted({pairs.class_id for pairs in work})
     return SupportChoice(
         tuple(_summary(index, class_id, counts) for class_id in tested),
         tuple(
@@ -162,27 +164,27 @@ def choose_supports(
 
 def _shuffled(images: Sequence[int], *key: object) -> list[int]:
     order = np.argsort(philox(*key, "support choice").random_raw(len(images)), kind="stable")
-    return [images[place] for place in order]
+    return [images[i] for i in order]
 
 
 def _counts(segmenter: Segmenter, source: FeatureSource, work: _Work, device: str) -> list[list[int]]:
     """[intersection, union] of the query under every support."""
-    found: list[list[int]] = []
+    totals: list[list[int]] = []
     for first in range(0, len(work.supports), SUPPORTS_AT_ONCE):
         supports = work.supports[first : first + SUPPORTS_AT_ONCE]
         batch = load_batch(source, [Episode(work.query, supports, work.class_id)]).to(device)
         size = (batch.target.shape[1], batch.target.shape[2])
         masks = segmenter.answer(batch).masks(size)[:, 0]
         ignore = None if batch.ignore is None else batch.ignore.expand_as(masks)
-        found += count(masks, batch.target.expand_as(masks), ignore)[:, :, 1].cpu().tolist()
-    return found
+        totals += count(masks, batch.target.expand_as(masks), ignore)[:, :, 1].cpu().tolist()
+    return totals
 
 
 def _summary(index: DatasetIndex, class_id: int, counts: Mapping[tuple[int, int, int], tuple[int, int]]) -> ClassChoice:
-    mine = {(query, support): value for (c, query, support), value in counts.items() if c == class_id}
-    queries, supports = (sorted({key[side] for key in mine}) for side in (0, 1))
+    of_class = {(query, support): value for (c, query, support), value in counts.items() if c == class_id}
+    queries, supports = (sorted({key[side] for key in of_class}) for side in (0, 1))
     table = np.zeros((len(queries), len(supports), 2), np.int64)  # a photo adds nothing as its own support
-    for (query, support), value in mine.items():
+    for (query, support), value in of_class.items():
         table[queries.index(query), supports.index(support)] = value
     scores = _iou(table)
     order = np.argsort(-scores, kind="stable")
@@ -190,7 +192,7 @@ def _summary(index: DatasetIndex, class_id: int, counts: Mapping[tuple[int, int,
         class_id,
         index.classes[class_id],
         len(queries),
-        tuple(SupportScore(index.images[supports[place]], float(scores[place])) for place in order),
+        tuple(SupportScore(index.images[supports[i]], float(scores[i])) for i in order),
         float(scores.mean()),
         float(scores.std()),
         index.images[supports[order[0]]],

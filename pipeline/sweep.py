@@ -12,20 +12,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import GenericAlias
+from typing import Any, get_type_hints
 
 from hsnet.errors import ConfigError, DataError, HSNetError
 from pipeline.analyze import Score, analyze
+from pipeline.common.fields import read_choice
 from pipeline.common.files import write_table
 from pipeline.common.runner import Runner, SerialRunner
 from pipeline.episodes.protocols import Protocol
-from pipeline.evaluate import evaluate
-from pipeline.heads import methods
-from pipeline.heads.checkpoint import load_checkpoint
-from pipeline.heads.config import RunConfig, skipped_digest
+from pipeline.evaluate.plan import EvaluationPlan
+from pipeline.evaluate.stage import evaluate
+from pipeline.heads.catalogue import trained
+from pipeline.heads.config import RunConfig
 from pipeline.loading.source import StoreSource
 from pipeline.scores.rows import read_results
-from pipeline.train import fit
+from pipeline.train import Event, fit
 
 _DECIDED = {"fold", "recipe", "data", "skipped", "learner"}
 
@@ -35,7 +37,7 @@ class Case:
     """One configuration to train and to test."""
 
     name: str
-    """Of its run directory, and with `.parquet` of its rows."""
+    """Name of its run directory, and with `.parquet` of its rows."""
     configuration: str
     """The name without the fold: cases with one are averaged over folds."""
     store: str
@@ -81,32 +83,15 @@ class Sweep:
         return tuple(done for done in self.cases if done.rows is None)
 
 
-def parse_choice(text: str) -> tuple[str, tuple[Any, ...]]:
+def parse_axis(text: str) -> tuple[str, tuple[Any, ...]]:
     """ "learning_rate=1e-3,1e-4" -> ("learning_rate", (0.001, 0.0001)): a field of `RunConfig` and its values.
 
     Raises:
         ConfigError: no such field, one that the sweep decides, or a value of another type.
     """
-    kinds = {
-        item.name: str(item.type)
-        for item in fields(RunConfig)
-        if item.name not in _DECIDED and str(item.type) in ("int", "float", "str", "bool")
-    }
-    name, equals, values = text.partition("=")
-    if not equals or name not in kinds:
-        raise ConfigError(f"'{text}' is not CHOICE=VALUE with a choice of {', '.join(kinds)}.")
-    words = {"true": True, "yes": True, "false": False, "no": False}
-    readers: dict[str, Callable[[str], Any]] = {
-        "int": int,
-        "float": float,
-        "str": str,
-        "bool": lambda word: words[word.lower()],
-    }
-    try:
-        return name, tuple(dict.fromkeys(readers[kinds[name]](value.strip()) for value in values.split(",")))
-    except (ValueError, KeyError):
-        wanted = {"int": "whole numbers", "float": "numbers", "bool": "yes or no"}[kinds[name]]
-        raise ConfigError(f"{name} must be {wanted}, got '{values}'.") from None
+    declared = {name: kind for name, kind in get_type_hints(RunConfig).items() if name not in _DECIDED}
+    name, values = read_choice(text, {name: GenericAlias(tuple, (kind, ...)) for name, kind in declared.items()})
+    return name, tuple(dict.fromkeys(values))
 
 
 def make_cases(
@@ -145,9 +130,9 @@ def sweep(
     *,
     runner: Runner | None = None,
     device: str = "cpu",
-    stop: Callable[[], bool] = lambda: False,
     on_case: Callable[[CaseDone], None] | None = None,
-    on_step: Callable[[Case, Any], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    on_step: Callable[[Case, Event], None] | None = None,
 ) -> Sweep:
     """Train and test every case, and put the results together.
 
@@ -157,9 +142,10 @@ def sweep(
         open_source: opens a store, in any process; must be picklable for Ray.
         protocol: how each best checkpoint is tested.
         runner: with several workers, as many cases are trained at a time, each in one process.
-        stop: asked before every training step; the case is saved, and the rest is left for another call. Not heard by
-            workers on Ray.
-        on_case: called when a case is done. on_step: with the case and a training event, in this process only.
+        on_case: called when a case is done.
+        stop, on_step: called where a case is trained, so only to be given with a runner that works in this process.
+            `stop` is asked before every training step: when it is True the case is saved, and the rest is left for
+            another call. `on_step` gets the case and its training events.
 
     Raises:
         ConfigError: `protocol` asks for original size, which a sweep does not read masks for.
@@ -170,24 +156,17 @@ def sweep(
             "or choose another protocol (--protocol, or --set resolution=network). Nothing was trained."
         )
     runner = runner or SerialRunner()
-    alone = isinstance(runner, SerialRunner)
-    listener = on_step if alone else None
-    make_worker = partial(_worker, open_source, out, protocol, device, stop if alone else _never, listener)
+    make_worker = partial(_worker, open_source, out, protocol, device, stop=stop, on_step=on_step)
     done: list[CaseDone] = []
     for case, result in runner.map(make_worker, cases):
         assert case == result.case
         done.append(result)
         if on_case:
             on_case(result)
-        if alone and stop():
+        if stop():
             break
-    order = {case.name: place for place, case in enumerate(cases)}
-    done.sort(key=lambda one: order[one.case.name])
+    done.sort(key=lambda case_done: cases.index(case_done.case))
     return Sweep(tuple(done), tuple(_configurations(done)))
-
-
-def _never() -> bool:
-    return False
 
 
 def _worker(
@@ -195,13 +174,14 @@ def _worker(
     out: Path,
     protocol: Protocol,
     device: str,
+    *,
     stop: Callable[[], bool],
-    on_step: Callable[[Case, Any], None] | None,
+    on_step: Callable[[Case, Event], None] | None,
 ) -> Callable[[Case], CaseDone]:
     def run(case: Case) -> CaseDone:
         run_dir = out / case.name
         try:
-            return _run_case(case, open_source(case.store), run_dir, protocol, device, stop, on_step)
+            return _run_case(case, open_source(case.store), run_dir, protocol, device, stop=stop, on_step=on_step)
         except HSNetError as error:
             return CaseDone(case, run_dir, None, 0, False, str(error))
 
@@ -214,45 +194,21 @@ def _run_case(
     run_dir: Path,
     protocol: Protocol,
     device: str,
+    *,
     stop: Callable[[], bool],
-    on_step: Callable[[Case, Any], None] | None,
+    on_step: Callable[[Case, Event], None] | None,
 ) -> CaseDone:
-    config = RunConfig(
-        **{
-            "fold": case.fold,
-            "recipe": source.recipe,
-            "data": source.index.digest,
-            "skipped": skipped_digest([source.index.images[image] for image in source.skipped]),
-            "steps": 10_000,
-            **case.choices,
-        }
-    )
+    config = RunConfig.of(source, fold=case.fold, **{"steps": 10_000, **case.choices})
     fitted = fit(config, source, run_dir, device=device, stop=stop, on_event=on_step and partial(on_step, case))
-    trained = fitted.resumed_at < fitted.steps
+    is_new = fitted.resumed_at < fitted.steps
     if not fitted.finished:
-        return CaseDone(case, run_dir, None, fitted.steps, trained, "interrupted; the same command goes on")
+        return CaseDone(case, run_dir, None, fitted.steps, is_new, "interrupted; the same command goes on")
     rows = run_dir.with_name(f"{case.name}.parquet")
-    checkpoint = load_checkpoint(run_dir)
-    if not _tested(rows, checkpoint.digest, source.store.identity, protocol):
-        method = methods.trained(run_dir, source, device)
-        result = evaluate(
-            method.make,
-            lambda: source,
-            source.index,
-            fold=case.fold,
-            protocol=protocol,
-            skipped=tuple(source.skipped),
-            device=device,
-            store=source.store.identity,
-            checkpoint=checkpoint.digest,
-            facts={
-                "method": method.facts,
-                "recipe": source.recipe.to_dict(),
-                "paths": {"store": source.store.path, "checkpoint": str(run_dir.absolute()), "data_root": None},
-            },
-        )
-        write_table(rows, result.rows)
-    return CaseDone(case, run_dir, rows, fitted.steps, trained)
+    method = trained(run_dir, source, device)
+    if not _tested(rows, method.checkpoint, source.store.identity, protocol):
+        plan = EvaluationPlan(method=method, source=source, fold=case.fold, protocol=protocol, device=device)
+        write_table(rows, evaluate(plan).rows)
+    return CaseDone(case, run_dir, rows, fitted.steps, is_new)
 
 
 def _tested(rows: Path, checkpoint: str, store: str, protocol: Protocol) -> bool:
@@ -260,25 +216,25 @@ def _tested(rows: Path, checkpoint: str, store: str, protocol: Protocol) -> bool
     if not rows.exists():
         return False
     try:
-        found = read_results(rows)
+        results = read_results(rows)
     except DataError:
         return False  # written anew
     return (
-        found.facts.get("checkpoint") == checkpoint
-        and found.facts.get("store") == store
-        and found.protocol.digest == protocol.digest
+        results.facts.get("checkpoint") == checkpoint
+        and results.facts.get("store") == store
+        and results.protocol.digest == protocol.digest
     )
 
 
 def _configurations(done: Sequence[CaseDone]) -> list[Configuration]:
     """Means over folds, in the order of the cases."""
-    groups: dict[str, list[CaseDone]] = {}
-    for one in done:
-        if one.rows is not None:
-            groups.setdefault(one.case.configuration, []).append(one)
-    found = []
-    for name, cases in groups.items():
-        analysis = analyze([one.rows for one in cases if one.rows is not None], sections=())
-        scores = [score for score in analysis.scores if len(cases) == 1 or score.fold is None]
-        found.append(Configuration(name, tuple(one.case.fold for one in cases), tuple(scores)))
-    return found
+    folds: dict[str, dict[int, Path]] = {}
+    for case_done in done:
+        if case_done.rows is not None:
+            folds.setdefault(case_done.case.configuration, {})[case_done.case.fold] = case_done.rows
+    configurations = []
+    for name, rows in folds.items():
+        analysis = analyze([read_results(path) for path in rows.values()], sections=())
+        scores = [score for score in analysis.scores if len(rows) == 1 or score.fold is None]
+        configurations.append(Configuration(name, tuple(rows), tuple(scores)))
+    return configurations

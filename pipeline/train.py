@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -24,14 +25,16 @@ from hsnet.model import HSNet
 from pipeline.common.lock import sole_writer
 from pipeline.common.process_group import Alone, Ranks
 from pipeline.episodes.stream import Episode, EpisodeStream
-from pipeline.evaluate import count_one_shot
 from pipeline.features.recipe import difference_lines
-from pipeline.heads.config import RunConfig, skipped_digest
-from pipeline.heads.run_dir import Progress, RunDir
+from pipeline.heads.config import RunConfig, features_of
+from pipeline.heads.run_dir import Position, RunDir
 from pipeline.heads.segmenters import LearnedSegmenter
 from pipeline.loading.batch import EpisodeBatch, prefetch
 from pipeline.loading.resident import keep
 from pipeline.loading.source import FeatureSource
+
+RECENT_STEPS = 20
+"""Steps whose mean loss a summary tells."""
 
 SAVE_SECONDS = 60
 """A killed run loses at most about this much work; an interrupted one nothing."""
@@ -63,7 +66,7 @@ Event = StepDone | Validated
 
 @dataclass(frozen=True)
 class FitSummary:
-    """What a run came to. `loss` is the mean over the last 20 steps of this call."""
+    """What a run came to. `loss` is the mean over the last `RECENT_STEPS` of this call."""
 
     steps: int
     resumed_at: int
@@ -116,26 +119,37 @@ def fit(
         if ranks.rank == 0:  # two trainings in one folder would undo each other's saves
             held.enter_context(sole_writer(run_dir))
         source = keep(source, _images(config, source), resident, device, ranks.rank, ranks.world_size)
-        progress = run.load(model, optimiser)
-        if int(ranks.sum(torch.tensor(progress.step))) != progress.step * ranks.world_size:
+        position = run.load(model, optimiser)
+        if int(ranks.sum(torch.tensor(position.step))) != position.step * ranks.world_size:
             raise CheckpointError(
                 f"The workers found different states of the run in {run_dir}. Put --run-dir on a file system that all "
                 "machines share. Nothing was changed."
             )
-        resumed_at = progress.step
-        trainer = _Trainer(config, source, run, ranks, model, optimiser, progress, stream, selection)
-        trainer.device, trainer.micro_batch = device, micro_batch or config.batch_size
-        trainer.on_event = on_event if ranks.rank == 0 else None
+        resumed_at = position.step
+        trainer = _Trainer(
+            config=config,
+            source=source,
+            run=run,
+            ranks=ranks,
+            model=model,
+            optimiser=optimiser,
+            position=position,
+            stream=stream,
+            selection=selection,
+            device=device,
+            micro_batch=micro_batch or config.batch_size,
+            on_event=on_event,
+        )
         started = time.monotonic()
         with trainer:
             finished = trainer.run_steps(stop, prefetch_depth)
     return FitSummary(
-        steps=progress.step,
+        steps=position.step,
         resumed_at=resumed_at,
         finished=finished,
         loss=trainer.recent_loss,
-        best_miou=progress.best_miou if progress.best_step >= 0 else None,
-        best_step=progress.best_step if progress.best_step >= 0 else None,
+        best_miou=position.best_miou if position.best_step >= 0 else None,
+        best_step=position.best_step if position.best_step >= 0 else None,
         seconds=time.monotonic() - started,
         run_dir=run_dir,
     )
@@ -143,12 +157,7 @@ def fit(
 
 def check_run(config: RunConfig, source: FeatureSource) -> tuple[EpisodeStream, EpisodeStream | None]:
     """The training and selection streams of a run, or the error that says why it cannot start. Writes nothing."""
-    differing = config.recipe.differences(source.recipe)
-    left_out = skipped_digest([source.index.images[image] for image in source.skipped])
-    for name, pair in (("data", (config.data, source.index.digest)), ("skipped", (config.skipped, left_out))):
-        if pair[0] != pair[1]:
-            differing[name] = pair
-    if differing:
+    if differing := config.differences(replace(config, **features_of(source))):
         raise ConfigError(
             "The run is configured for other features than those given:\n"
             f"{difference_lines(differing, 'configured', 'given')}\nNothing was changed."
@@ -165,14 +174,14 @@ def batch_numbers(step: int, batch_size: int, epoch_length: int) -> range:
     >>> [list(batch_numbers(step, 2, 5)) for step in range(4)]
     [[0, 1], [2, 3], [4], [5, 6]]
     """
-    epoch, position = divmod(step, -(-epoch_length // batch_size))
+    epoch, number = divmod(step, steps_per_epoch(batch_size, epoch_length))
     first = epoch * epoch_length
-    return range(first + position * batch_size, min(first + (position + 1) * batch_size, first + epoch_length))
+    return range(first + number * batch_size, min(first + (number + 1) * batch_size, first + epoch_length))
 
 
-def steps_per_epoch(config_batch: int, epoch_length: int) -> int:
+def steps_per_epoch(batch_size: int, epoch_length: int) -> int:
     """Optimiser steps of one pass over the training list."""
-    return -(-epoch_length // config_batch)
+    return -(-epoch_length // batch_size)
 
 
 def training_stream(config: RunConfig, source: FeatureSource) -> EpisodeStream:
@@ -203,37 +212,34 @@ def _images(config: RunConfig, source: FeatureSource) -> set[int]:
     return {image for role in roles for image, _ in source.index.split(config.fold, role).entries}
 
 
+@dataclass(kw_only=True)
 class _Trainer:
     """The loop of one rank. A class only because it shares a dozen values between its steps."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        source: FeatureSource,
-        run: RunDir,
-        ranks: Ranks,
-        model: HSNet,
-        optimiser: torch.optim.Optimizer,
-        progress: Progress,
-        stream: EpisodeStream,
-        selection: EpisodeStream | None,
-    ) -> None:
-        self.config, self.source, self.run, self.ranks = config, source, run, ranks
-        self.model, self.optimiser, self.progress = model, optimiser, progress
-        self.stream, self.selection = stream, selection
-        self.wrapped = ranks.wrap(FusedHSNet(model, config.arithmetic))
-        self.device = "cpu"
-        self.micro_batch = config.batch_size
-        self.on_event: Callable[[Event], None] | None = None
-        self.losses: list[float] = []
+    config: RunConfig
+    source: FeatureSource
+    run: RunDir
+    ranks: Ranks
+    model: HSNet
+    optimiser: torch.optim.Optimizer
+    position: Position
+    stream: EpisodeStream
+    selection: EpisodeStream | None
+    device: str
+    micro_batch: int
+    on_event: Callable[[Event], None] | None
+    losses: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
+
+    def __post_init__(self) -> None:
+        self.wrapped = self.ranks.wrap(FusedHSNet(self.model, self.config.arithmetic))
 
     def __enter__(self) -> _Trainer:
         if self.ranks.rank == 0:
             from tensorboardX import SummaryWriter
 
-            self.run.trim_metrics(self.progress.step)
+            self.run.trim_metrics(self.position.step)
             folder = str(self.run.path / "tensorboard")
-            self.board = SummaryWriter(folder, purge_step=self.progress.step + 1)
+            self.board = SummaryWriter(folder, purge_step=self.position.step + 1)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -242,13 +248,12 @@ class _Trainer:
 
     @property
     def recent_loss(self) -> float:
-        recent = self.losses[-20:]
-        return sum(recent) / len(recent) if recent else float("nan")
+        return sum(self.losses) / len(self.losses) if self.losses else float("nan")
 
     def run_steps(self, stop: Callable[[], bool], prefetch_depth: int) -> bool:
         """Steps up to `config.steps`; False if stopped before."""
-        config, progress = self.config, self.progress
-        remaining = range(progress.step, config.steps)
+        config, position = self.config, self.position
+        remaining = range(position.step, config.steps)
         parts = (part for step in remaining for part in self._parts(step))
         with closing(prefetch(self.source, parts, prefetch_depth)) as loaded:
             saved = time.monotonic()
@@ -257,11 +262,11 @@ class _Trainer:
                     self._save()
                     return False
                 loss, seconds, waited = self._step(step, loaded)
-                progress.step = step + 1
+                position.step = step + 1
                 self.losses.append(loss)
-                self._report(StepDone(progress.step, config.steps, loss, seconds, waited))
-                last = progress.step == config.steps
-                validate = self.selection is not None and (last or progress.step % config.validate_every == 0)
+                self._report(StepDone(position.step, config.steps, loss, seconds, waited))
+                last = position.step == config.steps
+                validate = self.selection is not None and (last or position.step % config.validate_every == 0)
                 if validate:
                     self._validate()
                 if validate or last or time.monotonic() - saved > SAVE_SECONDS:
@@ -313,16 +318,11 @@ class _Trainer:
         return self.ranks.world_size / batch_size if mine else 0.0
 
     def _losses(self, batch: EpisodeBatch, sync: bool, weight: float) -> Tensor:
-        def run() -> Tensor:
+        with nullcontext() if sync else self.ranks.no_sync(self.wrapped):
             logits = self.wrapped(batch.query, batch.support, batch.support_mask, batch.unit)
             losses = episode_losses(logits, batch.target, batch.ignore, self.config.boundary)
             (losses.sum() * weight).backward()
-            return losses.detach()
-
-        if sync:
-            return run()
-        with self.ranks.no_sync(self.wrapped):
-            return run()
+        return losses.detach()
 
     def _validate(self) -> None:
         assert self.selection is not None
@@ -336,21 +336,21 @@ class _Trainer:
         groups = (episodes[start : start + size] for start in range(0, len(episodes), size))
         for drawn, batch in prefetch(self.source, groups, 1):
             batch = batch.to(self.device)
-            counts = count_one_shot(segmenter.answer(batch), batch)
+            counts = segmenter.answer(batch).count(batch)
             totals += sum_by_class(counts.cpu(), [episode.class_id for episode in drawn], class_ids)
         totals = self.ranks.sum(totals)
         self.model.train()
         miou, fb_iou = mean_iou(totals), foreground_background_iou(totals)
-        better = miou > self.progress.best_miou
+        position, better = self.position, miou > self.position.best_miou
         if better:
-            self.progress.best_miou, self.progress.best_step = miou, self.progress.step
+            position.best_miou, position.best_step = miou, position.step
             if self.ranks.rank == 0:
-                self.run.save_best(self.model, self.progress.step, {"miou": miou, "fb_iou": fb_iou})
-        self._report(Validated(self.progress.step, miou, fb_iou, better))
+                self.run.save_best(self.model, position.step, {"miou": miou, "fb_iou": fb_iou})
+        self._report(Validated(position.step, miou, fb_iou, better))
 
     def _save(self) -> None:
         if self.ranks.rank == 0:
-            self.run.save(self.model, self.optimiser, self.progress)
+            self.run.save(self.model, self.optimiser, self.position)
 
     def _any_rank(self, flag: bool) -> bool:
         return bool(self.ranks.sum(torch.tensor(int(flag))) > 0)
@@ -358,14 +358,10 @@ class _Trainer:
     def _report(self, event: Event) -> None:
         if self.ranks.rank != 0:
             return
-        values = {
-            "train" if isinstance(event, StepDone) else "val": {
-                name: value for name, value in vars(event).items() if name not in ("step", "steps")
-            }
-        }
-        self.run.log({"step": event.step, **values})
-        for group, scalars in values.items():
-            for name, value in scalars.items():
-                self.board.add_scalar(f"{group}/{name}", float(value), event.step)
+        group = "train" if isinstance(event, StepDone) else "val"
+        scalars = {name: value for name, value in vars(event).items() if name not in ("step", "steps")}
+        self.run.log({"step": event.step, group: scalars})
+        for name, value in scalars.items():
+            self.board.add_scalar(f"{group}/{name}", float(value), event.step)
         if self.on_event:
             self.on_event(event)

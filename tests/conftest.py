@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 # Two OpenMP threads on shared cores are slower than one; set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,6 +16,62 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+SLOW = {
+    ".": "packaging python_api",
+    "benchmarks": "measuring pipeline published_way run store_benchmark",
+    "cli": "analyze compression demo episodes growing main_job report store_commands sweep",
+    "cluster": "crash_matrix grow",
+    "pipeline": "compare plan report report_gallery sweep",
+    "pipeline/features": "fitting",
+    "pipeline/loading": "source",
+    "pipeline/store": "export growth recompute",
+}
+"""Files that have the mark slow as a whole, by folder."""
+
+STARTERS = {"local_ray": "ray", "s3_server": "s3", "browser": "browser"}
+"""Fixtures that start something, and the mark of the tests that use them."""
+
+NO_RAY = "/dev/null/start Ray only in tests with the mark ray"
+"""Where no process can make its temporary folder."""
+
+_running: list[pytest.Item] = []
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        folder = str(item.path.parent.relative_to(ROOT / "tests"))
+        if item.path.stem.removeprefix("test_") in SLOW.get(folder, "").split():
+            item.add_marker("slow")
+        for fixture in STARTERS.keys() & set(getattr(item, "fixturenames", ())):
+            item.add_marker(STARTERS[fixture])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Ray cannot be started by a test without its mark, in whatever process."""
+    _running[:] = [item]
+    with pytest.MonkeyPatch.context() as patch:
+        if not item.get_closest_marker("ray"):
+            patch.setenv("RAY_TMPDIR", NO_RAY)
+        result = yield
+    _running.clear()
+    return result
+
+
+def _only_with_its_mark(event: str, arguments: tuple[Any, ...]) -> None:
+    """A server or a browser is started by tests with their marks only: else `make test-fast` would start it, too."""
+    if event == "socket.bind" and isinstance(arguments[1], tuple):
+        needed = ("s3", "ray")
+    elif event == "subprocess.Popen" and "chrom" in str(arguments[:2]):
+        needed = ("browser",)
+    else:
+        return
+    if _running and not any(map(_running[0].get_closest_marker, needed)):
+        raise AssertionError(f"This needs the mark {' or '.join(needed)}: {event} {arguments}")
+
+
+sys.addaudithook(_only_with_its_mark)
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +108,7 @@ def tiny_report(report_inputs, tmp_path_factory):
 
 
 def by_path(name: str) -> ModuleType:
-    """A module of tests/: tests are no package, so they cannot import it."""
+    """A module of tests/: tests are no package, so they cannot import what was not loaded before."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -58,3 +116,6 @@ def by_path(name: str) -> ModuleType:
     sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+by_path("fakes")  # for `from fakes import ...`

@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.episodes.manifest import Manifest, Row
+from pipeline.episodes.manifest import ListedEpisode, Manifest
 from pipeline.episodes.protocols import POLICIES, resolve
-from pipeline.scores.rows import COUNTS, METADATA, schema
+from pipeline.scores.rows import COUNTS, METADATA, Results, read_results, schema
 
 SIZE = 100
 """Network size of the made-up photos, pixels."""
@@ -25,7 +25,7 @@ def episodes_of(classes, n, shots, seed, images):
         class_id = classes[number % len(classes)]
         photos = random.permutation(images)[: shots + 1]
         names = [f"{class_id}/{photo}.jpg" for photo in photos]
-        rows.append(Row(names[0], tuple(names[1:]), class_id))
+        rows.append(ListedEpisode(names[0], tuple(names[1:]), class_id))
     return tuple(rows)
 
 
@@ -117,3 +117,8 @@ def write(path: Path, table: pa.Table | None = None, **choices) -> Path:
     """Rows in a file; `choices` as for `made`."""
     pq.write_table(made(**choices) if table is None else table, path)
     return path
+
+
+def read(path: Path, table: pa.Table | None = None, **choices) -> Results:
+    """The same, read back."""
+    return read_results(write(path, table, **choices))

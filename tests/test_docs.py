@@ -106,9 +106,9 @@ def test_every_option_that_is_named_exists() -> None:
 
 
 def test_every_make_target_that_is_named_exists() -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for path in DOCS:
-        named = re.findall(r"`make ([a-z]+)|^(?:\$ )?make ([a-z]+)", path.read_text(), re.MULTILINE)
+        named = re.findall(r"`make ([a-z-]+)|^(?:\$ )?make ([a-z-]+)", path.read_text(), re.MULTILINE)
         assert {a or b for a, b in named} <= targets, path.name
     readme = DOCS[0].read_text()
     assert "make demo" in readme

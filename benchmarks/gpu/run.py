@@ -32,9 +32,9 @@ from benchmarks import arithmetic, published_way, timing
 from benchmarks.inputs import OBJECT_SHARE, disc, normalised, picture
 from hsnet.backbone import FrozenBackbone, backbone_spec, random_state_dict
 from hsnet.fused import FusedHSNet
+from hsnet.fusion import vote
 from hsnet.loss import episode_losses
 from hsnet.model import HSNet, predict_mask, resize_logits
-from hsnet.vote import vote
 
 PICTURES = 16
 """Different pictures in device memory; episodes are drawn from them."""

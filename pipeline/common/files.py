@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shutil
 import stat
 import tempfile
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +19,8 @@ from hsnet.errors import DataError, StoreError
 if TYPE_CHECKING:  # imported where tables are made or read
     import pyarrow as pa
 
+PARTIAL = ".partial"
+"""End of the names of files and folders in the making."""
 _LARGEST = 1 << 20
 
 
@@ -48,22 +54,89 @@ def replace_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file so that the old or the new text is there whole, even through a power cut. Raises OSError."""
-    partial = path.with_suffix(f".{os.getpid()}.partial")
+    """Write a file so that the old or the new text is there whole. Raises OSError; the file is then as it was."""
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A name to write a file under, which becomes `path` when the block ends well, on disk with its contents by then.
+
+    Before that, and if the block raises, `path` is as it was. What a killed process leaves is `.NAME.partial` beside
+    it, in part; the next writer of `path` takes that over. A link at `path` is replaced, not followed.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    partial, descriptor = _temporary(path, folder=False)
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        os.truncate(partial, 0)
+        yield partial
+        sync(partial)
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    finally:
+        os.close(descriptor)
+    sync(path.parent)
 
 
-def sync_folder(path: Path) -> None:
-    """Force the names in a folder to disk, so that a rename survives a power cut."""
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A name to make a folder under, as `whole` for a file; nothing, or an empty folder, may be at `path`.
+
+    Raises:
+        OSError: the disk refused, or by the end a folder with something in it is at `path` (ENOTEMPTY or EEXIST).
+    """
+    partial, descriptor = _temporary(path, folder=True)
+    new = partial / path.name
+    try:
+        if new.exists():
+            shutil.rmtree(new)
+        yield new
+        for folder, _, names in os.walk(new, topdown=False):
+            for name in (*names, ""):
+                sync(Path(folder, name))
+        os.replace(new, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        os.close(descriptor)
+    sync(path.parent)
+
+
+def _temporary(path: Path, folder: bool) -> tuple[Path, int]:
+    """A file or folder beside `path` that nobody else writes, and the descriptor that says so as long as it is open.
+
+    Its name is the same each time, so that what a killed process left is found without searching the folder, and it
+    is locked (flock), so that the kernel tells the killed from the living. Beside a living writer, whose folder or
+    file it would be, the name is one of its own.
+    """
+    for name in (f".{path.name}", f".{path.name}.{uuid.uuid4().hex}"):
+        partial = path.parent / f"{name}{PARTIAL}"
+        created = True
+        try:
+            partial.mkdir() if folder else partial.touch(exist_ok=False)
+        except FileExistsError:
+            created = False
+        descriptor = os.open(partial, (os.O_RDONLY if folder else os.O_RDWR) | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A living writer may have renamed it between our open and our lock.
+            if partial.exists() and os.path.samestat(os.fstat(descriptor), partial.stat()):
+                break
+        except BlockingIOError:
+            pass
+        except OSError:
+            if created:  # in a file system without locks: who made it is alone
+                break
+        os.close(descriptor)
+    return partial, descriptor
+
+
+def sync(path: Path) -> None:
+    """Force a file, or the names in a folder, to disk, so that they survive a power cut. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -87,14 +160,11 @@ def write_table(path: Path, table: pa.Table) -> None:
     """Write a table, whole or not at all. Raises DataError if the place cannot be written."""
     import pyarrow.parquet as pq
 
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, part, compression="zstd")
-        os.replace(part, path)
+        with whole(path) as partial:
+            pq.write_table(table, partial, compression="zstd")
     except OSError as error:
-        if part.is_file():
-            part.unlink()
         raise DataError(f"Cannot write {path}: {error.strerror or error}. Nothing was left there.") from error
 
 

@@ -50,7 +50,7 @@ def sole_writer(root: Path) -> Iterator[str]:
 
 
 def still_owned(root: Path, token: str) -> bool:
-    """Whether the holder that was given `token` is still the last one.
+    """Tell whether the holder that was given `token` is still the last one.
 
     For its helper processes, which may outlive it by seconds when it is killed: they must not write into what the
     next holder is making.

@@ -21,7 +21,6 @@ Colour = tuple[int, int, int]
 GREEN: Colour = (0, 158, 115)
 VERMILION: Colour = (213, 94, 0)
 BLUE: Colour = (0, 114, 178)
-YELLOW: Colour = (240, 228, 66)
 
 TRUTH, PREDICTION = GREEN, VERMILION
 HIT, FALSE_ALARM, MISS = GREEN, VERMILION, BLUE

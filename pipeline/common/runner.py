@@ -1,8 +1,10 @@
-"""How a stage maps its work: in this process here, on Ray in `cluster.runner`, by the same contract."""
+"""How a stage maps its work: in this process here, on Ray in `cluster.runner`, by the same contract; and read-ahead."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
@@ -67,6 +69,34 @@ def in_groups(
         group = tuple(items[given : given + max(1, min(fits, fair))])
         yield group
         given += len(group)
+
+
+def read_ahead(
+    read: Callable[[T], R], items: Iterable[T], depth: int, thread: str
+) -> Generator[tuple[T, R], None, None]:
+    """Yield (item, read(item)) in order, read on a thread of that name while the caller uses what came before.
+
+    At most `depth` items are read ahead of the one in use; 0 reads each when it is asked for, without a thread. An
+    error is raised at the item it belongs to. Close it if it is not read to its end, so that reading stops.
+    """
+    if depth == 0:
+        for item in items:
+            yield item, read(item)
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix=thread) as pool:
+        waiting: deque[tuple[T, Future[R]]] = deque()
+        try:
+            for item in items:
+                waiting.append((item, pool.submit(read, item)))
+                if len(waiting) > depth:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            while waiting:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        finally:
+            for _, future in waiting:
+                future.cancel()
 
 
 @contextmanager

@@ -47,6 +47,11 @@ class Dataset(Protocol):
         ...
 
 
+def reader_of(name: str) -> str:
+    """The reader that made a data set of this name (`DatasetIndex.name` begins with it); may be none of `DATASETS`."""
+    return name.partition(" ")[0]
+
+
 def open_dataset(name: str, root: Path | None, splits: Path | None = None, **options: Any) -> Dataset:
     """Open a data set for reading.
 

@@ -22,7 +22,7 @@ from PIL import Image
 
 from hsnet.errors import ConfigError, DataError
 from pipeline.datasets.images import class_label, image_size, read_image, read_index_mask, require_same_size
-from pipeline.datasets.index import DatasetIndex, small_class_notes
+from pipeline.datasets.index import DatasetIndex, label_dtype, small_class_notes
 from pipeline.datasets.instances import InstanceMasks
 from pipeline.datasets.listing import MIN_OBJECT_SHARE, listed_classes, require_files, require_share
 from pipeline.datasets.splits import Lists, coco_lists, fold_splits, missing_notes
@@ -95,14 +95,13 @@ class Coco:
         return label
 
     def _label(self, name: str) -> np.ndarray:
-        dtype = np.dtype(np.uint16 if len(self.classes) >= 255 else np.uint8)
         if self.instances:
             side, _, file = name.partition("/")
             if side not in self.instances:
                 raise DataError(f"{name} is not in {' or '.join(self.instances)}: no annotations for it.")
-            return self.instances[side].label(file).astype(dtype)
+            return self.instances[side].label(file).astype(label_dtype(self.classes))
         path = self.root / _png(name)
-        return class_label(read_index_mask(path), path, self.classes, dtype, ignore=False, as_background=(255,))
+        return class_label(read_index_mask(path), path, self.classes, ignore=False, as_background=(255,))
 
     def _derived(self, min_share: float) -> DatasetIndex:
         listed = {side: self._listed(folder, min_share) for side, folder in SIDES.items()}
@@ -120,13 +119,13 @@ class Coco:
             if side not in self.instances:
                 return []
             masks = self.instances[side]
-            found = {f"{side}/{file}": masks.listed_classes(file, min_share) for file in masks.files}
+            classes_of = {f"{side}/{file}": masks.listed_classes(file, min_share) for file in masks.files}
         else:
             files = sorted((self.root / "annotations" / side).glob("*.png"))
             names = [f"{side}/{path.stem}.jpg" for path in files]
             classes = listed_classes(lambda i: self._label(names[i]), len(names), 255, min_share)
-            found = dict(zip(names, classes, strict=True))
-        entries = [(name, class_id) for name, class_ids in found.items() for class_id in class_ids]
+            classes_of = dict(zip(names, classes, strict=True))
+        entries = [(name, class_id) for name, class_ids in classes_of.items() for class_id in class_ids]
         return sorted(entries, key=lambda entry: (entry[1], entry[0]))
 
 
@@ -157,13 +156,13 @@ def _tree(root: Path) -> Path:
 
 def _instances(annotations: Path) -> dict[str, InstanceMasks]:
     paths = {side: annotations / f"instances_{side}.json" for side in SIDES.values()}
-    found = {side: InstanceMasks(path) for side, path in paths.items() if path.is_file()}
-    if not found:
+    instances = {side: InstanceMasks(path) for side, path in paths.items() if path.is_file()}
+    if not instances:
         raise DataError(
             f"No masks in {annotations}: neither PNG in train2014 and val2014 nor "
             f"{' or '.join(path.name for path in paths.values())}."
         )
-    return found
+    return instances
 
 
 def _common_classes(instances: Mapping[str, InstanceMasks]) -> dict[int, str]:

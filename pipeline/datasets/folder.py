@@ -59,7 +59,7 @@ from pipeline.datasets.listing import count_pixels, require_files
 MAX_FOLDS = 4
 
 Listed = tuple[tuple[int, ...], ...]
-"""For each image the classes it is listed for."""
+"""Classes that each image is listed for."""
 
 
 class Folder:
@@ -123,29 +123,29 @@ class _Masks:
             *_left_out("photos without a mask", [name for name in photos if name not in self._mask]),
             *_left_out("masks without a photo", lonely),
         )
-        found = count_pixels(lambda i: read_index_mask(self.mask_path(i)), len(self.ids))
-        self.classes = self._named(description, (set(values) for values, _ in found))
+        counts = count_pixels(lambda i: read_index_mask(self.mask_path(i)), len(self.ids))
+        self.classes = self._named(description, (set(values) for values, _ in counts))
         self.listed = tuple(
             tuple(
                 value - 1
                 for value, pixels in sorted(values.items())
                 if value - 1 in self.classes and pixels >= description.min_object_share * total
             )
-            for values, total in found
+            for values, total in counts
         )
 
-    def _named(self, description: Description, found: Iterable[set[int]]) -> dict[int, str]:
+    def _named(self, description: Description, values_of: Iterable[set[int]]) -> dict[int, str]:
         skipped = {0, 255, 65535} if self.has_ignore else {0}
         if description.classes is not None:
             skipped |= set(description.classes)
-            for i, values in enumerate(found):
+            for i, values in enumerate(values_of):
                 if values - skipped:
                     raise DataError(
                         f"{self.mask_path(i)}: mask values without a class: {sorted(values - skipped)[:5]}. Correct "
                         f"the mask, or name them under `classes` in dataset.yaml."
                     )
             return {value - 1: name for value, name in description.classes.items()}
-        numbers = sorted(set[int]().union(*found) - skipped)
+        numbers = sorted(set[int]().union(*values_of) - skipped)
         if not numbers:
             raise DataError(
                 f"The masks in {self.masks} hold no class number, only 0{' and 255' if self.has_ignore else ''}. Masks "
@@ -164,8 +164,7 @@ class _Masks:
 
     def label(self, i: int) -> np.ndarray:
         path = self.mask_path(i)
-        dtype = np.dtype(np.uint16 if max(self.classes) + 1 >= 255 else np.uint8)
-        return class_label(read_index_mask(path), path, self.classes, dtype, ignore=self.has_ignore)
+        return class_label(read_index_mask(path), path, self.classes, ignore=self.has_ignore)
 
 
 class _ClassFolders:
@@ -177,7 +176,7 @@ class _ClassFolders:
     def __init__(self, root: Path, description: Description) -> None:
         self.root = root
         pairs = {folder: _pairs(root, folder) for folder in _folders(root)}
-        empty = sorted(folder for folder, found in pairs.items() if not found)
+        empty = sorted(folder for folder, listed in pairs.items() if not listed)
         if description.classes is not None:
             names = list(description.classes.values())
             missing = [name for name in names if not pairs.get(name)]
@@ -353,8 +352,8 @@ def _listed_in(path: Path, ids: Sequence[str]) -> frozenset[int]:
 def _files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder.")
-    found = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in suffixes)
-    return sorted(path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts))
+    inside = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+    return sorted(path.as_posix() for path in inside if not any(part.startswith(".") for part in path.parts))
 
 
 def _folders(root: Path) -> list[str]:

@@ -65,7 +65,7 @@ class Fss:
         return read_image(self.root / self.index.images[i])
 
     def label(self, i: int) -> np.ndarray:
-        """As in `Dataset`. A mask may be a scaled copy of its photo (same aspect ratio); it keeps its own size."""
+        """Label map as in `Dataset`. A mask may be a scaled copy of its photo (same aspect ratio), of its own size."""
         name = self.index.images[i]
         photo, path = self.root / name, self.root / _mask(name)
         mask = read_binary_mask(path)

@@ -22,13 +22,13 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from hsnet.backbone import IMAGENET_MEAN, IMAGENET_STD
 from hsnet.errors import DataError, ShapeError
+from pipeline.datasets.index import label_dtype
 
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -202,30 +202,30 @@ def class_label(
     mask: np.ndarray,
     path: Path,
     classes: Collection[int],
-    dtype: np.dtype[Any],
     *,
     ignore: bool,
     as_background: tuple[int, ...] = (),
 ) -> np.ndarray:
     """Checked label map of a class-number mask: 0 background, class id + 1, and the largest value for "ignore".
 
+    Of the type `label_dtype(classes)`.
+
     Args:
         mask: (H, W) as `read_index_mask` gives it.
         classes: the class ids there are.
-        dtype: of the result, `DatasetIndex.label_dtype`.
         ignore: whether the mask may mark pixels to be ignored, by 255 (unless a class has that number) or 65535.
         as_background: further values that mean background.
 
     Raises:
         DataError: a value is neither; names the file, the values and how many pixels have them.
     """
+    dtype = label_dtype(classes)
     table = np.full(int(np.iinfo(mask.dtype).max) + 1, -1, np.int32)
     table[0] = 0
-    top = int(np.iinfo(dtype).max)
     for value in as_background:
         table[value] = 0
     if ignore:
-        table[[value for value in (255, 65535) if value < len(table)]] = top
+        table[[value for value in (255, 65535) if value < len(table)]] = np.iinfo(dtype).max
     for class_id in classes:
         if class_id + 1 < len(table):
             table[class_id + 1] = class_id + 1

@@ -105,8 +105,8 @@ class DatasetIndex:
 
     @property
     def label_dtype(self) -> np.dtype[Any]:
-        """uint8, or uint16 if a class needs mask value 255 or more."""
-        return np.dtype(np.uint16 if max(self.classes, default=0) + 1 >= 255 else np.uint8)
+        """Type of the label maps, see `label_dtype`."""
+        return label_dtype(self.classes)
 
     @property
     def ignore_label(self) -> int:
@@ -134,6 +134,11 @@ class DatasetIndex:
         except (ValueError, RecursionError) as error:
             raise DataError(f"The data-set index is not JSON: {error}.") from error
         return _from_raw(raw)
+
+
+def label_dtype(classes: Iterable[int]) -> np.dtype[Any]:
+    """Type of label maps of these class ids: uint8, or uint16 if a class needs mask value 255 or more."""
+    return np.dtype(np.uint16 if max(classes, default=0) + 1 >= 255 else np.uint8)
 
 
 def small_class_notes(splits: Mapping[int, Mapping[str, Split]], classes: Mapping[int, str]) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from hsnet.errors import ConfigError, DataError
+from pipeline.datasets.index import image_id_problem
 
 MIN_OBJECT_SHARE = 0.005
 """An image is listed for a class that covers at least this share of it (about 1000 pixels of a VOC photo).
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 def listed_classes(
     label: Callable[[int], np.ndarray], count: int, ignore_label: int, min_share: float
 ) -> list[tuple[int, ...]]:
-    """For label maps 0..count-1: the classes, sorted, that cover at least `min_share` (and one pixel) of the image.
+    """Classes of label maps 0..count-1, sorted, that cover at least `min_share` (and one pixel) of the image.
 
     Raises:
         ConfigError: `min_share` is no share.
@@ -38,17 +39,34 @@ def listed_classes(
 
 
 def count_pixels(mask: Callable[[int], np.ndarray], count: int) -> list[tuple[dict[int, int], int]]:
-    """For masks 0..count-1: value -> its pixels, and all pixels. One thread per core: some 10 s for VOC2012, minutes
+    """Value -> its pixels, and all pixels, of masks 0..count-1. One thread per core: some 10 s for VOC2012, minutes
     for COCO's PNG masks."""
 
     def values(i: int) -> tuple[dict[int, int], int]:
         pixels = mask(i)
-        found = np.bincount(pixels.ravel())
-        return {int(value): int(found[value]) for value in found.nonzero()[0]}, pixels.size
+        counts = np.bincount(pixels.ravel())
+        return {int(value): int(counts[value]) for value in counts.nonzero()[0]}, pixels.size
 
     log.info("Reading the classes of %d masks", count)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         return list(threads.map(values, range(count)))
+
+
+def read_image_names(path: Path) -> list[str]:
+    """The image names, one or more a line, of a list such as VOC's val.txt.
+
+    Raises:
+        DataError: it cannot be read, or a name would leave the folder of images.
+    """
+    try:
+        names = path.read_text(encoding="utf-8").split()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as a list of image names: {error}.") from error
+    for name in names:
+        problem = image_id_problem(name)
+        if problem:
+            raise DataError(f"{path}: {name[:80]!r} cannot be an image name: {problem}.")
+    return names
 
 
 def require_share(value: float, name: str) -> None:

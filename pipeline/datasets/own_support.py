@@ -30,7 +30,7 @@ _BOUNDARY = 255
 
 
 @dataclass(frozen=True)
-class Support:
+class AnnotatedPhoto:
     """A photo (RGB, turned by its EXIF tag unless the mask was drawn unturned) and its mask (H, W) bool."""
 
     photo: Image.Image
@@ -57,7 +57,7 @@ def parse_support(text: str) -> tuple[Path, Path]:
     raise ConfigError(f"--support '{text}': there is no {' and no '.join(missing)}; give PHOTO.jpg:MASK.png")
 
 
-def read_support(photo_path: Path, mask_path: Path) -> Support:
+def read_support(photo_path: Path, mask_path: Path) -> AnnotatedPhoto:
     """Read a support and check that it can guide a prediction.
 
     A mask that covers the whole photo is allowed with a warning: it says nothing of where the object ends.
@@ -72,7 +72,7 @@ def read_support(photo_path: Path, mask_path: Path) -> Support:
         raise DataError(f"The support mask {mask_path} marks no object: all its pixels count as background")
     if mask.all():
         log.warning("The support mask %s covers its whole photo: everything in it counts as object", mask_path)
-    return Support(photo, mask)
+    return AnnotatedPhoto(photo, mask)
 
 
 def read_mask(path: Path) -> NDArray[np.bool_]:

@@ -22,8 +22,8 @@ from PIL import Image
 
 from hsnet.errors import DataError
 from pipeline.datasets.images import class_label, image_size, read_image, read_index_mask, require_same_size
-from pipeline.datasets.index import DatasetIndex, image_id_problem, small_class_notes
-from pipeline.datasets.listing import MIN_OBJECT_SHARE, listed_classes, require_files
+from pipeline.datasets.index import DatasetIndex, label_dtype, small_class_notes
+from pipeline.datasets.listing import MIN_OBJECT_SHARE, listed_classes, read_image_names, require_files
 from pipeline.datasets.splits import Lists, fold_splits, missing_notes, pascal_lists
 
 FOLDS = 4
@@ -77,15 +77,14 @@ class Pascal:
 
     def _label(self, name: str) -> np.ndarray:
         path = self._mask(name)
-        dtype = np.dtype(np.uint16 if max(self.classes) + 1 >= 255 else np.uint8)
-        return class_label(read_index_mask(path), path, self.classes, dtype, ignore=True)
+        return class_label(read_index_mask(path), path, self.classes, ignore=True)
 
     def _derived(self, tree: Path, min_share: float) -> tuple[Lists, Lists, tuple[str, ...]]:
         lists = tree / "ImageSets" / "Segmentation"
-        test = sorted(set(_names(lists / "val.txt")))
+        test = sorted(set(read_image_names(lists / "val.txt")))
         held_out = set(test)
         if (lists / "trainaug.txt").is_file():
-            train = sorted(set(_names(lists / "trainaug.txt")))
+            train = sorted(set(read_image_names(lists / "trainaug.txt")))
             origin = "trainaug.txt"
         else:
             train = sorted(path.stem for path in self.masks.glob("*.png") if path.stem not in held_out)
@@ -101,10 +100,10 @@ class Pascal:
         return self._listed(train, min_share), self._listed(test, min_share), (rule,)
 
     def _listed(self, names: list[str], min_share: float) -> Lists:
-        ignore = 65535 if max(self.classes) + 1 >= 255 else 255
-        found = listed_classes(lambda i: self._label(names[i]), len(names), ignore, min_share)
+        ignore = int(np.iinfo(label_dtype(self.classes)).max)
+        class_lists = listed_classes(lambda i: self._label(names[i]), len(names), ignore, min_share)
         lists: Lists = {fold: [] for fold in range(FOLDS)}
-        for name, class_ids in zip(names, found, strict=True):
+        for name, class_ids in zip(names, class_lists, strict=True):
             for class_id in class_ids:
                 lists[_fold_of(class_id, self.classes)].append((name, class_id))
         return lists
@@ -163,17 +162,6 @@ def _mask_folder(tree: Path) -> tuple[Path, tuple[str, ...]]:
         note = "Masks from SegmentationClass: without SBD's, which `hsnet prepare voc` adds as SegmentationClassAug."
         return tree / "SegmentationClass", (note,)
     raise DataError(f"{tree} has no SegmentationClassAug; `hsnet prepare voc` makes it from VOC and SBD.")
-
-
-def _names(path: Path) -> list[str]:
-    try:
-        names = path.read_text(encoding="utf-8").split()
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as a list of image names: {error}.") from error
-    odd = next((name for name in names if image_id_problem(name)), None)
-    if odd is not None:
-        raise DataError(f"{path}: {odd[:80]!r} cannot be an image name: {image_id_problem(odd)}.")
-    return names
 
 
 def _fold_of(class_id: int, classes: Mapping[int, str]) -> int:

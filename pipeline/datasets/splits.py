@@ -151,8 +151,8 @@ def fold_splits(
     pairs: dict[Entry, Entry] = {}
 
     def entries(listed: Iterable[tuple[str, int]]) -> tuple[Entry, ...]:
-        found = ((number[image], class_id) for image, class_id in listed)
-        return tuple(pairs.setdefault(entry, entry) for entry in found)  # folds share their tuples: COCO has 840,000
+        entries = ((number[image], class_id) for image, class_id in listed)
+        return tuple(pairs.setdefault(entry, entry) for entry in entries)  # folds share their tuples: COCO has 840,000
 
     splits = {}
     for fold in sorted(trn):
@@ -197,8 +197,8 @@ def _layout(directory: Path, name: str, sides: tuple[str, ...]) -> Path:
 def _fold_files(folder: Path, suffix: str) -> dict[int, Path]:
     if not folder.is_dir():
         return {}
-    found = ((_FOLD_FILE.fullmatch(path.name), path) for path in sorted(folder.iterdir()))
-    return {int(match[1]): path for match, path in found if match and match[2] == suffix}
+    matches = ((_FOLD_FILE.fullmatch(path.name), path) for path in sorted(folder.iterdir()))
+    return {int(match[1]): path for match, path in matches if match and match[2] == suffix}
 
 
 def _pascal_file(path: Path, classes: Collection[int]) -> list[tuple[str, int]]:

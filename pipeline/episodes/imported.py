@@ -20,7 +20,7 @@ from pipeline.episodes.stream import Episode
 
 FIELDS = ("query", "supports", "class")
 MAX_BYTES = 200_000_000
-"""Of a list; 20,000 ten-shot episodes take about 10 MB."""
+"""Largest list that is read; 20,000 ten-shot episodes take about 10 MB."""
 
 
 def import_episodes(
@@ -82,14 +82,14 @@ class _Finder:
             return self._exact[name]
         parts = _parts(name)
         # "c/4.jpg" is not "b/4.jpg": a folder may be missing on either side, but never contradict.
-        found = self._ends.get("/".join(parts), []) if parts else []
+        fitting = self._ends.get("/".join(parts), []) if parts else []
         for start in range(1, len(parts)):
-            found = found or self._whole.get("/".join(parts[start:]), [])
-        if not found:
+            fitting = fitting or self._whole.get("/".join(parts[start:]), [])
+        if not fitting:
             raise DataError(f"{where}: the data set has no photo '{_shown(name)}'.")
-        if len(found) > 1:
-            raise DataError(f"{where}: '{_shown(name)}' fits {len(found)} photos of the data set. Use whole ids.")
-        return found[0]
+        if len(fitting) > 1:
+            raise DataError(f"{where}: '{_shown(name)}' fits {len(fitting)} photos of the data set. Use whole ids.")
+        return fitting[0]
 
 
 def _parts(name: str) -> list[str]:
@@ -129,10 +129,10 @@ def _class(
 def _not_listed(
     index: DatasetIndex, split: Split, fold: int, role: str, image: int, class_id: int, given: object, where: str
 ) -> str:
-    own = [c for i, c in split.entries if i == image]
-    listed = ", ".join(f"{c} '{index.classes[c]}'" for c in own) or "no class"
+    class_ids = [c for i, c in split.entries if i == image]
+    listed = ", ".join(f"{c} '{index.classes[c]}'" for c in class_ids) or "no class"
     hint = ""
-    if str(given).isdecimal() and class_id - 1 in own:
+    if str(given).isdecimal() and class_id - 1 in class_ids:
         hint = " Numbers that count from 1 need --first-class 1."
     elif class_id not in split.class_ids:
         hint = f" That class is not tested in fold {fold}; choose another --fold."

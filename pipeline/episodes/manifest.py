@@ -8,23 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from hsnet.errors import ConfigError, DataError
 from pipeline.datasets.index import DatasetIndex
-from pipeline.episodes.protocols import DRAWS, Protocol
-from pipeline.episodes.stream import Episode, EpisodeStream, reference_episodes
+from pipeline.episodes.stream import Episode
 
-FORMAT = 1
+MANIFEST_FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Row:
+class ListedEpisode:
     """One episode, photos by their ids."""
 
     query: str
@@ -47,7 +44,7 @@ class Manifest:
     role: str
     classes: Mapping[int, str]
     """Every class of the fold and role -> name, also those without an episode: they count as 0 in a mean."""
-    rows: tuple[Row, ...]
+    rows: tuple[ListedEpisode, ...]
     made: Mapping[str, Any] = field(default_factory=dict)
     """How the episodes were drawn (draw, seed, balance, ...) or where they came from. Not part of the digest."""
 
@@ -84,113 +81,23 @@ class Manifest:
             raise ConfigError(f"The manifest has {self.shots} supports per episode: it cannot give {shots} shots.")
         if shots == self.shots:
             return self
-        return replace(self, rows=tuple(Row(row.query, row.supports[:shots], row.class_id) for row in self.rows))
+        return replace(
+            self, rows=tuple(ListedEpisode(row.query, row.supports[:shots], row.class_id) for row in self.rows)
+        )
 
     @cached_property
     def digest(self) -> str:
         """ "sha256:..." of data set, fold, role and episodes: equal ones are the same test."""
-        hasher = hashlib.sha256(canonical([FORMAT, self.data, self.fold, self.role]))
+        hasher = hashlib.sha256(canonical([MANIFEST_FORMAT, self.data, self.fold, self.role]))
         for number, row in enumerate(self.rows):
             hasher.update(b"\n" + row_content(number, row))
         return "sha256:" + hasher.hexdigest()
 
     @cached_property
     def fingerprint(self) -> str:
-        """`pipeline.episodes.stream.fingerprint` of the rows: that of the published code's episodes is known."""
+        """sha256 of the lines "query support,...,support class": that of the published code's episodes is known."""
         lines = (f"{row.query} {','.join(row.supports)} {row.class_id}" for row in self.rows)
         return "sha256:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A manifest and the numbers of shots that are evaluated on it, the largest being the manifest's own."""
-
-    shots: tuple[int, ...]
-    seed: int
-    manifest: Manifest
-
-
-def make(
-    index: DatasetIndex,
-    fold: int,
-    shots: int,
-    *,
-    episodes: int = 1000,
-    seed: int = 0,
-    role: str = "test",
-    draw: str = "stream",
-    balance: str = "listed",
-    repeat_supports: bool = True,
-    skipped: Collection[int] = (),
-) -> Manifest:
-    """Draw episodes: counter-based ("stream"), or the published code's own ("reference").
-
-    Args:
-        skipped: images that cannot be used, such as those that could not be read at extraction.
-
-    Raises:
-        ConfigError: no such fold, a class with too few images, or "reference" drawing a skipped image.
-    """
-    # The protocol knows which choices go together.
-    rules = Protocol(
-        name="made",
-        episodes=episodes,
-        shots=(shots,),
-        seeds=(seed,),
-        draw=draw,
-        balance=balance,
-        repeat_supports=repeat_supports,
-        role=role,
-    )
-    if rules.draw == "reference":
-        drawn = reference_episodes(index, fold, shots, episodes, seed, role)
-        _require_there(index, drawn, skipped)
-    else:
-        stream = EpisodeStream(
-            index,
-            fold,
-            role,
-            shots,
-            seed,
-            repeat_supports=repeat_supports,
-            exclude=frozenset(skipped),
-            balance=balance,
-        )
-        drawn = [stream[number] for number in range(episodes)]
-    made = {
-        "draw": draw,
-        "episodes": episodes,
-        "seed": seed,
-        "balance": balance,
-        "repeat_supports": repeat_supports,
-        "skipped": sorted(index.images[image] for image in skipped),
-    }
-    return of_episodes(index, fold, role, drawn, made)
-
-
-def of_protocol(protocol: Protocol, index: DatasetIndex, fold: int, skipped: Collection[int] = ()) -> list[Planned]:
-    """All manifests that a protocol asks for: one per seed, and for "reference" one per number of shots."""
-    groups = [(k,) for k in protocol.shots] if protocol.draw == "reference" else [protocol.shots]
-    return [
-        Planned(
-            shots,
-            seed,
-            make(
-                index,
-                fold,
-                max(shots),
-                episodes=protocol.episodes,
-                seed=seed,
-                role=protocol.role,
-                draw=protocol.draw,
-                balance=protocol.balance,
-                repeat_supports=protocol.repeat_supports,
-                skipped=skipped,
-            ),
-        )
-        for seed in protocol.seeds
-        for shots in groups
-    ]
 
 
 def of_episodes(
@@ -198,7 +105,8 @@ def of_episodes(
 ) -> Manifest:
     """Episodes of an index as a manifest."""
     rows = tuple(
-        Row(index.images[e.query], tuple(index.images[image] for image in e.supports), e.class_id) for e in episodes
+        ListedEpisode(index.images[e.query], tuple(index.images[image] for image in e.supports), e.class_id)
+        for e in episodes
     )
     classes = {class_id: index.classes[class_id] for class_id in index.split(fold, role).class_ids}
     return Manifest(
@@ -206,7 +114,7 @@ def of_episodes(
     )
 
 
-def resolve(manifest: Manifest, index: DatasetIndex, skipped: Collection[int] = ()) -> list[Episode]:
+def episodes_in(manifest: Manifest, index: DatasetIndex, skipped: Collection[int] = ()) -> list[Episode]:
     """The manifest's episodes with the image numbers of this index.
 
     Raises:
@@ -242,73 +150,8 @@ def resolve(manifest: Manifest, index: DatasetIndex, skipped: Collection[int] = 
                     f"'{index.classes.get(row.class_id, '?')}' in fold {manifest.fold}, '{manifest.role}'."
                 )
         episodes.append(Episode(numbers[row.query], tuple(numbers[s] for s in row.supports), row.class_id))
-    _require_there(index, episodes, skipped)
+    require_there(index, episodes, skipped)
     return episodes
-
-
-@dataclass(frozen=True)
-class Balance:
-    """What a manifest is made of."""
-
-    per_class: Mapping[int, int]
-    """Class id -> episodes, for every class of the fold."""
-    queries: int
-    """Different query photos."""
-    photos: int
-    """Different photos in all."""
-    repeating: int
-    """Episodes in which a support occurs twice."""
-
-    @property
-    def empty(self) -> tuple[int, ...]:
-        """Classes without an episode: each counts as IoU 0."""
-        return tuple(class_id for class_id, count in self.per_class.items() if not count)
-
-
-def balance_of(manifest: Manifest) -> Balance:
-    """Count classes, photos and repetitions."""
-    counts = Counter(row.class_id for row in manifest.rows)
-    return Balance(
-        {class_id: counts[class_id] for class_id in sorted(manifest.classes)},
-        len({row.query for row in manifest.rows}),
-        len({image for row in manifest.rows for image in (row.query, *row.supports)}),
-        sum(len(set(row.supports)) < len(row.supports) for row in manifest.rows),
-    )
-
-
-def notes(manifest: Manifest) -> tuple[str, ...]:
-    """What a reader of a score on these episodes should know."""
-    found, balance = [], balance_of(manifest)
-    class_id, most = max(balance.per_class.items(), key=lambda item: item[1])
-    with_episodes = len(balance.per_class) - len(balance.empty)
-    if with_episodes > 1 and most >= 2 * len(manifest) / with_episodes:
-        found.append(
-            f"{most:,} of the {len(manifest):,} episodes are of class '{manifest.classes[class_id]}' "
-            f"({100 * most / len(manifest):.0f} %): FB-IoU mostly tells of it, and the other classes have wider "
-            f"intervals. Balanced episodes have the same number of each."
-        )
-    if balance.empty:
-        names = ", ".join(f"'{manifest.classes[c]}'" for c in balance.empty[:5])
-        more = f" and {len(balance.empty) - 5} more" if len(balance.empty) > 5 else ""
-        found.append(f"No episode of {names}{more}: a class without one counts as IoU 0 in the mean.")
-    if balance.repeating:
-        found.append(
-            f"{balance.repeating:,} of the {len(manifest):,} episodes show a support twice or more, as the published "
-            f"code allows."
-        )
-    return tuple(found)
-
-
-def published_name(manifest: Manifest) -> str | None:
-    """ "PASCAL fold 2, 5-shot" if these are exactly the episodes of the published evaluation, else None.
-
-    Known are PASCAL folds 0 to 3 and COCO fold 0 with 1, 5 and 10 shots (1,000 episodes), and FSS-1000 with 1 and 5
-    (2,400), computed from the published split files. Those of PASCAL folds 0 and 1 and of COCO were compared with what
-    the published code itself draws (golden f).
-    """
-    known = json.loads((Path(__file__).parent / "data" / "published_episodes.json").read_text())
-    name: str | None = known.get(manifest.fingerprint)
-    return name
 
 
 def difference(first: Manifest, second: Manifest) -> str | None:
@@ -324,30 +167,12 @@ def difference(first: Manifest, second: Manifest) -> str | None:
     return f"number of episodes: {len(first)} and {len(second)}"
 
 
-def redraw(manifest: Manifest, index: DatasetIndex) -> Manifest | None:
-    """Draw a manifest again as it says it was made; None if it was not drawn here.
-
-    Raises:
-        ConfigError, DataError: what it says cannot be done with this index.
-    """
-    made = manifest.made
-    if made.get("draw") not in DRAWS:
-        return None
-    numbers = {image_id: number for number, image_id in enumerate(index.images)}
-    try:
-        skipped = [numbers[image] for image in made["skipped"]]
-        choices = {name: made[name] for name in ("episodes", "seed", "draw", "balance", "repeat_supports")}
-    except (KeyError, TypeError) as error:
-        raise DataError(f"The manifest does not say how it was made: {error}. It cannot be drawn again.") from error
-    return make(index, manifest.fold, manifest.shots, role=manifest.role, skipped=skipped, **choices)
-
-
-def row_text(row: Row) -> str:
+def row_text(row: ListedEpisode) -> str:
     """ "query <- support, support (class 3)"."""
     return f"{row.query} <- {', '.join(row.supports)} (class {row.class_id})"
 
 
-def row_content(number: int, row: Row) -> bytes:
+def row_content(number: int, row: ListedEpisode) -> bytes:
     """The bytes of one episode that digests are taken over."""
     return canonical([number, row.query, list(row.supports), row.class_id])
 
@@ -357,7 +182,7 @@ def canonical(value: object) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
 
-def _require_there(index: DatasetIndex, episodes: Sequence[Episode], skipped: Collection[int]) -> None:
+def require_there(index: DatasetIndex, episodes: Sequence[Episode], skipped: Collection[int]) -> None:
     left_out = set(skipped)
     gone = sorted({image for e in episodes for image in (e.query, *e.supports) if image in left_out})
     if gone:

@@ -13,7 +13,7 @@ from typing import Any
 
 from hsnet.errors import DataError
 from pipeline.common.files import read_table, write_table
-from pipeline.episodes.manifest import FORMAT, Manifest, Row, canonical, row_content, row_text
+from pipeline.episodes.manifest import MANIFEST_FORMAT, ListedEpisode, Manifest, canonical, row_content, row_text
 
 _KEY = b"hsnet_manifest"
 _COLUMNS = ("episode", "class_id", "class_name", "query", "supports", "check")
@@ -52,7 +52,7 @@ def read(path: Path) -> Manifest:
     if claimed != _check(canonical(header)):
         raise DataError(f"{path}: its header was changed after it was written. Make or fetch the manifest again.")
     rows = [
-        Row(query, tuple(supports), class_id)
+        ListedEpisode(query, tuple(supports), class_id)
         for query, supports, class_id in zip(columns["query"], columns["supports"], columns["class_id"], strict=True)
     ]
     changed = [
@@ -83,17 +83,6 @@ def read(path: Path) -> Manifest:
     return manifest
 
 
-def is_manifest(path: Path) -> bool:
-    """Whether this is a Parquet file that calls itself a manifest."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return _KEY in (pq.read_schema(path).metadata or {})
-    except (OSError, pa.ArrowException):
-        return False
-
-
 def _read_parquet(path: Path) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     """The columns as lists without a null, and the header, both of the right types."""
     import pyarrow as pa
@@ -103,9 +92,9 @@ def _read_parquet(path: Path) -> tuple[dict[str, list[Any]], dict[str, Any]]:
         header = json.loads((table.schema.metadata or {})[_KEY])
     except (KeyError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is no manifest of episodes: `hsnet episodes make` writes them.") from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
+    if not isinstance(header, dict) or header.get("format") != MANIFEST_FORMAT:
         found = header.get("format") if isinstance(header, dict) else header
-        raise DataError(f"{path} is a manifest of format {found!r:.40}; this version reads format {FORMAT}.")
+        raise DataError(f"{path} is a manifest of format {found!r:.40}; this version reads format {MANIFEST_FORMAT}.")
     kinds = {"data": str, "dataset": str, "fold": int, "role": str, "classes": dict, "made": dict, "digest": str}
     wrong = [name for name, kind in {**kinds, "episodes": int}.items() if type(header.get(name)) is not kind]
     if wrong or not all(key.isdecimal() and isinstance(name, str) for key, name in header["classes"].items()):
@@ -134,7 +123,7 @@ def _alike(found: Any, wanted: Any) -> bool:
 
 def _header(manifest: Manifest) -> dict[str, Any]:
     return {
-        "format": FORMAT,
+        "format": MANIFEST_FORMAT,
         "data": manifest.data,
         "dataset": manifest.dataset,
         "fold": manifest.fold,
@@ -147,7 +136,7 @@ def _header(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _row_check(number: int, row: Row) -> str:
+def _row_check(number: int, row: ListedEpisode) -> str:
     return _check(row_content(number, row))
 
 

@@ -10,9 +10,10 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, get_type_hints
 
 from hsnet.errors import ConfigError
+from pipeline.common.fields import from_json, read_choice
 
 DRAWS = ("stream", "reference")
 BALANCES = ("listed", "class")
@@ -77,7 +78,7 @@ class Protocol:
     """Per fold, seed and number of shots."""
     shots: tuple[int, ...] = (1, 5)
     seeds: tuple[int, ...] = (0,)
-    """Of the episodes; several give several sets of episodes, so the spread between them can be told."""
+    """Seeds of the episodes; several give several sets of episodes, so the spread between them can be told."""
     draw: str = "stream"
     """ "stream": counter-based episodes, fewer shots being the first supports of more. "reference": the published
     code's own sequence, drawn anew for every number of shots."""
@@ -163,16 +164,11 @@ class Protocol:
         Raises:
             ConfigError: unknown or missing fields, a value out of range, or a digest of other values.
         """
-        known = {item.name for item in fields(cls)}
-        if not isinstance(values, Mapping) or set(values) - {"digest"} != known:
-            found = ", ".join(map(str, values)) if isinstance(values, Mapping) else type(values).__name__
-            raise ConfigError(f"A protocol has the fields {', '.join(sorted(known))}; found: {found[:200]}.")
-        given: dict[str, Any] = {
-            name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in known
-        }
-        protocol = cls(**given)
-        if values.get("digest", protocol.digest) != protocol.digest:
-            raise ConfigError(f"A protocol says digest {values['digest']}, but its values have {protocol.digest}.")
+        plain = {k: v for k, v in values.items() if k != "digest"} if isinstance(values, Mapping) else values
+        protocol = from_json(cls, plain, "A protocol", may_lack=())
+        digest = values.get("digest", protocol.digest) if isinstance(values, Mapping) else None
+        if digest != protocol.digest:
+            raise ConfigError(f"A protocol says digest {digest}, but its values have {protocol.digest}.")
         return protocol
 
     def lines(self) -> dict[str, str]:
@@ -186,43 +182,43 @@ class Protocol:
         elif self.tau != 0.5:
             fused += f" {'>' if self.strict else '>='} {self.tau:g}"
         seeds = ", ".join(map(str, self.seeds))
-        found = {
+        facts = {
             "protocol": f"{self.name} ({self.digest[:15]})",
             "episodes": f"{self.episodes:,} per fold, {drawn}, seed {seeds}, {balanced}{several}",
             "shots": f"{', '.join(map(str, self.shots))}, {fused}",
             "scored at": str(self.policy),
         }
         if self.changes:
-            found["changed"] = "; ".join(
+            facts["changed"] = "; ".join(
                 f"{k} {_text(new)} (was {_text(old)})" for k, (old, new) in self.changes.items()
             )
-        return found
+        return facts
 
     def departures(self, *, dataset: str, image_size: int, has_ignore: bool) -> tuple[str, ...]:
         """Where the data and the store cannot give what the protocol says: notes to print and to keep with a result.
 
         They do not stop an evaluation: the score is a fair one, but not the one that the protocol's name promises.
         """
-        found = []
+        notes = []
         if self.image_size is not None and image_size != self.image_size:
-            found.append(
+            notes.append(
                 f"Protocol {self.name} asks for {self.image_size} px, the store has {image_size} px: the score is not "
                 f"comparable with others of that name."
             )
         if self.draw == "reference" and dataset == "fss" and self.episodes != 2400:
-            found.append(
+            notes.append(
                 f"The published code tests FSS-1000 on all 2,400 listed photos, not on {self.episodes:,} "
                 f"(protocol hsnet-fss)."
             )
         if self.draw == "reference" and dataset not in ("pascal", "coco", "fss"):
-            found.append(
+            notes.append(
                 f"The published code knows no data set '{dataset}': its way of drawing is used on these lists."
             )
         if self.draw == "reference" and self.seeds != (0,):
-            found.append("The published code's episodes are those of seed 0; another seed gives others.")
+            notes.append("The published code's episodes are those of seed 0; another seed gives others.")
         if self.ignore and not has_ignore:
-            found.append("The data set has no ignore label: every pixel counts.")
-        return tuple(found)
+            notes.append("The data set has no ignore label: every pixel counts.")
+        return tuple(notes)
 
 
 _HSNET = Protocol(name="hsnet", shots=(1, 5), draw="reference", image_size=400)
@@ -303,28 +299,13 @@ def resolve(name: str = "default", **overrides: Any) -> Protocol:
     return replace(PROTOCOLS[name][0], **given)
 
 
-def parse_choice(text: str) -> tuple[str, Any]:
+def protocol_choice(text: str) -> tuple[str, Any]:
     """ "shots=1,5" -> ("shots", (1, 5)): a choice as it is written on a command line, for `resolve`.
 
     Raises:
         ConfigError: not of the form KEY=VALUE, no such choice, or a value of another kind.
     """
-    name, equals, value = text.partition("=")
-    kinds = {item.name: str(item.type) for item in fields(Protocol) if item.name != "name"}
-    if not equals or name not in kinds:
-        raise ConfigError(f"'{text}' is not CHOICE=VALUE with a choice of {', '.join(kinds)}.")
-    try:
-        if kinds[name].startswith("tuple"):
-            return name, tuple(int(part) for part in value.split(","))
-        if kinds[name] == "bool":
-            return name, {"true": True, "yes": True, "false": False, "no": False}[value.lower()]
-        if kinds[name].startswith("int"):
-            return name, int(value)
-        return name, float(value) if kinds[name] == "float" else value
-    except (ValueError, KeyError):
-        wanted = {"bool": "yes or no", "float": "a number", "int": "a whole number", "int | None": "a whole number"}
-        expected = wanted.get(kinds[name], "whole numbers with commas between them")
-        raise ConfigError(f"{name} must be {expected}, got '{value}'.") from None
+    return read_choice(text, {name: kind for name, kind in get_type_hints(Protocol).items() if name != "name"})
 
 
 def _plain(protocol: Protocol) -> dict[str, Any]:

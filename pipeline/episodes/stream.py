@@ -1,14 +1,12 @@
 """Episodes: which images are query and support, as a pure function of (index, fold, role, seed, number).
 
 No image is opened here and nothing is kept between two episodes, so any worker can make any episode, in any
-order, on any machine. `reference_episodes` is the exception: the published code's own sequence, which only
-exists in order.
+order, on any machine. (The published code's own sequence exists in order only: `pipeline.episodes.published`.)
 """
 
 from __future__ import annotations
 
 import bisect
-import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -86,7 +84,7 @@ class EpisodeStream:
         self._balanced = balance == "class"
         if self._balanced:  # a class that lost all its images, or never had one, cannot have its share
             self._by_class = {class_id: self._by_class.get(class_id, ()) for class_id in split.class_ids}
-        _require_images(index, fold, role, self._by_class, split, 1 if repeat_supports else shots)
+        require_images(index, fold, role, self._by_class, split, 1 if repeat_supports else shots)
         self.class_ids = tuple(sorted(self._by_class))
         self._position = {
             (class_id, image): position
@@ -166,62 +164,6 @@ def novel_images(
     return frozenset(image for image in listed if not novel.isdisjoint(classes_present(image)))
 
 
-def reference_episodes(
-    index: DatasetIndex, fold: int, shots: int, n: int = 1000, seed: int = 0, role: str = "test"
-) -> list[Episode]:
-    """The published code's own episodes: those its `test.py` draws after `fix_randseed(0)`.
-
-    Queries go through the split's list from its start (COCO: a random class, then a random image of it). Supports
-    are drawn until `shots` of them differ from the query, so they may repeat. Each draw is
-    `RandomState.choice(list, 1, replace=False)`, which shuffles the whole list to take its first: only that call
-    reproduces the sequence. Episodes for other shots are other episodes.
-
-    Source: juhongm999/hsnet @ 6b1bc12, its dataset samplers; checked against golden f.
-
-    Raises:
-        ConfigError: no such fold; a class has one image only, for which the published code never ends.
-    """
-    split = index.split(fold, role)
-    pools = _published_pools(index, split)
-    if index.query_order == "class":
-        pools = {class_id: pools.get(class_id, ()) for class_id in split.class_ids}
-    _require_images(index, fold, role, pools, split, shots=1)
-    random = np.random.RandomState(seed)
-    episodes = []
-    for number in range(n):
-        if index.query_order == "class":
-            class_id = int(random.choice(split.class_ids, 1, replace=False)[0])
-            query = int(random.choice(pools[class_id], 1, replace=False)[0])
-        else:
-            query, class_id = split.entries[number % len(split.entries)]
-        supports: list[int] = []
-        while len(supports) < shots:
-            support = int(random.choice(pools[class_id], 1, replace=False)[0])
-            if support != query:
-                supports.append(support)
-        episodes.append(Episode(query, tuple(supports), class_id))
-    return episodes
-
-
-def fingerprint(index: DatasetIndex, episodes: Iterable[Episode]) -> str:
-    """sha256 of the lines "query support,...,support class" with image ids: two equal ones are the same test."""
-    lines = (f"{index.images[e.query]} {','.join(index.images[s] for s in e.supports)} {e.class_id}" for e in episodes)
-    return "sha256:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _published_pools(index: DatasetIndex, split: Split) -> dict[int, tuple[int, ...]]:
-    pools = {class_id: images for class_id, images in split.by_class.items() if images}
-    if index.name == "fss":
-        # The query list of FSS-1000 is sorted as text (1, 10, 2, ...), its supports are drawn from range(1, 11).
-        return {c: tuple(sorted(pool, key=lambda i: _as_number(index.images[i]))) for c, pool in pools.items()}
-    return pools
-
-
-def _as_number(image_id: str) -> tuple[int, str]:
-    stem = image_id.rsplit("/", 1)[-1].split(".")[0]
-    return (int(stem) if stem.isdecimal() else 0, image_id)
-
-
 def _group(entries: Iterable[tuple[int, int]]) -> dict[int, tuple[int, ...]]:
     groups: dict[int, dict[int, None]] = {}  # a dict as an ordered set
     for image, class_id in entries:
@@ -229,7 +171,7 @@ def _group(entries: Iterable[tuple[int, int]]) -> dict[int, tuple[int, ...]]:
     return {class_id: tuple(images) for class_id, images in groups.items()}
 
 
-def _require_images(
+def require_images(
     index: DatasetIndex,
     fold: int,
     role: str,

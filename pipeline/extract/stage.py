@@ -14,28 +14,25 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from hsnet.errors import ConfigError, DataError, StoreError
+from hsnet.errors import ConfigError, StoreError
 from pipeline.common.runner import Runner, SerialRunner, in_groups
 from pipeline.datasets import Dataset
-from pipeline.extract.plan import Planned, plan_growth, plan_new, plan_store
+from pipeline.extract.plan import ExtractionPlan, mended_shards, plan_extraction, plan_store
 from pipeline.extract.worker import ShardDone, ShardWorker
 from pipeline.features.backbones import Reading, new_recipe
-from pipeline.features.fitting import Fitting, fit_codec, nominal_recipe, sample_size
-from pipeline.features.recipe import CODED, Recipe
+from pipeline.features.fitting import Fitting, fit_codec, sample_size
 from pipeline.features.weights import Weights
-from pipeline.store.attributes import read_facts
-from pipeline.store.bucket import address, location
+from pipeline.store.bucket import location
 from pipeline.store.feature_store import SHARD_IMAGES, FeatureStore
 from pipeline.store.growth import grow, make_current
-from pipeline.store.mirror import is_free, is_store, root_of
+from pipeline.store.place import place_of
 
 ON_ERROR = ("fail", "skip")
-
 
 TASK_SECONDS = 30.0
 """About how long a worker is busy with the shards it is given at a time: it writes one while it computes the next."""
 
-Event = Fitting | Planned | ShardDone
+Event = Fitting | ExtractionPlan | ShardDone
 
 
 @dataclass(frozen=True)
@@ -60,18 +57,18 @@ class ExtractSummary:
 def extract(
     dataset: Dataset,
     weights: Weights,
-    backbone: str,
+    path: str | Path,
+    *,
     image_size: int,
     precision: str,
-    path: str | Path,
-    runner: Runner | None = None,
-    on_error: str = "fail",
-    shard_images: int = SHARD_IMAGES,
-    on_event: Callable[[Event], None] | None = None,
-    device: str = "cpu",
-    bytes_per_image: int | None = None,
-    damaged: Collection[int] = (),
     reading: Reading = Reading(),  # noqa: B008  (frozen)
+    bytes_per_image: int | None = None,
+    shard_images: int = SHARD_IMAGES,
+    on_error: str = "fail",
+    damaged: Collection[int] = (),
+    runner: Runner | None = None,
+    device: str = "cpu",
+    on_event: Callable[[Event], None] | None = None,
 ) -> ExtractSummary:
     """Make the feature store of a data set, finish the one at `path`, or add the images that the data set has more.
 
@@ -79,20 +76,20 @@ def extract(
 
     Args:
         dataset: images and label maps; pickled to the workers of another process.
-        weights: of `backbone`.
+        weights: of the backbone to run.
         image_size: side of the square network input, pixels.
         precision: float32, float16 or int8; see `pipeline.features.precision.encode`. Means nothing with a budget.
-        runner: where the work is done; None is this process.
-        on_error: what to do with an image that cannot be read: "fail" stops with its name, "skip" records it in the
-            store, where it is never drawn for an episode.
-        shard_images: images per shard of a new store.
-        on_event: called here with `Planned`, then with `ShardDone` for each shard; before both with `Fitting` when a
-            codec is to be fitted.
-        device: where the backbone runs. Features of different kinds of devices differ in their last bits.
+        reading: layers and arithmetic of a network of timm's.
         bytes_per_image: budget of an image's features, kept by the budgeted codec (`pipeline.features.budgeted`), which
             is fitted first; an existing store keeps its fit.
+        shard_images: images per shard of a new store.
+        on_error: what to do with an image that cannot be read: "fail" stops with its name, "skip" records it in the
+            store, where it is never drawn for an episode.
         damaged: shards to delete and make anew, once it is known that this call can make them.
-        reading: layers and arithmetic of a network of timm's.
+        runner: where the work is done; None is this process.
+        device: where the backbone runs. Features of different kinds of devices differ in their last bits.
+        on_event: called here with `ExtractionPlan`, then with `ShardDone` for each shard; before both with `Fitting`
+            when a codec is to be fitted.
 
     Raises:
         DataError: an image cannot be read and on_error is "fail". Complete shards stay.
@@ -103,49 +100,50 @@ def extract(
     """
     if on_error not in ON_ERROR:
         raise ConfigError(f"on_error is '{on_error}'; choose one of: {', '.join(ON_ERROR)}.")
-    if weights.backbone != backbone:
-        raise ConfigError(f"These are weights of {weights.backbone}, but the backbone is {backbone}.")
-    start = time.monotonic()
+    began = time.monotonic()
     emit = on_event or (lambda event: None)
-    recipe = wanted_recipe(new_recipe(backbone, weights, image_size, precision, reading), bytes_per_image, path)
-    recipe.require_trainable()
-    if is_free(path):  # before anything is made
-        _require_space(path, plan_new(dataset.index, recipe, path, shard_images))
-    growing = plan_growth(path, recipe, dataset.index) if is_store(path) else None
-    if growing is not None:
-        _require_space(path, growing)
-        grow(root_of(path), recipe, dataset.index)
-    codec = None
-    if bytes_per_image is not None and not is_store(path):
-        emit(Fitting(sample_size(recipe, dataset.index)))
-        codec, recipe = fit_codec(dataset, weights, recipe, bytes_per_image, device, on_error == "skip")
-    store = FeatureStore.create(path, recipe, dataset.index, shard_images, codec)
+    exact = new_recipe(weights.backbone, weights, image_size, precision, reading)
+    place = place_of(path)
+    start = plan_extraction(
+        dataset, exact, place, bytes_per_image=bytes_per_image, shard_images=shard_images, damaged=damaged
+    )
+    store, recipe, codec = start.store, start.recipe, None
+    if store is None or start.plan.grown is not None:
+        _require_space(path, start.plan)  # before anything is made
+        if store is not None:
+            grow(place, recipe, dataset.index)
+        elif bytes_per_image is not None:
+            emit(Fitting(sample_size(recipe, dataset.index)))
+            codec, recipe = fit_codec(dataset, weights, recipe, bytes_per_image, device, on_error == "skip")
+        store = FeatureStore.create(place, recipe, dataset.index, shard_images, codec)
     reports: list[ShardDone] = []
     with store.writing() as token:
-        store.drop(_mended_shards(store, dataset) | set(damaged))
+        store.drop(mended_shards(store, dataset) | set(damaged))
         missing = store.missing_shards()
-        plan = replace(plan_store(store), grown=None if growing is None else growing.grown)
+        plan = replace(plan_store(store), grown=start.plan.grown)
         emit(plan)
         _require_space(path, plan)
-        make_worker = partial(ShardWorker, dataset, weights, location(path), token, recipe, on_error, device)
+        make_worker = partial(
+            ShardWorker, dataset, weights, location(path), recipe, token=token, on_error=on_error, device=device
+        )
         runner = runner or SerialRunner()
         tasks = in_groups(missing, lambda: reports[-1].seconds if reports else None, TASK_SECONDS, runner.workers)
-        for _, made in runner.map(make_worker, tasks):
-            for report in made:
+        for _, finished in runner.map(make_worker, tasks):
+            for report in finished:
                 reports.append(report)
                 emit(report)
         store.refresh()
         if store.complete:
-            make_current(store.root, store.index.digest)
+            make_current(place, store.index.digest)
     if not store.complete:
         raise StoreError(
             f"{path}: shards {store.missing_shards()[:5]} were reported as written but are not there. "
             f"Do all workers see this folder at the same path? Use a path on a shared file system."
         )
-    seconds = time.monotonic() - start
+    seconds = time.monotonic() - began
     images = sum(report.images for report in reports)
     return ExtractSummary(
-        path=store.path if address(path) else str(path),
+        path=store.path,
         images=len(store.index.images),
         skipped=tuple(store.index.images[i] for i in store.skipped),
         written_shards=len(reports),
@@ -157,39 +155,10 @@ def extract(
     )
 
 
-def wanted_recipe(exact: Recipe, bytes_per_image: int | None, path: str | Path) -> Recipe:
-    """The recipe of a store to be made or finished: with a budget it takes the fit that is in the store at `path`.
-
-    Where there is no store yet, its fit is unknown and its size about right.
-
-    Raises:
-        ConfigError: the budget cannot work.
-        StoreError: what is at `path` cannot be read.
-    """
-    if bytes_per_image is None:
-        return exact
-    stored = read_facts(root_of(path)).recipe.coding if is_store(path) else None
-    if stored is None:
-        return nominal_recipe(exact, bytes_per_image)
-    return replace(exact, precision=CODED, coding=replace(stored, bytes_per_image=bytes_per_image))
-
-
-def _require_space(path: str | Path, plan: Planned) -> None:
+def _require_space(path: str | Path, plan: ExtractionPlan) -> None:
     if plan.bytes_free is not None and plan.bytes_needed > plan.bytes_free:
         raise StoreError(
             f"{path} needs {plan.bytes_needed:,} bytes more for {plan.images - plan.images_done:,} images; "
             f"{plan.bytes_free:,} are free there. Free some space, or choose another place, a smaller precision "
             f"(int8 takes a quarter of float32) or image size. No features were written."
         )
-
-
-def _mended_shards(store: FeatureStore, dataset: Dataset) -> set[int]:
-    """Shards with a skipped image that can be read by now."""
-    mended = set()
-    for image in store.skipped:
-        try:
-            dataset.image(image), dataset.label(image)
-        except (DataError, OSError):
-            continue
-        mended.add(store.shard_of(image))
-    return mended

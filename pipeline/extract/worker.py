@@ -8,8 +8,7 @@ they work. It pays where a worker has part of another core; `make bench-pipeline
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -18,18 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from hsnet.backbone import pack_levels
 from hsnet.errors import DataError, StoreError
-from pipeline.datasets.images import Size, network_image, object_pixels, resize_label, same_aspect
+from pipeline.common.runner import read_ahead
+from pipeline.datasets.images import Size, object_pixels, resize_label, same_aspect
 from pipeline.features.backbones import open_backbone
-from pipeline.features.forward import BATCH
+from pipeline.features.forward import PhotoNetwork
 from pipeline.features.precision import encode_taps
 from pipeline.features.recipe import Recipe
 from pipeline.store.feature_store import FeatureStore
-from pipeline.store.place import still_owned
 
 if TYPE_CHECKING:
     from pipeline.datasets import Dataset
@@ -97,20 +95,17 @@ class ShardWorker:
         dataset: Dataset,
         weights: Weights,
         path: str | Path,
-        token: str,
         recipe: Recipe,
+        *,
+        token: str,
         on_error: str,
         device: str,
     ) -> None:
         self.dataset = dataset
         self.token = token
         self.skip_errors = on_error == "skip"
-        self.device = torch.device(device)
-        self.batch = BATCH["cpu" if self.device.type == "cpu" else "cuda"]
-        self.backbone = open_backbone(recipe, weights).to(self.device)
-        self.store = FeatureStore.open(
-            path, recipe, require_complete=False, index_digest=dataset.index.digest, writable=True
-        )
+        self.network = PhotoNetwork(open_backbone(recipe, weights), recipe.image_size, device)
+        self.store = FeatureStore.open(path, recipe, require_complete=False, index_digest=dataset.index.digest)
         self._packed: list[Tensor] | None = None  # the encoding thread's, used again for the next features
 
     def __call__(self, shards: Sequence[int]) -> list[ShardDone]:
@@ -130,9 +125,10 @@ class ShardWorker:
     def _make(self, shards: Sequence[int]) -> None:
         images = [image for shard in shards for image in self.store.images_in(shard)]
         # Left in reverse: reading stops, then what is computed is encoded, then it is written.
-        with _helper("write") as writer, _helper("encode") as encoder, _helper("read") as reader:
+        with _helper("write") as writer, _helper("encode") as encoder:
             writing: Future[None] | None = None
-            with closing(self._photos(images, reader)) as photos:
+            ahead = max(READ_AHEAD, self.network.batch)
+            with closing(read_ahead(self._read, images, ahead, "read")) as photos:
                 for number in shards:
                     shard = self._compute(number, photos, encoder)
                     if writing is not None:
@@ -143,35 +139,20 @@ class ShardWorker:
             if writing is not None:
                 writing.result()
 
-    def _photos(self, images: Iterable[int], reader: ThreadPoolExecutor) -> Generator[_Photo, None, None]:
-        """Photos in order, read ahead on one thread. An error is raised at the image it belongs to."""
-        waiting: deque[Future[_Photo]] = deque()
-        try:
-            for image in images:
-                waiting.append(reader.submit(self._read, image))
-                if len(waiting) > max(READ_AHEAD, self.batch):
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-
-    def _compute(self, number: int, photos: Generator[_Photo, None, None], encoder: ThreadPoolExecutor) -> _Shard:
+    def _compute(self, number: int, photos: Iterator[tuple[int, _Photo]], encoder: ThreadPoolExecutor) -> _Shard:
         images, recipe = self.store.images_in(number), self.store.recipe
         shard = _Shard(number, [np.zeros((len(images), *shape), recipe.dtype) for shape in recipe.stored_shapes()])
-        for first in range(0, len(images), self.batch):
-            group = images[first : first + self.batch]
+        for first in range(0, len(images), self.network.batch):
+            group = images[first : first + self.network.batch]
             batch = list(islice(photos, len(group)))
-            for image, photo in zip(group, batch, strict=True):
+            for image, photo in batch:
                 shard.labels.append(photo.label)
                 shard.sizes.append(photo.size)
                 shard.classes.append(photo.classes)
                 if photo.error is not None:
                     shard.skipped[image] = photo.error
             # A skipped image leaves its place in the batch black, so that its neighbours' bits stay as they are.
-            pixels = torch.from_numpy(np.stack([photo.pixels for photo in batch]))
-            taps = self.backbone.taps(pixels.to(self.device))
+            taps = self.network.taps([photo.pixels for _, photo in batch])
             shard.encoding.append(encoder.submit(self._encode, shard, group, first, taps))
             del taps  # the last ones would stay in memory during the next forward pass
             if len(shard.encoding) > ENCODE_BEHIND:
@@ -181,25 +162,25 @@ class ShardWorker:
     def _encode(self, shard: _Shard, images: Sequence[int], first: int, taps: Sequence[Tensor]) -> None:
         """Put the features of images into the shard, from row `first` on."""
         recipe, names = self.store.recipe, [self.store.index.images[image] for image in images]
-        places = [level[first : first + len(images)] for level in shard.levels]
+        targets = [level[first : first + len(images)] for level in shard.levels]
         codec = self.store.codec
         if codec is None:
-            encode_taps(taps, self.backbone.spec, recipe.precision, places, names)
+            encode_taps(taps, self.network.backbone.spec, recipe.precision, targets, names)
         else:
             if self._packed and len(self._packed[0]) != len(images):
                 self._packed = None  # the last batch of a shard may be smaller
-            self._packed = pack_levels(taps, self.backbone.spec, self._packed)
-            for place, codes in zip(places, codec.encode(self._packed, names), strict=True):
-                place[:] = codes
+            self._packed = pack_levels(taps, self.network.backbone.spec, self._packed)
+            for target, codes in zip(targets, codec.encode(self._packed, names), strict=True):
+                target[:] = codes
         for row, image in enumerate(images):
             if image in shard.skipped:
-                for place in places:
-                    place[row] = 0
+                for target in targets:
+                    target[row] = 0
 
     def _write(self, shard: _Shard) -> None:
         for done in shard.encoding:
             done.result()
-        if not still_owned(self.store.root, self.token):
+        if not self.store.place.still_owned(self.token):
             raise StoreError(f"{self.store.path} is being written by another run now. This one stopped.")
         self.store.write_shard(
             shard.number, shard.levels, np.stack(shard.labels), shard.sizes, shard.classes, shard.skipped, self.token
@@ -221,7 +202,7 @@ class ShardWorker:
                     f"(height x width)"
                 )
             return _Photo(
-                network_image(photo, size, self.backbone.mean, self.backbone.std),
+                self.network.pixels(photo),
                 resize_label(label, (size, size)),
                 (photo.height, photo.width),
                 tuple(object_pixels(label, index.ignore_label)),

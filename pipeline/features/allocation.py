@@ -73,7 +73,7 @@ def allocate(costs: Sequence[NDArray[np.float64]], positions: Sequence[int], nby
 
 
 def _starts(cost: NDArray[np.float64], price: float) -> list[int]:
-    """Where the runs of a layer start at a price per bit, and where the last one ends.
+    """Starts of a layer's runs at a price per bit, and the end of the last one.
 
     Directions join a byte until the bits that they are worth fill it.
     """

@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hsnet.errors import ConfigError, WeightsError
-from pipeline.features.backbones import wanted_names
+from pipeline.features.weight_names import wanted_names
 from pipeline.features.weights import read_file, weights_of
 
 _AROUND = ("state_dict", "model", "module", "teacher", "student", "model_ema", "ema", "backbone", "encoder", "net")

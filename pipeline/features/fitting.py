@@ -15,16 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsnet.backbone import Backbone
 from hsnet.errors import ConfigError, DataError
 from pipeline.common.philox import philox
+from pipeline.common.runner import one_torch_thread
 from pipeline.datasets import Dataset
-from pipeline.datasets.images import network_image
 from pipeline.datasets.index import DatasetIndex
 from pipeline.features.backbones import open_backbone
 from pipeline.features.budgeted import TransformCodec, fit_layers, unit_vectors
+from pipeline.features.forward import PhotoNetwork
 from pipeline.features.precision import check_levels
-from pipeline.features.recipe import CODED, Coding, Recipe
+from pipeline.features.recipe import CODED, UNKNOWN, Coding, Recipe
 from pipeline.features.weights import Weights
 
 POSITIONS = 16384
@@ -47,7 +47,7 @@ def sample_images(index: DatasetIndex, seed: int = SEED) -> list[int]:
     """Photos of the training split, every fold's, in the order in which a sample takes them."""
     listed = sorted({image for fold in index.folds for image, _ in index.split(fold, "trn").entries})
     order = np.argsort(philox(index.digest, "codec sample", seed).random_raw(len(listed)), kind="stable")
-    return [listed[place] for place in order]
+    return [listed[number] for number in order]
 
 
 def sample_size(recipe: Recipe, index: DatasetIndex) -> int:
@@ -76,14 +76,9 @@ def fit_codec(
         DataError: a photo cannot be read.
     """
     count = sample_size(recipe, dataset.index)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the same sample gives the same fit on any number of cores
-    try:
+    with one_torch_thread():  # the same sample gives the same fit on any number of cores
         samples, images = _sample(dataset, weights, recipe, count, device, skip)
-        shapes = recipe.level_shapes()
-        codec = fit_layers(samples, [shape[1] * shape[2] for shape in shapes], bytes_per_image)
-    finally:
-        torch.set_num_threads(threads)
+        codec = fit_layers(samples, [shape[1] * shape[2] for shape in recipe.level_shapes()], bytes_per_image)
     coding = Coding(
         bytes_per_image=bytes_per_image,
         images=images,
@@ -108,9 +103,8 @@ def nominal_recipe(recipe: Recipe, bytes_per_image: int) -> Recipe:
         )
     share = bytes_per_image / values
     level_bytes = tuple(max(n, int(n * shape[3] * share)) for n, shape in zip(layers, shapes, strict=True))
-    unknown = "sha256:" + "0" * 64
     coding = Coding(
-        bytes_per_image=bytes_per_image, images=0, positions=0, seed=SEED, fit=unknown, level_bytes=level_bytes
+        bytes_per_image=bytes_per_image, images=0, positions=0, seed=SEED, fit=UNKNOWN, level_bytes=level_bytes
     )
     return replace(recipe, precision=CODED, coding=coding)
 
@@ -119,10 +113,10 @@ def _sample(
     dataset: Dataset, weights: Weights, recipe: Recipe, count: int, device: str, skip: bool
 ) -> tuple[list[list[Tensor]], int]:
     """Per level and layer (n, C) unit vectors in float16, and the number of photos they come from."""
-    backbone = open_backbone(recipe, weights).to(device)
+    network = PhotoNetwork(open_backbone(recipe, weights), recipe.image_size, device)
     kept: list[list[list[Tensor]]] = []
-    for pixels, image in islice(_photos(dataset, recipe.image_size, skip, backbone), count):
-        levels = backbone(pixels[None].to(device))
+    for image, pixels in islice(_photos(dataset, network, skip), count):
+        levels = network.levels([pixels])
         for _ in check_levels(levels, [dataset.index.images[image]]):
             pass
         kept.append([_some(level[0], (dataset.index.digest, image, k), count) for k, level in enumerate(levels)])
@@ -131,10 +125,10 @@ def _sample(
     return [[torch.cat(layer) for layer in zip(*level, strict=True)] for level in zip(*kept, strict=True)], len(kept)
 
 
-def _photos(dataset: Dataset, size: int, skip: bool, backbone: Backbone) -> Iterator[tuple[Tensor, int]]:
+def _photos(dataset: Dataset, network: PhotoNetwork, skip: bool) -> Iterator[tuple[int, np.ndarray]]:
     for image in sample_images(dataset.index):
         try:
-            yield torch.from_numpy(network_image(dataset.image(image), size, backbone.mean, backbone.std)), image
+            yield image, network.pixels(dataset.image(image))
         except (DataError, OSError) as error:
             if not skip:
                 name = dataset.index.images[image]

@@ -57,22 +57,22 @@ class LevelSearch:
 
         Values are finite, and of the size of thresholds or not much beyond: coordinates of vectors of length 1.
         """
-        found = np.empty(values.shape, np.uint8)
+        codes = np.empty(values.shape, np.uint8)
         step = max(1, _BLOCK // max(1, values.shape[1]))
         for start in range(0, len(values), step):
             rows = slice(start, start + step)
-            block, out = values[rows], found[rows]
+            block, out = values[rows], codes[rows]
             bucket = self._buckets(block, rows)
             np.take(self._below, bucket, out=out, mode="clip")  # "raise" would copy
             for edges in self._edges:
                 above = (block > edges.take(bucket, mode="clip")).view(np.uint8)
                 above *= self._weights[rows]
                 out += above
-        return found
+        return codes
 
     def _buckets(self, values: NDArray[np.float32], rows: slice) -> NDArray[np.intp]:
-        place = values * self._scale[rows]
-        place += self._shift[rows]
-        np.maximum(place, self._first[rows], out=place)
-        np.minimum(place, self._last[rows], out=place)
-        return place.astype(np.int32).astype(np.intp)  # in two steps it takes half the time
+        position = values * self._scale[rows]
+        position += self._shift[rows]
+        np.maximum(position, self._first[rows], out=position)
+        np.minimum(position, self._last[rows], out=position)
+        return position.astype(np.int32).astype(np.intp)  # in two steps it takes half the time

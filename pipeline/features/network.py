@@ -6,11 +6,12 @@ With it a store of such a network opens, trains and evaluates where the program 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 
 from hsnet.backbone import Tap
 from hsnet.errors import ConfigError
+from pipeline.common.fields import from_json, require_types
 
 AUTOCAST = ("", "bfloat16", "float16")
 """Arithmetic of the network beside float32, which is ""."""
@@ -26,9 +27,17 @@ class LevelLayout:
     columns: int
     channels: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        require_types(self, "A level of the recipe's network")
+
     @property
     def grid(self) -> tuple[int, int]:
         return self.rows, self.columns
+
+    @classmethod
+    def from_dict(cls, values: object) -> LevelLayout:
+        """Read what `dataclasses.asdict` gave, by way of JSON. Raises ConfigError for anything else."""
+        return from_json(cls, values, "A level of the recipe's network")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,14 +64,14 @@ class Network:
     """Of the weights; "" if unknown. Told, not compared."""
 
     def __post_init__(self) -> None:
+        require_types(self, "The recipe's network")
         sides = [side for level in self.levels for side in level.grid]
         widths = [width for level in self.levels for width in level.channels]
         fits = (
             1 <= len(self.levels) <= _MOST_LEVELS
             and all(level.channels for level in self.levels)
-            and all(type(side) is int and 1 <= side <= _LARGEST_GRID for side in sides)
-            and all(type(width) is int and 1 <= width <= _LARGEST_WIDTH for width in widths)
-            and type(self.patch) is int
+            and all(1 <= side <= _LARGEST_GRID for side in sides)
+            and all(1 <= width <= _LARGEST_WIDTH for width in widths)
             and self.patch >= 1
         )
         if not fits:
@@ -73,8 +82,6 @@ class Network:
                 raise ConfigError(f"The recipe's network must have three numbers as {name}, got {values!r}.")
         if self.autocast not in AUTOCAST:
             raise ConfigError(f"Unknown autocast {self.autocast!r}. Choose one of: bfloat16, float16.")
-        if not (isinstance(self.source, str) and isinstance(self.licence, str)):
-            raise ConfigError(f"Source and licence of the recipe's network must be text: {self!r}.")
 
     def named(self, taps: Sequence[str]) -> tuple[Tap, ...]:
         """The taps of these names, which are as many as there are layers."""
@@ -89,16 +96,4 @@ class Network:
     @classmethod
     def from_dict(cls, values: object) -> Network:
         """Read what `to_dict` gave. Raises ConfigError for anything else."""
-        names = {f.name for f in fields(cls)}
-        if not isinstance(values, Mapping) or set(values) != names:
-            raise ConfigError(f"The recipe's network has the fields {', '.join(sorted(names))}; found: {values!r}.")
-        if not all(isinstance(values[name], list) for name in ("levels", "mean", "std")):
-            raise ConfigError(f"Levels, mean and std of the recipe's network must be lists; found: {values!r}.")
-        levels = []
-        for level in values["levels"]:
-            known = {f.name for f in fields(LevelLayout)}
-            if not isinstance(level, Mapping) or set(level) != known or not isinstance(level["channels"], list):
-                raise ConfigError(f"A level of the recipe's network has {', '.join(sorted(known))}; found: {level!r}.")
-            levels.append(LevelLayout(level["rows"], level["columns"], tuple(level["channels"])))
-        statistics = {name: tuple(values[name]) for name in ("mean", "std")}
-        return cls(**{**values, **statistics, "levels": tuple(levels)})
+        return from_json(cls, values, "The recipe's network", may_lack=())

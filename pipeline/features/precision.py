@@ -54,7 +54,7 @@ def encode(
 def encode_taps(
     taps: Sequence[Tensor], spec: TapLayout, precision: str, out: Sequence[np.ndarray], images: Sequence[str]
 ) -> None:
-    """As `encode(pack_levels(taps, spec), ...)`, to the bit, without the packed copy and straight to its place.
+    """Encode as `encode(pack_levels(taps, spec), ...)` does, to the bit, without the packed copy, straight into `out`.
 
     Args:
         taps: one (B, C, H, W) float32 map per tap of `spec`, on any device.

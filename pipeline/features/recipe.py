@@ -13,6 +13,7 @@ import numpy as np
 from hsnet.backbone import IMAGENET_MEAN, IMAGENET_STD, TapLayout, backbone_spec
 from hsnet.errors import ConfigError
 from hsnet.model import squeeze_plan, squeezed_grids
+from pipeline.common.fields import from_json, require_types
 from pipeline.features.network import Network
 
 CODED = "coded"
@@ -25,7 +26,9 @@ TIMM = "timm:"
 """Begins the names of networks that timm gives: see `pipeline.features.timm_backbone`."""
 RESIZE = "Pillow bilinear to a square; labels nearest, source = floor(target * in / out)"
 LARGEST_IMAGE = 4096
-FORMAT = 1
+UNKNOWN = "sha256:" + "0" * 64
+"""Stands for a digest in a recipe of which only the size is asked."""
+STORE_FORMAT = 1
 """Version of the store's layout. A reader refuses a higher one."""
 
 
@@ -52,7 +55,7 @@ class Coding:
     positions: int
     """Feature vectors of a layer in the sample, at most."""
     seed: int
-    """Of the sample."""
+    """Seed of the sample."""
     fit: str
     """"sha256:..." over the arrays of the fit."""
     level_bytes: tuple[int, ...]
@@ -72,10 +75,7 @@ class Coding:
     @classmethod
     def from_dict(cls, values: object) -> Coding:
         """Read what `to_dict` gave. Raises ConfigError for anything else."""
-        names = {f.name for f in fields(cls)}
-        if not isinstance(values, Mapping) or set(values) != names or not isinstance(values["level_bytes"], list):
-            raise ConfigError(f"The recipe's coding has the fields {', '.join(sorted(names))}; found: {values!r}.")
-        return cls(**{**values, "level_bytes": tuple(values["level_bytes"])})
+        return from_json(cls, values, "The recipe's coding")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,21 +106,14 @@ class Recipe:
     """Layers read, shallow to deep."""
     normalisation: str = NORMALISATION
     resize: str = RESIZE
-    format: int = FORMAT
+    format: int = STORE_FORMAT
     coding: Coding | None = None
-    """Of coded features only."""
+    """How features are coded; None if they are not."""
     network: Network | None = None
-    """What the table of built-in networks would say: of other networks only."""
+    """What the table of built-in networks would say of another network; None for those in it."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if field.name in _OPTIONAL:
-                continue
-            wanted = {"image_size": int, "format": int, "taps": tuple}.get(field.name, str)
-            if type(getattr(self, field.name)) is not wanted:
-                raise ConfigError(
-                    f"Recipe field '{field.name}' must be {wanted.__name__}, got {getattr(self, field.name)!r}."
-                )
+        require_types(self, "A recipe")
         if not re.fullmatch(r"sha256:[0-9a-f]{64}", self.weights):
             raise ConfigError(f"Recipe field 'weights' must be 'sha256:' and 64 hex digits, got {self.weights!r}.")
         if self.precision not in (*DTYPES, CODED):
@@ -129,8 +122,6 @@ class Recipe:
             raise ConfigError(f"Recipe field 'coding' does not fit precision '{self.precision}': {self.coding!r}.")
         if not 1 <= self.image_size <= LARGEST_IMAGE:
             raise ConfigError(f"Image size must be 1 to {LARGEST_IMAGE} pixels, got {self.image_size}.")
-        if not all(isinstance(tap, str) for tap in self.taps):
-            raise ConfigError(f"Recipe field 'taps' must hold layer names, got {self.taps!r}.")
         if self.backbone.startswith(TIMM) != isinstance(self.network, Network):
             raise ConfigError(f"Recipe field 'network' does not fit backbone '{self.backbone}': {self.network!r}.")
         if self.network is not None:
@@ -235,9 +226,8 @@ class Recipe:
             mine, theirs = pairs[name]
             if mine and theirs:
                 del pairs[name]
-                one, two = asdict(mine), asdict(theirs)
                 compared = [f.name for f in fields(mine) if f.compare]
-                pairs |= {f"{name} {part}": (one[part], two[part]) for part in compared}
+                pairs |= {f"{name} {part}": (getattr(mine, part), getattr(theirs, part)) for part in compared}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
     def to_dict(self) -> dict[str, object]:
@@ -258,13 +248,7 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: object) -> Recipe:
         """Read what `to_dict` gave. Raises ConfigError for anything else."""
-        names = [f.name for f in fields(cls) if f.name not in _OPTIONAL]
-        if not isinstance(values, Mapping) or sorted(map(str, values.keys() - set(_OPTIONAL))) != sorted(names):
-            found = ", ".join(map(str, values)) if isinstance(values, Mapping) else type(values).__name__
-            raise ConfigError(f"A recipe has the fields {', '.join(names)}; found: {found}.")
-        taps = values["taps"]
-        parts = {name: kind.from_dict(values[name]) for name, kind in _OPTIONAL.items() if name in values}
-        return cls(**{**values, "taps": tuple(taps) if isinstance(taps, list) else taps, **parts})
+        return from_json(cls, values, "A recipe", may_lack=_OPTIONAL)
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
@@ -276,7 +260,7 @@ class Recipe:
         return cls.from_dict(values)
 
 
-_OPTIONAL: dict[str, type[Coding] | type[Network]] = {"coding": Coding, "network": Network}
+_OPTIONAL = ("coding", "network")
 """Fields that are written only where they are not None."""
 
 

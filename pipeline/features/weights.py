@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hsnet.errors import ConfigError, WeightsError
-from pipeline.features.backbones import check_names, head_names, is_timm, random_weights, require_known
+from hsnet.torchvision_ops import ensure_importable
+from pipeline.features.weight_names import check_names, head_names, is_timm, random_weights, require_known
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +49,11 @@ class Weights:
     sha256: str
     """"sha256:" and 64 hex digits over names, shapes and values (`hash_tensors`): the identity in a store."""
     origin: str
-    """Where they came from, in words."""
+    """Origin in words."""
     source: str = ""
-    """The same for a store: without folders of this machine; "" if unknown."""
+    """Origin as told to a store: without folders of this machine; "" if unknown."""
     licence: str = ""
-    """Theirs; "" if unknown."""
+    """Licence of the weights; "" if unknown."""
 
 
 def load_weights(backbone: str, source: str | Path | None = None, expected_sha256: str | None = None) -> Weights:
@@ -173,8 +174,8 @@ def read_file(path: Path) -> Mapping[str, object]:
 
 
 def _download(backbone: str) -> tuple[Mapping[str, object], str]:
-    from hsnet import torchvision_ops  # noqa: F401  (must run before torchvision is imported)
-    from torchvision.models import get_model_weights  # isort: skip
+    ensure_importable()
+    from torchvision.models import get_model_weights
 
     entry = get_model_weights(backbone)[PUBLISHED]
     try:

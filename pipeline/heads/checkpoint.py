@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -27,13 +26,15 @@ from hsnet.backbone import backbone_spec
 from hsnet.errors import CheckpointError, CheckpointMismatch, ConfigError, HSNetError
 from hsnet.model import HSNet
 from hsnet.published import layers_of, split_published
+from pipeline.common.fields import from_json
+from pipeline.common.files import whole
 from pipeline.features.recipe import Recipe, difference_lines
 from pipeline.features.weights import weights_of
 from pipeline.heads.config import RunConfig
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+CHECKPOINT_FORMAT = 1
 BEST, LAST = "best.safetensors", "last.safetensors"
 _KEY = "hsnet"
 _SAME_FEATURES = ("backbone", "weights", "image_size", "taps", "normalisation", "resize", "network levels")
@@ -59,7 +60,7 @@ class CheckpointInfo:
 
     def to_json(self) -> str:
         values = {
-            "format": FORMAT,
+            "format": CHECKPOINT_FORMAT,
             **asdict(self),
             "recipe": self.recipe.to_dict(),
             "learner": dict(self.learner),
@@ -72,27 +73,9 @@ class CheckpointInfo:
     def from_json(cls, text: str) -> CheckpointInfo:
         """Raises ConfigError or ValueError for what `to_json` did not write."""
         values = json.loads(text)
-        if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
-            raise ConfigError(f"its header is not of format {FORMAT}")
-        recipe, config = Recipe.from_dict(values.pop("recipe", None)), values.pop("config", None)
-        scores = values.get("scores") or {}
-        plain = isinstance(scores, dict) and all(isinstance(score, int | float) for score in scores.values())
-        if not plain or type(values.get("step")) is not int or not isinstance(values.get("origin"), str):
-            raise ConfigError("its header has a step, origin or scores of another type")
-        if not isinstance(values.get("learner"), dict):
-            raise ConfigError("its header does not describe a learner")
-        classes = values.pop("classes", None)
-        if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
-            raise ConfigError("its header has class names of another type")
-        try:
-            return cls(
-                recipe=recipe,
-                config=None if config is None else RunConfig.from_dict(config),
-                classes=None if classes is None else tuple(classes),
-                **values,
-            )
-        except TypeError as error:
-            raise ConfigError(f"its header has wrong fields ({error})") from None
+        if not isinstance(values, dict) or values.pop("format", None) != CHECKPOINT_FORMAT:
+            raise ConfigError(f"its header is not of format {CHECKPOINT_FORMAT}")
+        return from_json(cls, values, "its header")
 
 
 @dataclass(frozen=True)
@@ -133,13 +116,12 @@ class Checkpoint:
             CheckpointMismatch: names every differing field with both values.
         """
         differing = self.info.recipe.differences(recipe)
-        found = {name: pair for name, pair in differing.items() if name in _SAME_FEATURES}
-        if found:
+        if differing := {name: pair for name, pair in differing.items() if name in _SAME_FEATURES}:
             raise CheckpointMismatch(
                 f"{self.path} was trained on other features than {what} has:\n"
-                f"{difference_lines(found, 'checkpoint', 'offered')}\n"
+                f"{difference_lines(differing, 'checkpoint', 'offered')}\n"
                 "Use features of the checkpoint's kind, or a checkpoint trained on these. Nothing was computed.",
-                found,
+                differing,
             )
 
 
@@ -232,17 +214,12 @@ def import_published(source: Path, target: Path, backbone: str | None = None, im
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file beside its place and move it there, so that a reader never meets half of it."""
+    """Write a safetensors file, whole or not at all. Raises CheckpointError if the disk refuses."""
     data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, dict(metadata))
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with part.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, path)
+        with whole(path) as partial:
+            partial.write_bytes(data)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise CheckpointError(f"Cannot write {path}: {error.strerror}. What was there before is unchanged.") from error
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 from hsnet.errors import ConfigError
 from hsnet.fused import ARITHMETIC
+from pipeline.common.fields import from_json
 from pipeline.features.recipe import Recipe
+
+if TYPE_CHECKING:
+    from pipeline.loading.source import FeatureSource
 
 SELECT_ON = ("val", "test", "none")
 
@@ -18,6 +22,12 @@ SELECT_ON = ("val", "test", "none")
 def skipped_digest(ids: Collection[str]) -> str:
     """Identity of a set of left-out image ids: leaving out others gives other episodes, and so another run."""
     return "sha256:" + hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest() if ids else ""
+
+
+def features_of(source: FeatureSource) -> dict[str, Any]:
+    """The fields of a run that its features decide: `recipe`, `data` and `skipped`."""
+    left_out = [source.index.images[image] for image in source.skipped]
+    return {"recipe": source.recipe, "data": source.index.digest, "skipped": skipped_digest(left_out)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +52,7 @@ class RunConfig:
     """Episodes per optimiser step, over all workers and micro-batches."""
     learning_rate: float = 1e-3
     seed: int = 0
-    """Of the initial weights and of the training episodes."""
+    """Seed of the initial weights and of the training episodes."""
     arithmetic: str = "float32"
     """Precision of the learner's activations and products (`hsnet.fused.ARITHMETIC`); weights are always float32."""
     boundary: str = "background"
@@ -73,6 +83,11 @@ class RunConfig:
         if self.select_on not in SELECT_ON:
             raise ConfigError(f"select_on must be one of {', '.join(SELECT_ON)}, got '{self.select_on}'.")
 
+    @classmethod
+    def of(cls, source: FeatureSource, **choices: Any) -> RunConfig:
+        """A run on the features of a source; `choices` are the fields that the source does not decide."""
+        return cls(**features_of(source), **choices)
+
     @property
     def learner_arguments(self) -> dict[str, Any]:
         """All arguments of `hsnet.model.HSNet`."""
@@ -87,14 +102,14 @@ class RunConfig:
 
     def differences(self, other: RunConfig) -> dict[str, tuple[object, object]]:
         """Field -> (value here, value in `other`), for fields that make it another run; steps do not."""
-        found: dict[str, tuple[object, object]] = {}
+        differing: dict[str, tuple[object, object]] = {}
         for item in fields(self):
             mine, theirs = getattr(self, item.name), getattr(other, item.name)
             if item.name == "recipe":
-                found |= mine.differences(theirs)
+                differing |= mine.differences(theirs)
             elif item.name != "steps" and mine != theirs:
-                found[item.name] = (mine, theirs)
-        return found
+                differing[item.name] = (mine, theirs)
+        return differing
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them back."""
@@ -107,15 +122,4 @@ class RunConfig:
         Raises:
             ConfigError: an unknown field, a missing one without a default, or a value of another type.
         """
-        known = {item.name: item for item in fields(cls)}
-        needed = {name for name, item in known.items() if item.default is MISSING and item.default_factory is MISSING}
-        if not isinstance(values, Mapping) or not needed <= set(values) <= set(known):
-            found = ", ".join(map(str, values)) if isinstance(values, Mapping) else type(values).__name__
-            raise ConfigError(f"a run configuration has the fields {', '.join(sorted(known))}; found: {found}")
-        plain = {name: value for name, value in values.items() if name != "recipe"}
-        kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
-        for name, value in plain.items():
-            wanted = kinds.get(str(known[name].type))
-            if wanted and (not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted)):
-                raise ConfigError(f"in a run configuration {name} must be {known[name].type}, got {value!r}")
-        return cls(recipe=Recipe.from_dict(values["recipe"]), **plain)
+        return from_json(cls, values, "A run configuration")

@@ -12,7 +12,6 @@ run/
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,18 +22,20 @@ import torch
 from torch import Tensor, nn
 
 from hsnet.errors import CheckpointError, ConfigError
+from pipeline.common.files import PARTIAL, replace_text
 from pipeline.features.recipe import difference_lines
 from pipeline.heads.checkpoint import BEST, LAST, CheckpointInfo, read_tensors, save_checkpoint, write_tensors
 from pipeline.heads.config import RunConfig
 
 RESUME = "resume.safetensors"
-_CONFIG = "config.json"
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
-class Progress:
-    """Where a run stands."""
+class Position:
+    """Where a run stands: what `resume.safetensors` says beside its tensors."""
 
     step: int = 0
     """Optimiser steps done; the next episode follows from it."""
@@ -59,48 +60,48 @@ class RunDir:
         self.classes = tuple(classes)
         if self._config_file.is_file():
             self._compare()
-        elif path.is_dir() and any(path.iterdir()):
+        elif path.is_dir() and any(entry.suffix != PARTIAL for entry in path.iterdir()):
             raise CheckpointError(f"{path} is not empty and holds no run ({self._config_file.name}). Choose another.")
         if write:
             try:
                 path.mkdir(parents=True, exist_ok=True)
-                _replace(self._config_file, json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n")
+                replace_text(self._config_file, json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n")
             except OSError as error:
                 raise CheckpointError(f"Cannot write the run directory {path}: {error.strerror}.") from error
 
     @property
     def _config_file(self) -> Path:
-        return self.path / _CONFIG
+        return self.path / CONFIG
 
     @property
     def _metrics_file(self) -> Path:
-        return self.path / "metrics.jsonl"
+        return self.path / METRICS
 
-    def load(self, model: nn.Module, optimiser: torch.optim.Optimizer) -> Progress:
+    def load(self, model: nn.Module, optimiser: torch.optim.Optimizer) -> Position:
         """Put model and optimiser where the run stopped; at the beginning if it never saved."""
         file = self.path / RESUME
         if not file.is_file():
-            return Progress()
+            return Position()
         tensors, metadata = read_tensors(file)
         try:
-            progress = Progress(**json.loads(metadata["progress"]))
+            position = Position(**json.loads(metadata["progress"]))
             model.load_state_dict({n: tensors[f"model.{n}"] for n, _ in model.named_parameters()})
-            if progress.step:
-                _load_moments(model, optimiser, tensors, progress.step)
+            if position.step:
+                _load_moments(model, optimiser, tensors, position.step)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"{file} is damaged ({error}). Nothing was changed; delete it to start anew."
             ) from None
-        return progress
+        return position
 
-    def save(self, model: nn.Module, optimiser: torch.optim.Optimizer, progress: Progress) -> None:
+    def save(self, model: nn.Module, optimiser: torch.optim.Optimizer, position: Position) -> None:
         """Write the resume file, then the last checkpoint; each whole or not at all."""
         tensors = {f"model.{name}": value for name, value in model.named_parameters()}
         for name, parameter in model.named_parameters():
             for moment in _MOMENTS if optimiser.state[parameter] else ():
                 tensors[f"{moment}.{name}"] = optimiser.state[parameter][moment]
-        write_tensors(self.path / RESUME, tensors, {"progress": json.dumps(vars(progress))})
-        self.save_checkpoint(LAST, model, progress.step, None)
+        write_tensors(self.path / RESUME, tensors, {"progress": json.dumps(vars(position))})
+        self.save_checkpoint(LAST, model, position.step, None)
 
     def save_best(self, model: nn.Module, step: int, scores: Mapping[str, float]) -> None:
         self.save_checkpoint(BEST, model, step, scores)
@@ -120,19 +121,8 @@ class RunDir:
     def trim_metrics(self, step: int) -> None:
         """Forget metrics after `step`: an interrupted run may have written some that it will compute again."""
         if self._metrics_file.is_file():
-            lines = self.metrics()
-            kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
-            _replace(self._metrics_file, "".join(kept))
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """All lines of metrics.jsonl; lines cut short by a crash are left out."""
-        if not self._metrics_file.is_file():
-            return []
-        lines = []
-        for line in self._metrics_file.read_text(errors="replace").splitlines():
-            with suppress(ValueError):
-                lines.append(json.loads(line))
-        return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
+            kept = [json.dumps(line) + "\n" for line in read_metrics(self.path) if line["step"] <= step]
+            replace_text(self._metrics_file, "".join(kept))
 
     def log(self, values: Mapping[str, Any]) -> None:
         with self._metrics_file.open("a") as stream:
@@ -140,9 +130,9 @@ class RunDir:
 
     def _compare(self) -> None:
         try:
-            stored = RunConfig.from_dict(json.loads(self._config_file.read_text()))
-        except (ValueError, ConfigError) as error:
-            raise CheckpointError(f"{self._config_file} cannot be read ({error}). Nothing was changed.") from None
+            stored = RunConfig.from_dict(read_config(self.path))
+        except ConfigError as error:
+            raise CheckpointError(f"{self._config_file} cannot be read: {error}. Nothing was changed.") from None
         differences = stored.differences(self.config)
         if differences:
             raise ConfigError(
@@ -151,22 +141,50 @@ class RunDir:
             )
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration in a run directory as it stands there; `RunConfig.from_dict` checks it.
+
+    Raises:
+        CheckpointError: there is none, or it is no JSON object.
+    """
+    file = path / CONFIG
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}. Nothing was changed.") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file} does not describe a run. Nothing was changed.")
+    return values
+
+
 def run_data(path: Path) -> str | None:
     """Digest of the data set that the run in a folder was begun with; None if there is no run that says so."""
     try:
-        data = json.loads((path / _CONFIG).read_text())["data"]
-    except (OSError, ValueError, KeyError, TypeError):
+        data = read_config(path).get("data")
+    except CheckpointError:
         return None
     return data if isinstance(data, str) else None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Lines of a run directory's metrics, each with its `step`; lines cut short by a crash are left out.
+
+    Raises:
+        CheckpointError: the file is there but cannot be read.
+    """
+    file = path / METRICS
+    try:
+        texts = file.read_text(errors="replace").splitlines() if file.is_file() else []
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error}.") from error
+    lines = []
+    for text in texts:
+        with suppress(ValueError, RecursionError):
+            lines.append(json.loads(text))
+    return [line for line in lines if isinstance(line, dict) and type(line.get("step")) is int]
 
 
 def _load_moments(model: nn.Module, optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor], step: int) -> None:
     for name, parameter in model.named_parameters():
         moments = {m: tensors[f"{m}.{name}"].to(parameter.device) for m in _MOMENTS}
         optimiser.state[parameter] = {"step": torch.tensor(float(step)), **moments}
-
-
-def _replace(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text)
-    os.replace(part, path)

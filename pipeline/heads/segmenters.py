@@ -45,6 +45,11 @@ class Answers:
         """(K, B, H, W) bool: the one-shot predictions."""
         return hard_masks(self.logits, size)
 
+    def count(self, batch: EpisodeBatch) -> Tensor:
+        """(B, 2, 2) int64: counts of the first support's masks at network size, ignored pixels left out."""
+        size = (batch.target.shape[1], batch.target.shape[2])
+        return count(self.masks(size)[0], batch.target, batch.ignore)
+
 
 class Segmenter(Protocol):
     def answer(self, batch: EpisodeBatch, joint: Sequence[int] = ()) -> Answers:
@@ -83,7 +88,7 @@ class LearnedSegmenter:
         contexts = [torch.cat(part) for part in parts]  # (K, episodes, C, H, W) each
         # Decoded as they were encoded, so that no pass is larger than the others.
         return Answers(
-            torch.cat([torch.stack([fused.decode(one) for one in context]) for context in contexts], 1),
+            torch.cat([torch.stack([fused.decode(of_support) for of_support in context]) for context in contexts], 1),
             {k: torch.cat([fused.joint(context[:k]) for context in contexts]) for k in joint},
         )
 

@@ -1,14 +1,15 @@
-"""From episodes to tensors: what a batch of episodes needs, read ahead on a thread."""
+"""Batches of episodes as tensors, read ahead on a thread."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from pipeline.common.runner import read_ahead
 from pipeline.episodes.stream import Episode
 from pipeline.features.budgeted import TransformCodec
 from pipeline.loading.source import FeatureSource
@@ -45,14 +46,14 @@ class EpisodeBatch:
         if self.codec is not None:
             codec = self.codec.on(query[0].device)
             query, support = codec.decode(query), codec.decode(support)
-        return EpisodeBatch(
-            query,
-            support,
-            move(self.support_mask),
-            move(self.target),
-            None if self.ignore is None else move(self.ignore),
-            self.shots,
-            self.unit,
+        return replace(
+            self,
+            query=query,
+            support=support,
+            support_mask=move(self.support_mask),
+            target=move(self.target),
+            ignore=None if self.ignore is None else move(self.ignore),
+            codec=None,
         )
 
 
@@ -67,41 +68,20 @@ def load_batch(source: FeatureSource, episodes: Sequence[Episode]) -> EpisodeBat
     target = query_labels == value[:, None, None]
     support_mask = support_labels == value.repeat_interleave(shots)[:, None, None]
     ignore = query_labels == source.index.ignore_label if source.index.has_ignore else None
-    codec = source.codec
     return EpisodeBatch(
-        source.features(queries),
-        source.features(supports),
-        support_mask,
-        target,
-        ignore,
-        shots,
-        codec is not None,
-        codec,
+        query=source.features(queries),
+        support=source.features(supports),
+        support_mask=support_mask,
+        target=target,
+        ignore=ignore,
+        shots=shots,
+        unit=source.codec is not None,
+        codec=source.codec,
     )
 
 
 def prefetch(
     source: FeatureSource, batches: Iterator[Sequence[Episode]], depth: int = 2
 ) -> Generator[tuple[Sequence[Episode], EpisodeBatch], None, None]:
-    """Load batches on a background thread, at most `depth` ahead of the one in use; 0 loads them when asked for.
-
-    Order is kept, and an error is raised at the batch it belongs to. Close it if it is not read to its end.
-    """
-    if depth == 0:
-        for episodes in batches:
-            yield episodes, load_batch(source, episodes)
-        return
-    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
-        waiting: list[tuple[Sequence[Episode], Future[EpisodeBatch]]] = []
-        try:
-            for episodes in batches:
-                waiting.append((episodes, pool.submit(load_batch, source, episodes)))
-                if len(waiting) > depth:
-                    first, loaded = waiting.pop(0)
-                    yield first, loaded.result()
-            while waiting:
-                first, loaded = waiting.pop(0)
-                yield first, loaded.result()
-        finally:
-            for _, future in waiting:
-                future.cancel()
+    """Load batches on a background thread, at most `depth` ahead of the one in use; see `read_ahead`."""
+    return read_ahead(partial(load_batch, source), batches, depth, "prefetch")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hsnet.errors import ConfigError
+from pipeline.common.machine import memory
 from pipeline.common.text import size_text
 from pipeline.datasets.index import DatasetIndex
 from pipeline.features.budgeted import TransformCodec
@@ -129,15 +130,12 @@ def keep(
 
 
 def free_on(device: str | torch.device) -> int:
-    """Bytes that could be allocated: of a GPU beside what training needs itself, else of the machine."""
+    """Bytes that could be allocated: of a GPU beside what training takes, else of the machine or its container."""
     device = torch.device(device)
     if device.type == "cuda":
         return max(0, int(torch.cuda.mem_get_info(device)[0]) - RESERVED)
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # not Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    readable = memory()
+    return readable[0] if readable else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _nbytes(source: FeatureSource, image: int) -> int:

@@ -1,4 +1,4 @@
-"""Where features come from: a store, or the backbone on the fly. Training and evaluation see no difference."""
+"""Sources of features: a store, or the backbone on the fly. Training and evaluation see no difference."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from hsnet.backbone import Backbone
 from hsnet.errors import ConfigError
-from pipeline.datasets.images import network_image, resize_label
+from pipeline.datasets.images import object_pixels, resize_label
 from pipeline.datasets.index import DatasetIndex
 from pipeline.features.budgeted import TransformCodec
-from pipeline.features.forward import BATCH
+from pipeline.features.forward import PhotoNetwork
 from pipeline.features.recipe import Recipe
 from pipeline.store.feature_store import FeatureStore
 
@@ -100,10 +100,7 @@ class OnlineSource:
         if recipe.coding is not None:
             raise ConfigError("Features made on the fly are exact: a recipe of coded features needs their store.")
         self.dataset = dataset
-        self.backbone = backbone.to(device)
-        # With its number: "cuda" alone means another GPU on another thread, and batches are read ahead on one.
-        self.device = next(self.backbone.parameters()).device
-        self.batch = BATCH["cpu" if self.device.type == "cpu" else "cuda"]
+        self.network = PhotoNetwork(backbone, recipe.image_size, device)
         self._recipe = recipe
 
     @property
@@ -115,15 +112,10 @@ class OnlineSource:
         return self._recipe
 
     def classes_present(self, image: int) -> Sequence[int]:
-        values = np.unique(self.dataset.label(image))
-        return [int(v) - 1 for v in values if v not in (0, self.index.ignore_label)]
+        return list(object_pixels(self.dataset.label(image), self.index.ignore_label))
 
     def features(self, images: Sequence[int]) -> list[Tensor]:
-        size = self.recipe.image_size
-        mean, std = self.backbone.mean, self.backbone.std
-        photos = torch.from_numpy(np.stack([network_image(self.dataset.image(i), size, mean, std) for i in images]))
-        parts = [self.backbone(part.to(self.device)) for part in photos.split(self.batch)]
-        return [torch.cat(level) for level in zip(*parts, strict=True)]
+        return self.network([self.dataset.image(image) for image in images])
 
     def labels(self, images: Sequence[int]) -> Tensor:
         size = self.recipe.image_size

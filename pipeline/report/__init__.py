@@ -4,7 +4,8 @@ inputs     rows files put into sets of one configuration; run directories
 scores     every figure, by `pipeline.analyze`
 tables     the figures as tables; published: the paper's numbers beside them
 plots      learning curves, scores by object size, as SVG
-gallery    a dozen episodes predicted again and drawn
+origins    store, head and photos that the rows name, opened again and checked
+choice     which episodes are shown; again: their predictions; drawing: their pictures; gallery: all of it
 facts      protocol, digests, store sizes, versions
 page/      template, style and script of the page
 stage      puts it together

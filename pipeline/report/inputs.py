@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hsnet.errors import CheckpointError, ConfigError, DataError
+from hsnet.errors import ConfigError, DataError
 from pipeline.scores.rows import Results, differences, read_results, require_one_configuration
-
-CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
-class RowSet:
+class ResultSet:
     """Files of one configuration: folds, seeds and numbers of shots of one method on one store."""
 
     files: tuple[Results, ...]
@@ -25,10 +22,6 @@ class RowSet:
     @property
     def first(self) -> Results:
         return self.files[0]
-
-    @property
-    def paths(self) -> list[Path]:
-        return [one.path for one in self.files]
 
     @property
     def dataset(self) -> str:
@@ -44,11 +37,11 @@ class RowSet:
 
     @property
     def folds(self) -> tuple[int, ...]:
-        return tuple(sorted({one.fold for one in self.files}))
+        return tuple(sorted({file.fold for file in self.files}))
 
     @property
     def shots(self) -> tuple[int, ...]:
-        return tuple(sorted({k for one in self.files for k in one.shots}))
+        return tuple(sorted({k for file in self.files for k in file.shots}))
 
 
 @dataclass(frozen=True)
@@ -73,11 +66,11 @@ class Run:
         """(step, mIoU) of the best validation; None if there was none."""
         if not self.validated:
             return None
-        place = max(range(len(self.miou)), key=lambda i: self.miou[i])
-        return self.validated[place], self.miou[place]
+        best = max(range(len(self.miou)), key=lambda i: self.miou[i])
+        return self.validated[best], self.miou[best]
 
 
-def read_inputs(paths: Sequence[Path]) -> tuple[list[RowSet], list[Run]]:
+def read_inputs(paths: Sequence[Path]) -> tuple[list[ResultSet], list[Run]]:
     """Read the rows files and run directories of a command line.
 
     Raises:
@@ -97,58 +90,58 @@ def read_inputs(paths: Sequence[Path]) -> tuple[list[RowSet], list[Run]]:
         else:
             raise DataError(f"{path} does not exist. Give rows of `hsnet evaluate --out`, or a run directory.")
     names = _distinct([run.path for run in runs])
-    return row_sets(files), [Run(**{**vars(run), "label": name}) for run, name in zip(runs, names, strict=True)]
+    return result_sets(files), [Run(**{**vars(run), "label": name}) for run, name in zip(runs, names, strict=True)]
 
 
-def row_sets(files: Sequence[Results]) -> list[RowSet]:
+def result_sets(files: Sequence[Results]) -> list[ResultSet]:
     """Files that belong together, in the order given. Raises DataError if the same episodes were given twice."""
     sets: list[list[Results]] = []
-    for one in files:
-        home = next((own for own in sets if _belongs(one, own)), None)
+    for file in files:
+        home = next((same for same in sets if _belongs(file, same)), None)
         if home is None:
-            sets.append([one])
+            sets.append([file])
         else:
-            require_one_configuration([*home, one])
-            home.append(one)
+            require_one_configuration([*home, file])
+            home.append(file)
     labels = _labels(sets)
-    return [RowSet(tuple(own), label) for own, label in zip(sets, labels, strict=True)]
+    return [ResultSet(tuple(same), label) for same, label in zip(sets, labels, strict=True)]
 
 
-def _belongs(one: Results, own: Sequence[Results]) -> bool:
+def _belongs(file: Results, same: Sequence[Results]) -> bool:
     """Of the configuration, and of the same head where the fold is there already."""
-    if differences(own[0], one):
+    if differences(same[0], file):
         return False
-    rivals = [other for other in own if other.fold == one.fold]
-    if any(other.checkpoint != one.checkpoint or _threshold(other) != _threshold(one) for other in rivals):
+    rivals = [other for other in same if other.fold == file.fold]
+    if any(other.checkpoint != file.checkpoint or _threshold(other) != _threshold(file) for other in rivals):
         return False
     # Another set of episodes under the same seed is another result, not more of this one.
-    return all(other.manifests.get(key, digest) == digest for other in rivals for key, digest in one.manifests.items())
+    return all(other.manifests.get(key, digest) == digest for other in rivals for key, digest in file.manifests.items())
 
 
-def _threshold(one: Results) -> tuple[object, ...]:
-    method = as_dict(one.facts.get("method"))
+def _threshold(file: Results) -> tuple[object, ...]:
+    method = as_dict(file.facts.get("method"))
     return tuple(method.get(name) for name in ("threshold", "object_share", "seed", "step"))
 
 
 def _labels(sets: Sequence[Sequence[Results]]) -> list[str]:
     """Method names where they tell the sets apart, with the data set, then the file, where they do not."""
-    plain = [method_name(own[0]) for own in sets]
-    with_data = [f"{name} on {own[0].facts['dataset']}" for name, own in zip(plain, sets, strict=True)]
-    files = _distinct([own[0].path for own in sets])
+    plain = [method_name(same[0]) for same in sets]
+    with_data = [f"{name} on {same[0].facts['dataset']}" for name, same in zip(plain, sets, strict=True)]
+    files = _distinct([same[0].path for same in sets])
     labels = []
-    for place, name in enumerate(plain):
+    for number, name in enumerate(plain):
         if plain.count(name) == 1:
             labels.append(name)
-        elif with_data.count(with_data[place]) == 1:
-            labels.append(with_data[place])
+        elif with_data.count(with_data[number]) == 1:
+            labels.append(with_data[number])
         else:
-            labels.append(f"{name} ({files[place]})")
+            labels.append(f"{name} ({files[number]})")
     return labels
 
 
-def method_name(one: Results) -> str:
+def method_name(file: Results) -> str:
     """What a reader calls the method of a file."""
-    method = as_dict(one.facts.get("method"))
+    method = as_dict(file.facts.get("method"))
     name = str(method.get("name", "unknown"))
     known = {"trained": "HSNet", "untrained": "HSNet, untrained", "cosine": "cosine map", "location": "location only"}
     return known.get(name, name)
@@ -161,18 +154,14 @@ def read_run(path: Path) -> Run:
         DataError: the folder holds no run.
         CheckpointError: its configuration cannot be read.
     """
-    file = path / CONFIG
-    if not file.is_file():
+    from pipeline.heads.run_dir import CONFIG, read_config, read_metrics  # brings torch: not for rows alone
+
+    if not (path / CONFIG).is_file():
         raise DataError(f"{path} is a folder without {CONFIG}: give the --run-dir of `hsnet train`, or a rows file.")
-    try:
-        config = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file} does not describe a run.")
+    config = read_config(path)
     train: list[tuple[int, float, float | None]] = []
     val: list[tuple[int, float]] = []
-    for line in _lines(path / "metrics.jsonl"):
+    for line in read_metrics(path):
         step = line["step"]
         loss, waited = _number(line.get("train"), "loss"), _number(line.get("train"), "seconds")
         if loss is not None:
@@ -190,23 +179,6 @@ def read_run(path: Path) -> Run:
         tuple(step for step, _ in val),
         tuple(miou for _, miou in val),
     )
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics file; those cut short by a crash are left out."""
-    try:
-        texts = path.read_text(errors="replace").splitlines() if path.is_file() else []
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from error
-    found = []
-    for text in texts:
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(line, dict) and type(line.get("step")) is int:
-            found.append(line)
-    return found
 
 
 def as_dict(values: object) -> Mapping[str, Any]:
@@ -227,11 +199,11 @@ def _distinct(paths: Sequence[Path]) -> list[str]:
     >>> _distinct([Path("runs/a/0"), Path("runs/b/0"), Path("c")])
     ['a/0', 'b/0', 'c']
     """
-    found = []
-    for place, path in enumerate(paths):
-        others = [other.parts for i, other in enumerate(paths) if i != place]
+    names = []
+    for number, path in enumerate(paths):
+        others = [other.parts for i, other in enumerate(paths) if i != number]
         length = 1
         while length < len(path.parts) and any(other[-length:] == path.parts[-length:] for other in others):
             length += 1
-        found.append("/".join(path.parts[-length:]) or str(path))
-    return found
+        names.append("/".join(path.parts[-length:]) or str(path))
+    return names

@@ -32,11 +32,11 @@ def learning_curves(runs: Sequence[Run]) -> str:
         figure = _figure(4.7 * len(panels), 3.2)
         axes = figure.subplots(1, len(panels), squeeze=False)
         for validation, axis in zip(panels, axes[0], strict=True):
-            for place, run in enumerate(runs):
-                colour, dash = SERIES[place % len(SERIES)], DASHES[place % len(DASHES)]
+            for number, run in enumerate(runs):
+                colour, dash = SERIES[number % len(SERIES)], DASHES[number % len(DASHES)]
                 if validation:
                     axis.plot(
-                        run.validated, run.miou, color=colour, linestyle=dash, marker=MARKERS[place % len(MARKERS)],
+                        run.validated, run.miou, color=colour, linestyle=dash, marker=MARKERS[number % len(MARKERS)],
                         markersize=4, label=_name(run.label),
                     )  # fmt: skip
                     if run.best:
@@ -61,10 +61,10 @@ def learning_curves(runs: Sequence[Run]) -> str:
 def sizes_plot(sets: Sequence[SetScores]) -> str | None:
     """mIoU by object size, with intervals, of every set at its smallest number of shots; None without sizes."""
     drawn = []
-    for one in sets:
-        totals = one.totals(one.headline)
+    for scores in sets:
+        totals = scores.totals(scores.headline)
         if totals and totals[0].sizes:
-            drawn.append((one.rows.label, totals[0]))
+            drawn.append((scores.results.label, totals[0]))
     if not drawn:
         return None
     there = {part.name for _, score in drawn for part in score.sizes if part.value}
@@ -73,15 +73,15 @@ def sizes_plot(sets: Sequence[SetScores]) -> str | None:
     with _style():
         figure = _figure(9.2, 3.2)
         axis = figure.subplots()
-        for place, (label, score) in enumerate(drawn):
+        for number, (label, score) in enumerate(drawn):
             parts = [part for part in score.sizes if part.value is not None]
-            shift = (place - (len(drawn) - 1) / 2) * min(0.18, 0.7 / len(drawn))
+            shift = (number - (len(drawn) - 1) / 2) * min(0.18, 0.7 / len(drawn))
             x = [names.index(part.name) + shift for part in parts]
             values = [part.value for part in parts if part.value is not None]
             ends = [[v.value - v.low for v in values], [v.high - v.value for v in values]]
             axis.errorbar(
-                x, [v.value for v in values], yerr=np.maximum(ends, 0), fmt=MARKERS[place % len(MARKERS)],
-                color=SERIES[place % len(SERIES)], capsize=3, markersize=5,
+                x, [v.value for v in values], yerr=np.maximum(ends, 0), fmt=MARKERS[number % len(MARKERS)],
+                color=SERIES[number % len(SERIES)], capsize=3, markersize=5,
                 label=f"{_name(label)}, {score.shots}-shot",
             )  # fmt: skip
         axis.set_xticks(range(len(names)), names)

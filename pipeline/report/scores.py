@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hsnet.errors import HSNetError
-from pipeline.analyze import SECTIONS, Difference, Score, analyze
+from pipeline.analyze import SECTIONS, analyze
 from pipeline.episodes.protocols import POLICIES, Policy
-from pipeline.report.inputs import RowSet
+from pipeline.report.inputs import ResultSet
+from pipeline.scores.analysis import Difference, Score
 
 
 @dataclass(frozen=True)
 class SetScores:
-    """One set of rows."""
+    """The scores of one set of results."""
 
-    rows: RowSet
+    results: ResultSet
     headline: tuple[Score, ...]
     """By the protocol's own policy and fusion, per number of shots; of every fold, and their mean if there are several.
     With classes, sizes, supports and seeds."""
@@ -28,8 +29,8 @@ class SetScores:
     notes: tuple[str, ...]
 
     def totals(self, scores: Sequence[Score]) -> list[Score]:
-        """One score per case: the mean over folds where there are several."""
-        several = len(self.rows.folds) > 1
+        """One score per policy, fusion and number of shots: the mean over folds where there are several."""
+        several = len(self.results.folds) > 1
         wanted = []
         for score in scores:
             rivals = [s for s in scores if (s.policy, s.shots, s.fusion) == (score.policy, score.shots, score.fusion)]
@@ -37,58 +38,62 @@ class SetScores:
                 wanted.append(score)
         return wanted
 
+    def total(self, policy: Policy, shots: int, fusion: str) -> Score | None:
+        """The score of one policy, number of shots and fusion; None if it was not scored."""
+        wanted = [s for s in self.everything if (s.policy, s.shots, s.fusion) == (policy, shots, fusion)]
+        return next(iter(self.totals(wanted)), None)
+
 
 @dataclass(frozen=True)
-class Comparison:
+class SetDifference:
     """The first set of the page minus another one on the same episodes."""
 
-    first: RowSet
-    other: RowSet
+    first: ResultSet
+    other: ResultSet
     differences: tuple[Difference, ...]
     """Empty if they cannot be paired."""
     reason: str = ""
     """Why not."""
 
 
-def score_set(rows: RowSet, *, unit: str = "episode", seed: int = 0) -> SetScores:
+def score_set(results: ResultSet, *, unit: str = "episode", seed: int = 0) -> SetScores:
     """All scores of a set. Raises DataError or ConfigError as `pipeline.analyze.analyze`."""
-    own = rows.first.protocol.fusion
-    policies = tuple(p for p in POLICIES if all(p in one.policies for one in rows.files))
-    head = analyze(rows.paths, fusions=(own,), sections=SECTIONS, unit=unit, seed=seed)
-    everything = analyze(rows.paths, policies=policies, sections=(), unit=unit, seed=seed)
-    others = [name for name in dict.fromkeys(s.fusion for s in everything.scores) if name != own]
+    usual = results.first.protocol.fusion
+    policies = tuple(p for p in POLICIES if all(p in file.policies for file in results.files))
+    head = analyze(results.files, fusions=(usual,), sections=SECTIONS, unit=unit, seed=seed)
+    everything = analyze(results.files, policies=policies, sections=(), unit=unit, seed=seed)
+    others = [name for name in dict.fromkeys(s.fusion for s in everything.scores) if name != usual]
     fusions = [
         difference
         for name in others
         for difference in analyze(
-            rows.paths, fusions=(name,), fusion_against=own, sections=(), unit=unit, seed=seed
+            results.files, fusions=(name,), fusion_against=usual, sections=(), unit=unit, seed=seed
         ).differences
         if difference.shots > 1  # with one support all ways answer alike
     ]
-    return SetScores(rows, head.scores, everything.scores, tuple(fusions), policies, head.notes)
+    return SetScores(results, head.scores, everything.scores, tuple(fusions), policies, head.notes)
 
 
-def compare_sets(sets: Sequence[RowSet], *, unit: str = "episode", seed: int = 0) -> list[Comparison]:
-    """The first set against every other of its data set, paired where the episodes are the same."""
-    found = []
+def set_differences(sets: Sequence[ResultSet], *, unit: str = "episode", seed: int = 0) -> list[SetDifference]:
+    """The first set minus every other of its data set, paired where the episodes are the same."""
+    first, apart = sets[0], []
     for other in sets[1:]:
-        first = sets[0]
         if first.first.facts["data"] != other.first.facts["data"]:
             continue
         try:
-            made = analyze(
-                first.paths,
-                other.paths,
+            analysis = analyze(
+                first.files,
+                other.files,
                 fusions=(first.first.protocol.fusion,),
                 fusion_against=other.first.protocol.fusion,
                 sections=(),
                 unit=unit,
                 seed=seed,
             )
-            found.append(Comparison(first, other, made.differences))
+            apart.append(SetDifference(first, other, analysis.differences))
         except HSNetError as error:
-            found.append(Comparison(first, other, (), _one_line(error)))
-    return found
+            apart.append(SetDifference(first, other, (), _one_line(error)))
+    return apart
 
 
 def _one_line(error: HSNetError) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from hsnet.errors import DataError, HSNetError
+from pipeline.common.files import whole
 from pipeline.common.text import printable
 from pipeline.report import facts, plots, tables
-from pipeline.report.gallery import Gallery, Places, make_gallery
-from pipeline.report.inputs import RowSet, Run, read_inputs
-from pipeline.report.scores import Comparison, SetScores, compare_sets, score_set
+from pipeline.report.gallery import Gallery, make_gallery
+from pipeline.report.inputs import ResultSet, Run, read_inputs
+from pipeline.report.origins import Origins
+from pipeline.report.scores import SetDifference, SetScores, score_set, set_differences
+from pipeline.scores.tables import Table
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ def report(
     title: str | None = None,
     gallery: int = GALLERY,
     gallery_shots: int | None = None,
-    places: Places | None = None,
+    origins: Origins | None = None,
     unit: str = "episode",
     seed: int = 0,
     device: str = "cpu",
@@ -60,7 +62,7 @@ def report(
             that the others are compared with and whose episodes are shown.
         gallery: episodes to show; 0 leaves the gallery out.
         gallery_shots: supports per query in the gallery; None is the smallest number there is.
-        places: where store, checkpoint and photos are, if not where the rows say.
+        origins: where store, checkpoint and photos are, if not where the rows say.
         unit, seed: of the resampling, see `pipeline.analyze.analyze`; the seed also draws the random episodes shown.
         on_event: called with (pictures done, pictures in all).
 
@@ -72,20 +74,20 @@ def report(
     """
     if out.is_dir():
         raise DataError(f"{out} is a folder; give the name of an HTML file. Nothing was written.")
-    row_sets, runs = read_inputs(paths)
-    sets = [score_set(one, unit=unit, seed=seed) for one in row_sets]
-    comparisons = compare_sets(row_sets, unit=unit, seed=seed) if len(row_sets) > 1 else []
-    shown, left_out = _gallery(row_sets, gallery, gallery_shots, places or Places(), seed, device, on_event)
-    stores, reasons = facts.store_table(row_sets, (places or Places()).store)
+    result_sets, runs = read_inputs(paths)
+    sets = [score_set(results, unit=unit, seed=seed) for results in result_sets]
+    apart = set_differences(result_sets, unit=unit, seed=seed) if len(result_sets) > 1 else []
+    shown, left_out = _gallery(result_sets, gallery, gallery_shots, origins or Origins(), seed, device, on_event)
+    stores, reasons = facts.store_table(result_sets, (origins or Origins()).store)
     left_out += reasons
     for reason in left_out:
         log.warning("Left out of the report: %s", reason)
-    text = render_page(title, sets, comparisons, runs, shown, stores, left_out, unit)
+    text = render_page(title, sets, apart, runs, shown, stores, left_out, unit)
     _write(out, text)
     return ReportSummary(
         out,
         len(text.encode()),
-        tuple(one.label for one in row_sets),
+        tuple(results.label for results in result_sets),
         tuple(run.label for run in runs),
         len(shown.episodes) if shown else 0,
         tuple(left_out),
@@ -95,17 +97,17 @@ def report(
 def render_page(
     title: str | None,
     sets: Sequence[SetScores],
-    comparisons: Sequence[Comparison],
+    apart: Sequence[SetDifference],
     runs: Sequence[Run],
     gallery: Gallery | None,
-    stores: tables.Table | None,
+    stores: Table | None,
     left_out: Sequence[str],
     unit: str,
 ) -> str:
     """The page's HTML. Every name in it is escaped, and its policy forbids all but its own script and pictures."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    row_sets = [one.rows for one in sets]
+    result_sets = [scores.results for scores in sets]
     script = _part("page.js")
     environment = Environment(
         loader=PackageLoader("pipeline.report", "page"),
@@ -114,7 +116,8 @@ def render_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["printable"] = printable
+    environment.filters |= {"printable": printable, "zip": zip}
+    environment.globals["cell"] = tables.page_cell
     shown: dict[str, Any] = {
         "title": title or _title(sets, runs),
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -123,19 +126,19 @@ def render_page(
         # The browser runs this very script and nothing else, loads no address, and sends nothing.
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "sets": sets,
-        "episodes": len({(f.path, s, e) for one in row_sets for f in one.files for s, e in _episodes(f)}),
-        "files": sum(len(one.files) for one in row_sets),
+        "episodes": len({(f.path, s, e) for results in result_sets for f in results.files for s, e in _episodes(f)}),
+        "files": sum(len(results.files) for results in result_sets),
         "unit": unit,
         "notes": tables.set_notes(sets),
         "results": tables.results_tables(sets),
-        "comparison": tables.comparison_table(comparisons),
+        "differences": tables.difference_table(apart),
         "policies": tables.policy_table(sets) if sets else None,
         "fusions": tables.fusion_table(sets),
         "seeds": tables.seed_table(sets),
         "supports": tables.support_table(sets),
-        "ends": [(one.rows.label, tables.best_and_worst(one)) for one in sets],
-        "classes": [table for place, one in enumerate(sets) for table in tables.class_tables(one, str(place))],
-        "sizes": [t for place, one in enumerate(sets) if (t := tables.size_table(one, str(place))) is not None],
+        "ends": [(scores.results.label, tables.best_and_worst(scores)) for scores in sets],
+        "classes": [table for number, scores in enumerate(sets) for table in tables.class_tables(scores, str(number))],
+        "sizes": [t for number, scores in enumerate(sets) if (t := tables.size_table(scores, str(number))) is not None],
         "sizes_plot": plots.sizes_plot(sets),
         "runs": facts.run_facts(runs),
         "curves": plots.learning_curves(runs) if runs else None,
@@ -144,19 +147,18 @@ def render_page(
         "left_out": list(left_out),
         "cost": tables.cost_table(sets) if sets else None,
         "stores": stores,
-        "protocols": facts.protocol_facts(row_sets),
-        "digests": facts.digest_facts(row_sets, runs),
-        "environments": facts.environments(row_sets),
-        "score_cell": tables.score_cell,
+        "protocols": facts.protocol_facts(result_sets),
+        "digests": facts.digest_facts(result_sets, runs),
+        "environments": facts.environments(result_sets),
     }
     return environment.get_template("page.html").render(shown)
 
 
 def _gallery(
-    sets: Sequence[RowSet],
+    sets: Sequence[ResultSet],
     wanted: int,
     shots: int | None,
-    places: Places,
+    origins: Origins,
     seed: int,
     device: str,
     on_event: Callable[[int, int], None] | None,
@@ -168,7 +170,7 @@ def _gallery(
         return None, ["Gallery: no rows of an evaluation were given."]
     try:
         return make_gallery(
-            sets[0], wanted=wanted, shots=shots, places=places, seed=seed, device=device, on_event=on_event
+            sets[0], wanted=wanted, shots=shots, origins=origins, seed=seed, device=device, on_event=on_event
         ), []
     except HSNetError as error:
         return None, [f"Gallery: {error}"]
@@ -179,8 +181,8 @@ def _episodes(file: Any) -> set[tuple[int, int]]:
 
 
 def _title(sets: Sequence[SetScores], runs: Sequence[Run]) -> str:
-    data = dict.fromkeys(one.rows.dataset for one in sets)
-    backbones = dict.fromkeys(one.rows.backbone for one in sets)
+    data = dict.fromkeys(scores.results.dataset for scores in sets)
+    backbones = dict.fromkeys(scores.results.backbone for scores in sets)
     if sets:
         return f"Few-shot segmentation: {', '.join(data)}, {', '.join(backbones)}"
     return f"Training: {', '.join(run.label for run in runs)}"
@@ -192,12 +194,9 @@ def _part(name: str) -> str:
 
 def _write(path: Path, text: str) -> None:
     """Whole or not at all. Raises DataError if the place cannot be written."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(text.encode("utf-8", "backslashreplace"))
-        os.replace(part, path)
+        with whole(path) as partial:
+            partial.write_bytes(text.encode("utf-8", "backslashreplace"))
     except OSError as error:
-        if part.is_file():
-            part.unlink()
         raise DataError(f"Cannot write {path}: {error.strerror or error}. Nothing was left there.") from error

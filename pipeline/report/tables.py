@@ -1,23 +1,32 @@
-"""The tables of the page as plain values: what stands in a cell, what it is sorted by, which bar is drawn."""
+"""The tables of the page as plain values, and how a value looks there: digits, small print, sorting, the bar."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from pipeline.analyze import Part, Score
 from pipeline.common.text import printable
 from pipeline.episodes.protocols import FUSIONS, POLICIES
 from pipeline.report.published import SOURCE, TITLES, papers_data, published
-from pipeline.report.scores import Comparison, SetScores
-from pipeline.scores.bootstrap import Interval
+from pipeline.report.scores import SetDifference, SetScores
+from pipeline.scores.bootstrap import Interval, Part
+from pipeline.scores.tables import (
+    DIFFERENCE,
+    Figure,
+    Table,
+    Value,
+    columns,
+    difference_values,
+    interval_text,
+    parts_table,
+)
 
 DASH = "–"
 
 
 @dataclass(frozen=True)
-class Cell:
-    """What stands in a cell."""
+class PageCell:
+    """How a value looks on the page."""
 
     text: str
     detail: str = ""
@@ -28,348 +37,232 @@ class Cell:
     """Low end, value and high end of a bar from 0 to 100."""
 
 
-@dataclass(frozen=True)
-class Row:
-    cells: tuple[Cell, ...]
-    kind: str = ""
-    """ "paper" for numbers that are not ours, "mean" for totals."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table that can be sorted by every column."""
-
-    key: str
-    """Unique on the page."""
-    caption: str
-    head: tuple[str, ...]
-    rows: tuple[Row, ...]
-    texts: int = 1
-    """The first so many columns are text; the others are numbers."""
-    notes: tuple[str, ...] = ()
-    folded: bool = False
-    """Closed until it is clicked."""
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """ "text", "number" or "bars" for every column."""
-        bars = {place for row in self.rows for place, cell in enumerate(row.cells) if cell.bar}
-        return tuple(
-            "text" if place < self.texts else "bars" if place in bars else "number" for place in range(len(self.head))
-        )
-
-
-def number(value: float, digits: int = 1) -> str:
-    """A number with a proper minus sign."""
-    return f"{value:.{digits}f}".replace("-", "−")
-
-
-def interval_text(found: Interval, digits: int = 1) -> str:
-    return f"[{number(found.low, digits)}, {number(found.high, digits)}]"
-
-
-def score_cell(found: Interval | None, *, bar: bool = False, missing: str = DASH) -> Cell:
-    """A score with its interval; never one without the other."""
-    if found is None:
-        return Cell(missing)
-    drawn = (_clip(found.low), _clip(found.value), _clip(found.high)) if bar else None
-    return Cell(number(found.value), interval_text(found), found.value, drawn)
-
-
-def difference_cell(found: Interval) -> Cell:
-    sign = "+" if found.value > 0 else ""
-    return Cell(sign + number(found.value), interval_text(found), found.value)
-
-
-def count_cell(value: int | None) -> Cell:
-    return Cell(DASH) if value is None else Cell(f"{value:,}", "", value)
-
-
-def p_cell(p: float) -> Cell:
-    return Cell("< 0.001" if p < 0.001 else f"{p:.3f}", "", p)
+def page_cell(value: Value, kind: str = "number") -> PageCell:
+    """A value in a column of that `pipeline.scores.tables.Kind`; no score without its interval."""
+    if value is None:
+        return PageCell("no episode" if kind == "bars" else DASH)
+    if isinstance(value, str):
+        return PageCell(value)
+    if isinstance(value, Figure):
+        return PageCell(value.text, value.detail, value.sort)
+    if isinstance(value, Interval):
+        text, _, detail = interval_text(value).replace("-", "−").partition(" ")
+        sign = "+" if kind == "difference" and value.value > 0 else ""
+        low, middle, high = (min(100.0, max(0.0, end)) for end in (value.low, value.value, value.high))
+        return PageCell(sign + text, detail, value.value, (low, middle, high) if kind == "bars" else None)
+    if kind == "p":
+        return PageCell("< 0.001" if value < 0.001 else f"{value:.3f}", sort=value)
+    return PageCell(f"{value:,}" if isinstance(value, int) else f"{value:.1f}".replace("-", "−"), sort=value)
 
 
 def results_tables(sets: Sequence[SetScores]) -> list[Table]:
     """One table per data set in the form of the paper's: method, backbone, shots; folds, mean, FB-IoU."""
+    by_data: dict[tuple[str, str], list[SetScores]] = {}
+    for scores in sets:
+        by_data.setdefault((scores.results.dataset, scores.results.first.facts["data"]), []).append(scores)
     tables = []
-    for place, data in enumerate(dict.fromkeys((one.rows.dataset, one.rows.first.facts["data"]) for one in sets)):
-        own = [one for one in sets if (one.rows.dataset, one.rows.first.facts["data"]) == data]
-        paper = papers_data(own[0].rows.first)
-        folds = sorted({fold for one in own for fold in one.rows.folds})
-        single = len(folds) == 1
-        heads = [f"mIoU, fold {folds[0]}"] if single else [*(f"fold {fold}" for fold in folds), "mean"]
-        if paper == "fss":
-            heads = ["mIoU"]
-        rows = []
-        for shots in sorted({k for one in own for k in one.rows.shots}):
+    for number, ((dataset, _), same_data) in enumerate(by_data.items()):
+        paper = papers_data(same_data[0].results.first)
+        folds = sorted({fold for scores in same_data for fold in scores.results.folds})
+        heads = [f"fold {fold}" for fold in folds] + ["mean"]
+        if len(folds) == 1:
+            heads = ["mIoU" if paper == "fss" else f"mIoU, fold {folds[0]}"]
+        rows: list[tuple[Value, ...]] = []
+        marks = {}
+        for shots in sorted({k for scores in same_data for k in scores.results.shots}):
             cited = {}
-            for one in own:
-                rows.append(_result_row(one, shots, folds))
-                line = published(one.rows.first, shots)
+            for scores in same_data:
+                rows += _result_row(scores, shots, folds)
+                line = published(scores.results.first, shots)
                 if line is not None:
-                    cited[one.rows.backbone] = line
+                    cited[scores.results.backbone] = line
             for backbone, line in cited.items():
-                cells = [Cell(number(line.folds[fold]), "", line.folds[fold]) for fold in folds if line.folds]
-                if not single or not line.folds:
-                    whole = set(folds) == {0, 1, 2, 3} or not line.folds
-                    cells.append(Cell(number(line.mean), "", line.mean) if whole else Cell(DASH))
-                # FB-IoU of the paper is the mean over its four folds: it stands beside that mean only.
-                whole = line.fb_iou is not None and set(folds) == {0, 1, 2, 3}
-                fb = Cell(number(line.fb_iou), "", line.fb_iou) if whole and line.fb_iou is not None else Cell(DASH)
-                head = (Cell("HSNet, the paper’s"), Cell(backbone), Cell(str(shots), "", shots))
-                rows.append(Row((*head, *cells, fb, Cell(DASH)), "paper"))
-        title = TITLES[paper] if paper else f"{printable(data[0])} (own data)"
+                marks[len(rows)] = "paper"
+                # The paper's means, of FB-IoU too, are over its four folds: they stand beside such means only.
+                every = folds == [0, 1, 2, 3]
+                values: list[Value] = [line.folds[fold] for fold in folds if line.folds]
+                if len(folds) > 1 or not line.folds:
+                    values.append(line.mean if every or not line.folds else None)
+                rows.append(("HSNet, the paper’s", backbone, shots, *values, line.fb_iou if every else None, None))
+        title = TITLES[paper] if paper else f"{printable(dataset)} (own data)"
         tables.append(
             Table(
-                f"results-{place}",
                 f"{title}: mIoU and FB-IoU, percent, each with its 95 % interval",
-                ("method", "backbone", "shots", *heads, "FB-IoU", "episodes"),
-                tuple(row for row in rows if row is not None),
-                texts=2,
-                notes=_paper_notes(own, paper),
+                columns("method", "backbone", "shots", *heads, "FB-IoU", "episodes", texts=2),
+                rows,
+                key=f"results-{number}",
+                marks=marks,
+                notes=_paper_notes(same_data, paper),
             )
         )
     return tables
 
 
-def _result_row(one: SetScores, shots: int, folds: Sequence[int]) -> Row | None:
-    scores = {score.fold: score for score in one.headline if score.shots == shots}
-    if not scores:
-        return None
-    total = one.totals(list(scores.values()))[0]
-    cells = [score_cell(scores[fold].miou) if fold in scores else Cell(DASH) for fold in folds]
+def _result_row(scores: SetScores, shots: int, folds: Sequence[int]) -> list[tuple[Value, ...]]:
+    """The row of a set, or none if it has no such number of shots."""
+    by_fold = {score.fold: score for score in scores.headline if score.shots == shots}
+    if not by_fold:
+        return []
+    total = scores.totals(list(by_fold.values()))[0]
+    values: list[Value] = [by_fold[fold].miou if fold in by_fold else None for fold in folds]
+    # A mean over some of the folds must not stand beside one over all of them.
+    every = set(folds) <= by_fold.keys()
     if len(folds) > 1:
-        # A mean over some of the folds must not stand beside one over all of them.
-        cells.append(score_cell(total.miou) if set(folds) <= scores.keys() else Cell(DASH))
-    fb = score_cell(total.fb_iou) if set(folds) <= scores.keys() else Cell(DASH)
-    head = (Cell(one.rows.label), Cell(one.rows.backbone), Cell(str(shots), "", shots))
-    return Row((*head, *cells, fb, count_cell(total.episodes)))
+        values.append(total.miou if every else None)
+    fb_iou = total.fb_iou if every else None
+    return [(scores.results.label, scores.results.backbone, shots, *values, fb_iou, total.episodes)]
 
 
-def _paper_notes(own: Sequence[SetScores], paper: str | None) -> tuple[str, ...]:
+def _paper_notes(sets: Sequence[SetScores], paper: str | None) -> tuple[str, ...]:
     if paper is None:
         return ("These are not the paper’s data: its tables have no number to compare with.",)
-    backbones = sorted({one.rows.backbone for one in own})
-    if not any(published(one.rows.first, shots) for one in own for shots in one.rows.shots):
+    results = [scores.results for scores in sets]
+    if not any(published(these.first, shots) for these in results for shots in these.shots):
+        backbones = sorted({these.backbone for these in results})
         return (f"The paper’s tables have no number for {', '.join(backbones)} on {TITLES[paper]}.",)
     notes = [f"The paper’s numbers: {SOURCE}. It gives no intervals."]
-    for one in own:
-        protocol, size = one.rows.first.protocol, one.rows.first.image_size
+    for these in results:
+        protocol, size = these.first.protocol, these.first.image_size
         if protocol.draw != "reference" or protocol.changes or size != 400:
             notes.append(
-                f"{one.rows.label}: scored by protocol {protocol.name} at {size} px, the paper by its own episodes at "
+                f"{these.label}: scored by protocol {protocol.name} at {size} px, the paper by its own episodes at "
                 f"400 px; a difference may come from that."
             )
     return tuple(notes)
 
 
-def comparison_table(comparisons: Sequence[Comparison]) -> Table | None:
+def difference_table(apart: Sequence[SetDifference]) -> Table | None:
     """Paired differences between sets."""
-    if not comparisons:
+    if not apart:
         return None
-    rows = []
-    for one in comparisons:
-        for found in one.differences:
-            if found.fold is not None and len(one.first.folds) > 1:
-                continue
-            rows.append(
-                Row(
-                    (
-                        Cell(f"{one.first.label} − {one.other.label}"),
-                        Cell(str(found.shots), "", found.shots),
-                        difference_cell(found.miou),
-                        p_cell(found.p),
-                        difference_cell(found.fb_iou) if found.fb_iou else Cell(DASH),
-                        count_cell(found.episodes),
-                        count_cell(found.needed),
-                    )
-                )
-            )
-    notes = tuple(f"Not paired with {one.other.label}: {printable(one.reason)}" for one in comparisons if one.reason)
+    rows = [
+        (f"{pair.first.label} − {pair.other.label}", difference.shots, *difference_values(difference))
+        for pair in apart
+        for difference in pair.differences
+        if difference.fold is None or len(pair.first.folds) == 1
+    ]
     return Table(
-        "pairs",
         "Differences on the same episodes, points",
-        ("difference", "shots", "mIoU", "p", "FB-IoU", "episodes", "for ±0.5"),
-        tuple(rows),
-        notes=notes,
+        columns("difference", "shots") | DIFFERENCE,
+        rows,
+        key="pairs",
+        notes=[f"Not paired with {pair.other.label}: {printable(pair.reason)}" for pair in apart if pair.reason],
     )
 
 
 def policy_table(sets: Sequence[SetScores]) -> Table:
     """mIoU by which pixels count."""
-    rows = []
-    for one in sets:
-        own = one.rows.first.protocol.fusion
-        for shots in one.rows.shots:
-            cells = []
-            for policy in POLICIES:
-                found = [s for s in one.everything if (s.policy, s.shots, s.fusion) == (policy, shots, own)]
-                totals = one.totals(found)
-                cells.append(score_cell(totals[0].miou if totals else None, missing="not scored"))
-            rows.append(Row((Cell(one.rows.label), Cell(str(shots), "", shots), *cells)))
+    rows: list[tuple[Value, ...]] = []
+    for scores in sets:
+        usual = scores.results.first.protocol.fusion
+        for shots in scores.results.shots:
+            totals = [scores.total(policy, shots, usual) for policy in POLICIES]
+            values = (total.miou if total else "not scored" for total in totals)
+            rows.append((scores.results.label, shots, *values))
     notes = ["All from the same predictions. “Every pixel” also counts those with the ignore label."]
-    if any(len(one.policies) < len(POLICIES) for one in sets):
+    if any(len(scores.policies) < len(POLICIES) for scores in sets):
         notes.append("Not scored: evaluated without the photos’ own masks (--data-root).")
-    head = tuple(f"{p.resolution} size, {'without ignored' if p.ignore else 'every pixel'}" for p in POLICIES)
-    return Table("policies", "mIoU by which pixels count", ("method", "shots", *head), tuple(rows), notes=tuple(notes))
+    heads = (f"{p.resolution} size, {'without ignored' if p.ignore else 'every pixel'}" for p in POLICIES)
+    return Table("mIoU by which pixels count", columns("method", "shots", *heads), rows, key="policies", notes=notes)
 
 
 def fusion_table(sets: Sequence[SetScores]) -> Table | None:
     """mIoU by how several supports are combined; None if only one way was scored."""
-    rows = []
-    for one in sets:
-        if not one.fusions:
-            continue
-        policy = one.rows.first.protocol.policy
-        for shots in (k for k in one.rows.shots if k > 1):
-            cells = []
-            for fusion in FUSIONS:
-                found = [s for s in one.everything if (s.policy, s.shots, s.fusion) == (policy, shots, fusion)]
-                totals = one.totals(found)
-                cell = score_cell(totals[0].miou if totals else None)
-                apart = [d for d in one.fusions if (d.shots, d.fusion) == (shots, fusion)]
-                if apart:
-                    best = next((d for d in apart if d.fold is None), apart[0])
-                    sign = "+" if best.miou.value > 0 else ""
-                    text = f"{sign}{number(best.miou.value)} {interval_text(best.miou)}"
-                    p = "p < 0.001" if best.p < 0.001 else f"p = {best.p:.3f}"
-                    cell = Cell(cell.text, f"{cell.detail}\n{text}\n{p}", cell.sort)
-                cells.append(cell)
-            rows.append(Row((Cell(one.rows.label), Cell(str(shots), "", shots), *cells)))
+    rows = [
+        (scores.results.label, shots, *(_fusion_value(scores, shots, fusion) for fusion in FUSIONS))
+        for scores in sets
+        for shots in scores.results.shots
+        if scores.fusions and shots > 1
+    ]
     if not rows:
         return None
     names = {"vote": "vote (published)", "logits": "mean logits", "probabilities": "mean probabilities"}
-    head = tuple(names.get(name, "one joint pass") for name in FUSIONS)
+    heads = (names.get(name, "one joint pass") for name in FUSIONS)
     return Table(
-        "fusions",
         "mIoU by how several supports are combined",
-        ("method", "shots", *head),
-        tuple(rows),
+        columns("method", "shots", *heads),
+        rows,
+        key="fusions",
         notes=("Below a score: its paired difference from the protocol’s own way, with interval and p.",),
     )
 
 
-def class_tables(one: SetScores, key: str) -> list[Table]:
+def _fusion_value(scores: SetScores, shots: int, fusion: str) -> Value:
+    """A score, with its difference from the protocol's own way below it."""
+    total = scores.total(scores.results.first.protocol.policy, shots, fusion)
+    apart = [d for d in scores.fusions if (d.shots, d.fusion) == (shots, fusion)]
+    if not total or not apart:
+        return total.miou if total else None
+    whole = next((d for d in apart if d.fold is None), apart[0])
+    score, points, p = page_cell(total.miou), page_cell(whole.miou, "difference"), page_cell(whole.p, "p").text
+    p = f"p {p}" if p.startswith("<") else f"p = {p}"
+    return Figure(score.text, total.miou.value, f"{score.detail}\n{points.text} {points.detail}\n{p}")
+
+
+def class_tables(scores: SetScores, key: str) -> list[Table]:
     """IoU of every class, one table per fold."""
-    tables = []
-    for fold in one.rows.folds:
-        by_shots = {s.shots: s.classes for s in one.headline if s.fold == fold}
-        names = [(part.name, part.episodes) for part in next(iter(by_shots.values()))]
-        rows = [
-            Row(
-                (
-                    Cell(name),
-                    *(score_cell(parts[place].value, bar=True, missing="no episode") for parts in by_shots.values()),
-                    count_cell(episodes),
-                )
-            )
-            for place, (name, episodes) in enumerate(names)
-        ]
-        tables.append(
-            Table(
-                f"classes-{key}-{fold}",
-                f"{one.rows.label}, fold {fold}: IoU of each class, percent",
-                ("class", *(f"{shots}-shot" for shots in by_shots), "episodes"),
-                tuple(rows),
-                folded=len(rows) > 40,
-            )
+    return [
+        parts_table(
+            [score for score in scores.headline if score.fold == fold],
+            "class",
+            f"{scores.results.label}, fold {fold}: IoU of each class, percent",
+            key=f"classes-{key}-{fold}",
         )
-    return tables
+        for fold in scores.results.folds
+    ]
 
 
-def size_table(one: SetScores, key: str) -> Table | None:
+def size_table(scores: SetScores, key: str) -> Table | None:
     """mIoU by the object's share of the photo."""
-    totals = one.totals(one.headline)
+    totals = [replace(score, fold=None) for score in scores.totals(scores.headline)]
     if not totals or not totals[0].sizes:
         return None
-    names = [part.name for part in totals[0].sizes]
-    rows = []
-    for place, name in enumerate(names):
-        parts = [_part(score, name) for score in totals]
-        first = totals[0].sizes[place]
-        cells = [score_cell(part.value if part else None, bar=True, missing="no episode") for part in parts]
-        rows.append(Row((Cell(name, sort=place), *cells, count_cell(first.episodes), count_cell(first.classes))))
-    return Table(
-        f"sizes-{key}",
-        f"{one.rows.label}: mIoU by the object’s share of the photo, percent",
-        ("share", *(f"{score.shots}-shot" for score in totals), "episodes", "classes"),
-        tuple(rows),
-    )
+    title = f"{scores.results.label}: mIoU by the object’s share of the photo, percent"
+    return parts_table(totals, "size", title, corner="share", key=f"sizes-{key}")
 
 
 def seed_table(sets: Sequence[SetScores]) -> Table | None:
     """What each set of episodes says; None if there is one seed only."""
-    rows = []
-    for one in sets:
-        for score in one.headline:
+    rows: list[tuple[Value, ...]] = []
+    marks = {}
+    for scores in sets:
+        for score in scores.headline:
             if score.spread is None:
                 continue
+            where = (score.fold, score.shots)
             for part in score.spread.parts:
-                rows.append(
-                    Row(
-                        (
-                            Cell(one.rows.label),
-                            Cell(part.name),
-                            Cell(str(score.fold), "", score.fold),
-                            Cell(str(score.shots), "", score.shots),
-                            score_cell(part.value, bar=True),
-                            count_cell(part.episodes),
-                        )
-                    )
-                )
-            spread = score.spread
-            rows.append(
-                Row(
-                    (
-                        Cell(one.rows.label),
-                        Cell("standard deviation"),
-                        Cell(str(score.fold), "", score.fold),
-                        Cell(str(score.shots), "", score.shots),
-                        Cell(number(spread.deviation, 2), f"expected {number(spread.expected, 2)}", spread.deviation),
-                        count_cell(score.episodes),
-                    ),
-                    "mean",
-                )
-            )
+                rows.append((scores.results.label, part.name, *where, part.value, part.episodes))
+            marks[len(rows)] = "mean"
+            deviation, expected = score.spread.deviation, score.spread.expected
+            figure = Figure(f"{deviation:.2f}", deviation, f"expected {expected:.2f}")
+            rows.append((scores.results.label, "standard deviation", *where, figure, score.episodes))
     if not rows:
         return None
     return Table(
-        "seeds",
         "mIoU of each set of episodes",
-        ("method", "episodes of", "fold", "shots", "mIoU", "episodes"),
-        tuple(rows),
-        texts=2,
+        columns("method", "episodes of", "fold", "shots", "mIoU", "episodes", texts=2) | {"mIoU": "bars"},
+        rows,
+        key="seeds",
+        marks=marks,
         notes=("“Expected” is the deviation that the intervals of single seeds promise.",),
     )
 
 
 def support_table(sets: Sequence[SetScores]) -> Table | None:
     """How much the choice of the support matters; None where no query was seen with two supports."""
-    rows = []
-    for one in sets:
-        for score in one.totals(one.headline):
-            found = score.support
-            if found is None:
-                continue
-            rows.append(
-                Row(
-                    (
-                        Cell(one.rows.label),
-                        Cell(str(score.shots), "", score.shots),
-                        score_cell(found.within),
-                        Cell(number(found.between), "", found.between),
-                        count_cell(found.queries),
-                        count_cell(found.episodes),
-                    )
-                )
-            )
+    rows = [
+        (scores.results.label, score.shots, spread.within, spread.between, spread.queries, spread.episodes)
+        for scores in sets
+        for score in scores.totals(scores.headline)
+        if (spread := score.support)
+    ]
     if not rows:
         return None
     return Table(
-        "supports",
         "How much another support changes an episode’s IoU, standard deviation in points",
-        ("method", "shots", "same query, other support", "any two episodes of a class", "queries", "episodes"),
-        tuple(rows),
+        columns("method", "shots", "same query, other support", "any two episodes of a class", "queries", "episodes"),
+        rows,
+        key="supports",
         notes=("Told by queries that were seen with several supports.",),
     )
 
@@ -378,33 +271,30 @@ def cost_table(sets: Sequence[SetScores]) -> Table:
     """Seconds per episode, as the rows have them."""
     import numpy as np
 
-    rows = []
-    for one in sets:
-        seconds: dict[tuple[object, ...], tuple[int, float]] = {}
-        for file in one.rows.files:
-            columns = (file.table[name].to_pylist() for name in ("seed", "episode", "shots", "seconds"))
-            for seed, episode, shots, value in zip(*columns, strict=True):
+    rows: list[tuple[Value, ...]] = []
+    for scores in sets:
+        seconds: dict[tuple[object, ...], tuple[int, float]] = {}  # of the most shots of every episode
+        for file in scores.results.files:
+            names = ("seed", "episode", "shots", "seconds")
+            for seed, episode, shots, value in zip(*(file.table[name].to_pylist() for name in names), strict=True):
                 key = (file.path, seed, episode)
                 if key not in seconds or seconds[key][0] < shots:
                     seconds[key] = shots, value
         values = np.array([value for _, value in seconds.values()])
-        shots = sorted({k for k, _ in seconds.values()})
+        measured = sorted({k for k, _ in seconds.values()})
         rows.append(
-            Row(
-                (
-                    Cell(one.rows.label),
-                    Cell(", ".join(map(str, shots)), "", shots[-1]),
-                    Cell(f"{np.median(values):.3f}", "", float(np.median(values))),
-                    Cell(f"{np.quantile(values, 0.95):.3f}", "", float(np.quantile(values, 0.95))),
-                    count_cell(len(values)),
-                )
+            (
+                scores.results.label,
+                Figure(", ".join(map(str, measured)), measured[-1]),
+                *(Figure(f"{v:.3f}", v) for v in (float(np.median(values)), float(np.quantile(values, 0.95)))),
+                len(values),
             )
         )
     return Table(
-        "seconds",
         "Seconds per episode",
-        ("method", "shots", "median", "95th percentile", "episodes"),
-        tuple(rows),
+        columns("method", "shots", "median", "95th percentile", "episodes"),
+        rows,
+        key="seconds",
         notes=(
             "One pass with all supports gives every smaller number of shots, every policy and every way to combine "
             "supports; reading from the store is not in it.",
@@ -412,28 +302,19 @@ def cost_table(sets: Sequence[SetScores]) -> Table:
     )
 
 
-def best_and_worst(one: SetScores) -> list[tuple[str, tuple[Part, ...]]]:
+def best_and_worst(scores: SetScores) -> list[tuple[str, tuple[Part, ...]]]:
     """Support photos at both ends: (heading, parts); empty where too few were used often enough."""
-    found: list[tuple[str, tuple[Part, ...]]] = []
-    for score in one.totals(one.headline):
+    ends: list[tuple[str, tuple[Part, ...]]] = []
+    for score in scores.totals(scores.headline):
         if score.support and score.support.best:
-            found.append(("best", score.support.best))
-            found.append(("worst", score.support.worst))
-    return found
+            ends += [("best", score.support.best), ("worst", score.support.worst)]
+    return ends
 
 
 def set_notes(sets: Sequence[SetScores]) -> list[str]:
     """What a reader of the scores should know, said once where it holds for all sets."""
-    found: dict[str, list[str]] = {}
-    for one in sets:
-        for note in one.notes:
-            found.setdefault(note, []).append(one.rows.label)
-    return [note if len(labels) == len(sets) else f"{', '.join(labels)}: {note}" for note, labels in found.items()]
-
-
-def _part(score: Score, name: str) -> Part | None:
-    return next((part for part in score.sizes if part.name == name), None)
-
-
-def _clip(value: float) -> float:
-    return min(100.0, max(0.0, value))
+    labels: dict[str, list[str]] = {}
+    for scores in sets:
+        for note in scores.notes:
+            labels.setdefault(note, []).append(scores.results.label)
+    return [note if len(who) == len(sets) else f"{', '.join(who)}: {note}" for note, who in labels.items()]

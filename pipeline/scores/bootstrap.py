@@ -73,32 +73,28 @@ class Resampled:
     """(C,) units drawn from; a class with none keeps zeros and counts as IoU 0, one with a single unit cannot vary."""
 
     def miou(self) -> tuple[Floats, Floats]:
-        """(M,) and (R, M), percent."""
-        return miou_of(self.totals), miou_of(self.samples)
+        """(M,) and (R, M), percent; as `hsnet.metrics.mean_iou`."""
+        values, samples = self.class_iou()
+        return values.mean(-1), samples.mean(-1)
 
     def fb_iou(self) -> tuple[Floats, Floats]:
-        """(M,) and (R, M), percent."""
-        return fb_iou_of(self.totals), fb_iou_of(self.samples)
+        """(M,) and (R, M), percent; as `hsnet.metrics.foreground_background_iou`, NaN where a union is empty."""
+        return _fb_iou(self.totals), _fb_iou(self.samples)
 
     def class_iou(self) -> tuple[Floats, Floats]:
-        """(M, C) and (R, M, C), percent."""
-        return class_iou_of(self.totals), class_iou_of(self.samples)
+        """(M, C) and (R, M, C), percent; as `hsnet.metrics.class_iou`."""
+        return _iou(self.totals[..., 1]), _iou(self.samples[..., 1])
 
 
-def class_iou_of(totals: Floats) -> Floats:
-    """(..., C, 2, 2) -> (..., C) foreground IoU, percent; as `hsnet.metrics.class_iou`."""
-    iou: Floats = 100 * totals[..., 0, 1] / np.maximum(totals[..., 1, 1], 1)
+def _iou(totals: Floats) -> Floats:
+    """(..., 2) intersection and union -> (...) percent; 0 where the union is empty. In numpy: torch takes longer to
+    import than an analysis takes."""
+    iou: Floats = 100 * totals[..., 0] / np.maximum(totals[..., 1], 1)
     return iou
 
 
-def miou_of(totals: Floats) -> Floats:
-    """(..., C, 2, 2) -> (...); as `hsnet.metrics.mean_iou`."""
-    mean: Floats = class_iou_of(totals).mean(-1)
-    return mean
-
-
-def fb_iou_of(totals: Floats) -> Floats:
-    """(..., C, 2, 2) -> (...); as `hsnet.metrics.foreground_background_iou`, NaN where a union is empty."""
+def _fb_iou(totals: Floats) -> Floats:
+    """(..., C, 2, 2) -> (...) percent."""
     both = totals.sum(-3)
     unions = np.where(both[..., 1, :] > 0, both[..., 1, :], np.nan)
     fb: Floats = 100 * (both[..., 0, :] / unions).mean(-1)
@@ -139,33 +135,30 @@ def resample(
     totals = np.zeros((methods, len(class_ids), 2, 2))
     samples = np.zeros((resamples, methods, len(class_ids), 2, 2))
     units = np.zeros(len(class_ids), np.int64)
-    for place, class_id in enumerate(class_ids):
-        mask = chosen == class_id
-        if not mask.any():
+    for column, class_id in enumerate(class_ids):
+        of_class = _units(counts, chosen == class_id, groups)
+        n = units[column] = of_class.shape[1]
+        totals[:, column] = of_class.sum(1)
+        if n < 2:
+            samples[:, :, column] = totals[:, column]
             continue
-        own = _units(counts[:, mask], None if groups is None else [g for g, m in zip(groups, mask, strict=True) if m])
-        n = units[place] = own.shape[1]
-        totals[:, place] = own.sum(1)
-        if n == 1:
-            samples[:, :, place] = totals[:, place]
-            continue
-        flat = own.transpose(1, 0, 2, 3).reshape(n, -1).astype(np.float64)
+        flat = of_class.transpose(1, 0, 2, 3).reshape(n, -1).astype(np.float64)
         for rows, drawn_often in weights(("bootstrap", seed, int(class_id)), resamples, n):
             drawn = (drawn_often @ flat) * (n / (n - 1))
-            samples[rows, :, place] = drawn.reshape(-1, methods, 2, 2)
+            samples[rows, :, column] = drawn.reshape(-1, methods, 2, 2)
     return Resampled(totals, samples, units)
 
 
-def _units(counts: Counts, groups: Sequence[object] | None) -> Counts:
-    """(M, n, 2, 2) added up over episodes with one key."""
+def _units(counts: Counts, mask: NDArray[np.bool_], groups: Sequence[object] | None) -> Counts:
+    """(M, n, 2, 2) of the episodes in the mask, added up over those with one key."""
+    counts = counts[:, mask]
     if groups is None:
         return counts
     numbers: dict[object, int] = {}
-    places = np.array([numbers.setdefault(group, len(numbers)) for group in groups])
-    summed = np.zeros((len(counts), len(numbers), 2, 2), np.int64)
-    for method, own in enumerate(counts):
-        np.add.at(summed[method], places, own)
-    return summed
+    units = [numbers.setdefault(group, len(numbers)) for group, taken in zip(groups, mask, strict=True) if taken]
+    summed = np.zeros((len(numbers), len(counts), 2, 2), np.int64)
+    np.add.at(summed, np.array(units, np.int64), counts.swapaxes(0, 1))
+    return summed.swapaxes(0, 1)
 
 
 def weights(key: tuple[object, ...], resamples: int, n: int) -> Iterator[tuple[slice, Floats]]:
@@ -176,64 +169,14 @@ def weights(key: tuple[object, ...], resamples: int, n: int) -> Iterator[tuple[s
         draws = stream.random_raw(rows * (n - 1)) >> np.uint64(32)
         picked = ((draws * np.uint64(n)) >> np.uint64(32)).astype(np.int64)
         picked += np.repeat(np.arange(rows) * n, n - 1)
-        weights = np.bincount(picked, minlength=rows * n).reshape(rows, n).astype(np.float64)
-        yield slice(first, first + rows), weights
+        drawn_often = np.bincount(picked, minlength=rows * n).reshape(rows, n).astype(np.float64)
+        yield slice(first, first + rows), drawn_often
 
 
 def interval(value: float, samples: Floats) -> Interval:
     """A value with the middle 95 % of what resamples gave."""
     low, high = np.quantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(value), float(low), float(high))
-
-
-def foreground(counts: Counts) -> Counts:
-    """(..., n, 2) intersections and unions of the foreground as (..., n, 2, 2) with an empty background."""
-    whole: Counts = np.stack([np.zeros_like(counts), counts], axis=-1)
-    return whole
-
-
-def miou_interval(counts: Counts, classes: Sequence[int], class_ids: Sequence[int], seed: int = 0) -> Interval:
-    """mIoU with its 95 % interval.
-
-    Args:
-        counts: (n, 2) intersection and union of each episode's foreground.
-        classes: n class ids.
-        class_ids: the classes of the test; one without an episode counts as 0.
-    """
-    values, samples = resampled_miou(counts[None], classes, class_ids, seed)
-    return interval(values[0], samples[:, 0])
-
-
-def paired_difference(
-    first: Counts, second: Counts, classes: Sequence[int], class_ids: Sequence[int], seed: int = 0
-) -> Interval:
-    """mIoU of `first` minus mIoU of `second` on the same episodes, in points, with its 95 % interval.
-
-    Both are scored on the same episodes of each resample, so what is hard for both cancels.
-
-    Raises:
-        ConfigError: they are not of the same episodes, as far as their number tells.
-    """
-    if first.shape != second.shape:
-        raise ConfigError(f"A paired difference needs the same episodes: {len(first)} and {len(second)} were given.")
-    values, samples = resampled_miou(np.stack([first, second]), classes, class_ids, seed)
-    return interval(values[0] - values[1], samples[:, 0] - samples[:, 1])
-
-
-def resampled_miou(
-    counts: Counts, classes: Sequence[int], class_ids: Sequence[int], seed: int = 0, resamples: int = RESAMPLES
-) -> tuple[Floats, Floats]:
-    """mIoU of M methods on the same n episodes, and on episodes drawn again within each class.
-
-    Args:
-        counts: (M, n, 2) intersection and union.
-
-    Returns:
-        (M,) and (resamples, M), percent.
-    """
-    if counts.ndim != 3 or counts.shape[1:] != (len(classes), 2):
-        raise ConfigError(f"Counts must be (methods, {len(classes)}, 2), got {counts.shape}.")
-    return resample(foreground(counts), classes, class_ids, seed=seed, resamples=resamples).miou()
 
 
 def swapped_differences(
@@ -259,23 +202,21 @@ def swapped_differences(
     if len(counts) != 2:
         raise ConfigError(f"A paired test is of two methods, got {len(counts)}.")
     chosen = np.asarray(classes)
-    real, found = 0.0, np.zeros(swaps)
+    real, swapped = 0.0, np.zeros(swaps)
     for class_id in class_ids:
-        mask = chosen == class_id
-        if not mask.any():
+        pair = _units(counts, chosen == class_id, groups)[..., 1].astype(np.float64)  # (2, n, 2): the foreground
+        n = pair.shape[1]
+        if not n:
             continue
-        own = _units(counts[:, mask], None if groups is None else [g for g, m in zip(groups, mask, strict=True) if m])
-        pair = own[..., 1].astype(np.float64)  # (2, n, 2): the foreground
-        real += float(_ratio(pair[0].sum(0)) - _ratio(pair[1].sum(0)))
+        real += float(_iou(pair[0].sum(0)) - _iou(pair[1].sum(0)))
         both, apart = pair.sum(0).sum(0), pair[0] - pair[1]
-        n = own.shape[1]
         stream, step = philox("swap", seed, int(class_id)), max(1, _CHUNK // n)
         for first in range(0, swaps, step):
             rows = min(step, swaps - first)
             coins = (stream.random_raw(rows * n) >> np.uint64(63)).astype(np.float64).reshape(rows, n)
             moved = (2 * coins - 1) @ apart
-            found[first : first + rows] += _ratio((both + moved) / 2) - _ratio((both - moved) / 2)
-    return real / len(class_ids), found / len(class_ids)
+            swapped[first : first + rows] += _iou((both + moved) / 2) - _iou((both - moved) / 2)
+    return real / len(class_ids), swapped / len(class_ids)
 
 
 def p_value(real: float, swapped: Floats) -> float:
@@ -284,18 +225,12 @@ def p_value(real: float, swapped: Floats) -> float:
     return float((1 + at_least.sum()) / (1 + len(swapped)))
 
 
-def _ratio(totals: Floats) -> Floats:
-    """(..., 2) -> (...) percent."""
-    ratio: Floats = 100 * totals[..., 0] / np.maximum(totals[..., 1], 1)
-    return ratio
-
-
-def episodes_for(found: Interval, episodes: int, half_width: float = 0.5) -> int | None:
+def episodes_for(interval: Interval, episodes: int, half_width: float = 0.5) -> int | None:
     """About how many episodes would give an interval of plus and minus `half_width` points.
 
     An interval shrinks with the root of the number of episodes, the shares of the classes being kept. None where
     nothing varied: too few episodes to tell.
     """
-    if not found.half_width > 0:
+    if not interval.half_width > 0:
         return None
-    return math.ceil(episodes * (found.half_width / half_width) ** 2)
+    return math.ceil(episodes * (interval.half_width / half_width) ** 2)

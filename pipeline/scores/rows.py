@@ -120,7 +120,7 @@ class Results:
 
 
 @dataclass(frozen=True)
-class Cell:
+class ScoredEpisodes:
     """The episodes of one fold, number of shots and fusion, all seeds, ordered by seed and number."""
 
     fold: int
@@ -193,7 +193,7 @@ def _check(results: Results) -> None:
     if folds != {results.fold} or odd:
         raise DataError(f"{path} says fold {results.fold} with its classes, but has rows of another fold or class.")
     for policy in results.policies:
-        counts = _counts(table, policy)
+        counts = episode_counts(table, policy)
         wrong = np.flatnonzero((counts < 0).any((1, 2)) | (counts[:, 0] > counts[:, 1]).any(1))
         if len(wrong):
             raise DataError(
@@ -213,8 +213,8 @@ def _check(results: Results) -> None:
         raise DataError(f"{path} mixes rows of several manifests under one seed.")
 
 
-def _counts(table: pa.Table, policy: Policy) -> NDArray[np.int64]:
-    """(n, 2, 2)."""
+def episode_counts(table: pa.Table, policy: Policy) -> NDArray[np.int64]:
+    """(n, 2, 2) of one policy, as `hsnet.metrics.count`, from rows."""
     columns = [table[name].to_numpy() for name in count_columns(policy)]
     return np.stack(columns, axis=1).astype(np.int64).reshape(-1, 2, 2)
 
@@ -236,42 +236,42 @@ def require_one_configuration(files: Sequence[Results]) -> None:
             )
     heads: dict[int, Results] = {}
     seen: dict[tuple[int, int, int | str], Results] = {}
-    for one in files:
-        other = heads.setdefault(one.fold, one)
-        if (other.checkpoint, _method(other, ())) != (one.checkpoint, _method(one, ())):
+    for file in files:
+        other = heads.setdefault(file.fold, file)
+        if (other.checkpoint, _method(other, ())) != (file.checkpoint, _method(file, ())):
             raise DataError(
-                f"{other.path} and {one.path} are both of fold {one.fold}, but of different heads:\n"
-                f"  {other.checkpoint or _method(other, ())}\n  {one.checkpoint or _method(one, ())}\n"
+                f"{other.path} and {file.path} are both of fold {file.fold}, but of different heads:\n"
+                f"  {other.checkpoint or _method(other, ())}\n  {file.checkpoint or _method(file, ())}\n"
                 f"Compare them with --against. Nothing was computed."
             )
-        for (shots, seed), digest in one.manifests.items():
-            same = f"{shots}-shot rows of fold {one.fold}, seed {seed}"
-            other = seen.setdefault((one.fold, shots, digest), one)
-            if other is not one:
+        for (shots, seed), digest in file.manifests.items():
+            same = f"{shots}-shot rows of fold {file.fold}, seed {seed}"
+            other = seen.setdefault((file.fold, shots, digest), file)
+            if other is not file:
                 raise DataError(
-                    f"{other.path} and {one.path} both hold {same}: the same episodes, manifest {digest}, would count "
+                    f"{other.path} and {file.path} both hold {same}: the same episodes, manifest {digest}, would count "
                     f"twice. Give one of them. Nothing was computed."
                 )
-            other = seen.setdefault((one.fold, shots, seed), one)
-            if other is not one:
+            other = seen.setdefault((file.fold, shots, seed), file)
+            if other is not file:
                 raise DataError(
-                    f"{other.path} and {one.path} both hold {same}, but of different manifests:\n"
+                    f"{other.path} and {file.path} both hold {same}, but of different manifests:\n"
                     f"  {other.manifests[shots, seed]}\n  {digest}\nAnalyze them apart. Nothing was computed."
                 )
 
 
 def differences(first: Results, second: Results) -> dict[str, tuple[object, object]]:
     """What keeps two files from being one configuration: name -> both values. Seeds, shots and folds do not."""
-    found: dict[str, tuple[object, object]] = {}
+    pairs: dict[str, tuple[object, object]] = {}
     for name in ("data", "dataset", "role", "recipe"):
-        found[name] = first.facts.get(name), second.facts.get(name)
-    found["store"] = first.store, second.store
-    found["method"] = _method(first, _OF_A_FOLD), _method(second, _OF_A_FOLD)
+        pairs[name] = first.facts.get(name), second.facts.get(name)
+    pairs["store"] = first.store, second.store
+    pairs["method"] = _method(first, _OF_A_FOLD), _method(second, _OF_A_FOLD)
     mine, theirs = first.protocol.to_dict(), second.protocol.to_dict()
     for name in mine:
         if name not in ("seeds", "shots", "digest", "name"):
-            found[f"protocol's {name}"] = mine[name], theirs[name]
-    return {name: pair for name, pair in found.items() if pair[0] != pair[1]}
+            pairs[f"protocol's {name}"] = mine[name], theirs[name]
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _method(results: Results, without: Sequence[str]) -> dict[str, Any]:
@@ -279,24 +279,26 @@ def _method(results: Results, without: Sequence[str]) -> dict[str, Any]:
     return {k: v for k, v in method.items() if k not in without} if isinstance(method, dict) else {}
 
 
-def cell(files: Sequence[Results], fold: int, shots: int, fusion: str, policy: Policy) -> Cell | None:
+def scored_episodes(
+    files: Sequence[Results], fold: int, shots: int, fusion: str, policy: Policy
+) -> ScoredEpisodes | None:
     """The episodes of all files of a fold, or None if there are none."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     parts = []
-    for one in files:
-        if one.fold == fold:
-            wanted = pc.and_(pc.equal(one.table["shots"], shots), pc.equal(one.table["fusion"], fusion))
-            parts.append(one.table.filter(wanted))
+    for file in files:
+        if file.fold == fold:
+            wanted = pc.and_(pc.equal(file.table["shots"], shots), pc.equal(file.table["fusion"], fusion))
+            parts.append(file.table.filter(wanted))
     table = pa.concat_tables(parts) if parts else None
     if table is None or not len(table):
         return None
     table = table.sort_by([("seed", "ascending"), ("episode", "ascending")])
     if table[count_columns(policy)[0]].null_count:
         return None
-    classes = next(one.classes for one in files if one.fold == fold)
-    return Cell(
+    classes = next(file.classes for file in files if file.fold == fold)
+    return ScoredEpisodes(
         fold,
         tuple(sorted(classes)),
         classes,
@@ -306,7 +308,7 @@ def cell(files: Sequence[Results], fold: int, shots: int, fusion: str, policy: P
         tuple(table["query"].to_pylist()),
         tuple(map(tuple, table["supports"].to_pylist())),
         table["object_pixels"].to_numpy(),
-        _counts(table, policy),
+        episode_counts(table, policy),
     )
 
 
@@ -327,21 +329,21 @@ def require_same_episodes(files: Sequence[Results], against: Sequence[Results]) 
             there, lacking = (files, against) if key in mine else (against, files)
             digest = (mine if key in mine else theirs)[key].manifests[shots, seed]
             others = ", ".join(
-                f"{one.manifests.get((shots, s), '?')} (fold {one.fold}, seed {s})"
-                for one in lacking
-                for k, s in one.manifests
+                f"{file.manifests.get((shots, s), '?')} (fold {file.fold}, seed {s})"
+                for file in lacking
+                for k, s in file.manifests
                 if k == shots
             )
             raise DataError(
                 f"A paired test needs the same episodes. {there[0].path} has {where}: manifest {digest}\n"
                 f"{lacking[0].path} has: {others}. Nothing was computed."
             )
-        one, other = mine[key], theirs[key]
-        digests = one.manifests[shots, seed], other.manifests[shots, seed]
+        first, second = mine[key], theirs[key]
+        digests = first.manifests[shots, seed], second.manifests[shots, seed]
         if digests[0] != digests[1]:
             raise DataError(
                 f"A paired test needs the same episodes, but {where} are of different manifests:\n"
-                f"  {one.path}: {digests[0]}\n  {other.path}: {digests[1]}\n"
+                f"  {first.path}: {digests[0]}\n  {second.path}: {digests[1]}\n"
                 f"Evaluate both on one (`hsnet episodes make`, `hsnet evaluate --manifest`). Nothing was computed."
             )
     if not shared:
@@ -350,14 +352,12 @@ def require_same_episodes(files: Sequence[Results], against: Sequence[Results]) 
         )
 
 
-def require_same_rows(first: Cell, second: Cell, what: str) -> None:
-    """Refuse cells whose episodes differ though their manifests' digests do not. Raises DataError."""
+def require_same_rows(first: ScoredEpisodes, second: ScoredEpisodes, what: str) -> None:
+    """Refuse to pair what has other episodes though the manifests' digests agree. Raises DataError."""
     if len(first) != len(second):
         raise DataError(f"{what}: {len(first)} and {len(second)} episodes under one manifest. Evaluate again.")
-    for place in range(len(first)):
-        pair = [
-            (int(c.numbers[place]), int(c.classes[place]), c.queries[place], c.supports[place]) for c in (first, second)
-        ]
+    for i in range(len(first)):
+        pair = [(int(e.numbers[i]), int(e.classes[i]), e.queries[i], e.supports[i]) for e in (first, second)]
         if pair[0] != pair[1]:
             raise DataError(
                 f"{what}: the digests of the manifests agree, but episode {pair[0][0]} is {pair[0][1:]} here and "
@@ -366,4 +366,4 @@ def require_same_rows(first: Cell, second: Cell, what: str) -> None:
 
 
 def _by_key(files: Sequence[Results]) -> dict[tuple[int, int, int], Results]:
-    return {(one.fold, shots, seed): one for one in files for shots, seed in one.manifests}
+    return {(file.fold, shots, seed): file for file in files for shots, seed in file.manifests}

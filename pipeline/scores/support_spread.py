@@ -9,14 +9,14 @@ import numpy as np
 
 from pipeline.scores import bootstrap
 from pipeline.scores.bootstrap import Floats, Interval, Part, interval
-from pipeline.scores.rows import Cell
+from pipeline.scores.rows import ScoredEpisodes
 
 LEAST_USES = 5
 """Queries with which a support photo must occur before it is said to be good or bad."""
 
 
 @dataclass(frozen=True)
-class Support:
+class SupportSpread:
     """How much the choice of support moves an episode's IoU, told by queries that were seen with several."""
 
     queries: int
@@ -34,17 +34,17 @@ class Support:
     many: chance is in them, too."""
 
 
-def spread_by_support(cells: Sequence[Cell], shots: int, seed: int) -> Support | None:
-    """None if no query was seen with two supports."""
+def spread_by_support(folds: Sequence[ScoredEpisodes], shots: int, seed: int) -> SupportSpread | None:
+    """The spread over all folds; None if no query was seen with two supports."""
     groups: dict[tuple[int, int, str], dict[tuple[str, ...], float]] = {}
-    names = {class_id: name for own in cells for class_id, name in own.names.items()}
-    for own in cells:
-        iou = 100 * own.counts[:, 0, 1] / np.maximum(own.counts[:, 1, 1], 1)
+    names = {class_id: name for episodes in folds for class_id, name in episodes.names.items()}
+    for episodes in folds:
+        iou = 100 * episodes.counts[:, 0, 1] / np.maximum(episodes.counts[:, 1, 1], 1)
         for class_id, query, supports, value in zip(
-            own.classes.tolist(), own.queries, own.supports, iou.tolist(), strict=True
+            episodes.classes.tolist(), episodes.queries, episodes.supports, iou.tolist(), strict=True
         ):
             # The same supports again are the same episode again, not another support.
-            groups.setdefault((own.fold, class_id, query), {})[tuple(sorted(supports))] = value
+            groups.setdefault((episodes.fold, class_id, query), {})[tuple(sorted(supports))] = value
     several = [np.array(list(group.values())) for group in groups.values() if len(group) > 1]
     if not several:
         return None
@@ -58,7 +58,7 @@ def spread_by_support(cells: Sequence[Cell], shots: int, seed: int) -> Support |
         by_class.setdefault((fold, class_id), []).extend(group.values())
     spread = [[((np.array(v) - np.mean(v)) ** 2).sum(), len(v) - 1] for v in by_class.values()]
     parts = _photos((names[key[1]], group) for key, group in groups.items()) if shots == 1 else []
-    return Support(
+    return SupportSpread(
         queries=len(several),
         episodes=sum(map(len, several)),
         within=interval(float(_root(squares.sum(0))), samples),

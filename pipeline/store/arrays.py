@@ -1,25 +1,36 @@
-"""What the arrays of a store must look like: made so, and checked before anyone acts on what is on disk."""
+"""What the arrays of a store must look like, checked before anyone acts on what is on disk; and the small ones read.
+
+Nothing here asks zarr: metadata are plain JSON, compared to the letter. The small arrays (index, rows, fit) are one
+chunk each of little-endian values, compressed by zstd and followed by its crc32c. Shape, length of the file and what it
+unpacks to are known and compared before memory is taken; zarr would unpack whatever a few bytes stand for, follow links
+and ask any file that is named.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
-from zarr.codecs import Crc32cCodec, ZstdCodec
+from numpy.typing import NDArray
 
 from hsnet.errors import StoreError
 from pipeline.common.files import read_json, replace_json
 from pipeline.datasets.index import DatasetIndex
+from pipeline.features.budgeted import TransformCodec
 from pipeline.features.recipe import Recipe, difference_lines
-from pipeline.store.shard_file import laid_out
+from pipeline.store.shard_file import read_small_array
 
 ZSTD_LEVEL = 3
-_AXES = ("image", "layer", "row", "column", "channel")
+FIT = "codec"
+"""Group of the arrays that hold the fit of coded features: `codec/level0.layer0.basis` and so on."""
+_MOST_FIT_VALUES = 4 << 20
+"""In one array of a fit: no network read here has layers of more than 2048 channels."""
+_KEYS = {"name": "default", "configuration": {"separator": "/"}}
+_LITTLE = {"configuration": {"endian": "little"}}
 
 
 @dataclass(frozen=True)
@@ -39,26 +50,8 @@ class ArrayLayout:
             return math.nan
         return int(np.iinfo(self.dtype).min if self.dtype.kind == "i" else np.iinfo(self.dtype).max)
 
-    def create(self, group: zarr.Group, rows: int) -> None:
-        """Make the array, without data."""
-        # Every inner chunk carries a checksum: zarr protects only the shard's index by itself. Empty chunks are
-        # written, so that a chunk which is absent was never written.
-        checksum = Crc32cCodec()
-        group.create_array(
-            self.name,
-            shape=(rows, *self.image_shape),
-            chunks=(1, *self.image_shape),
-            shards=(self.shard_images, *self.image_shape),
-            dtype=self.dtype,
-            filters=None,
-            compressors=[ZstdCodec(level=ZSTD_LEVEL), checksum] if self.compressed else [checksum],
-            fill_value=self.fill,
-            dimension_names=_AXES if not self.compressed else ("image", "row", "column"),
-            config={"write_empty_chunks": True, "order": "C"},
-        )
-
-    def check(self, root: Path, rows: Collection[int]) -> dict[str, Any]:
-        """Compare the array's metadata on disk, before zarr or anyone else acts on it, and return it.
+    def check(self, root: Path, rows: Collection[int]) -> None:
+        """Compare the array's metadata on disk.
 
         Args:
             rows: how many the array may have: more than one number while a store grows.
@@ -70,7 +63,7 @@ class ArrayLayout:
         try:
             (sharding,) = stored["codecs"]
             inner = sharding["configuration"]
-            found: dict[str, object] = {
+            actual: dict[str, object] = {
                 "shape": stored["shape"],
                 "data_type": stored["data_type"],
                 "shard": stored["chunk_grid"]["configuration"]["chunk_shape"],
@@ -79,27 +72,45 @@ class ArrayLayout:
             }
         except (KeyError, TypeError, ValueError) as error:
             raise StoreError(f"{root}: the metadata of array '{self.name}' is damaged ({error!r}).") from None
-        shapes: list[object] = [[count, *self.image_shape] for count in sorted(rows)]
+        shapes = [[count, *self.image_shape] for count in sorted(rows)]
         wanted: dict[str, object] = {
-            "shape": found["shape"] if found["shape"] in shapes else shapes[0],
+            "shape": next((shape for shape in shapes if repr(shape) == repr(actual["shape"])), shapes[0]),
             "data_type": self.dtype.name,
             "shard": [self.shard_images, *self.image_shape],
             "chunk": [1, *self.image_shape],
             "codecs": ["bytes", "zstd", "crc32c"] if self.compressed else ["bytes", "crc32c"],
         }
-        if found != wanted:
-            pairs = {key: (found[key], wanted[key]) for key in wanted if found[key] != wanted[key]}
+        # By their texts: 21.0 is no number of rows.
+        pairs = {key: (actual[key], wanted[key]) for key in wanted if repr(actual[key]) != repr(wanted[key])}
+        if pairs:
             raise StoreError(
                 f"{root}: array '{self.name}' does not fit the store's recipe:\n{difference_lines(pairs)}\n"
                 f"The store was changed by something else. Extract into a new store."
             )
-        # Another layout may be fine zarr, but zarr unpacks whatever it is told to.
-        if not laid_out(stored, self.compressed):
+        # Another layout may be fine zarr, but a shard is read in this one only.
+        if not self._laid_out(stored):
             raise StoreError(
                 f"{root}: array '{self.name}' is not laid out as this program writes it (codecs of the shards and of "
                 f"their index, names of the files). The store was changed by something else. Extract into a new store."
             )
-        return stored
+
+    def _laid_out(self, metadata: Mapping[str, Any]) -> bool:
+        try:
+            (sharding,) = metadata["codecs"]
+            inner = sharding["configuration"]
+            codecs = [{**codec} for codec in inner["codecs"]]
+            if self.compressed:
+                codecs[1].pop("configuration", None)  # level: nothing a reader needs
+            return (
+                codecs == [_bytes_codec(self.dtype), *([{"name": "zstd"}] * self.compressed), {"name": "crc32c"}]
+                and sharding["name"] == "sharding_indexed"
+                and inner["index_location"] == "end"
+                and inner["index_codecs"] == [{"name": "bytes", **_LITTLE}, {"name": "crc32c"}]
+                and metadata["chunk_key_encoding"] == _KEYS
+                and not metadata.get("storage_transformers")
+            )
+        except (KeyError, TypeError, ValueError, IndexError):
+            return False
 
     def resize(self, root: Path, rows: int) -> None:
         """Give the array another number of rows. No data is touched. Raises OSError, StoreError."""
@@ -127,14 +138,91 @@ def image_nbytes(recipe: Recipe, index: DatasetIndex) -> int:
     return sum(math.prod(layout.image_shape) * layout.dtype.itemsize + per_chunk for layout in layouts)
 
 
-def open_array(root: Path, name: str, writable: bool = False) -> Any:
-    """An array by zarr. Raises StoreError."""
+def read_small(root: Path, name: str, dtypes: Collection[str], most: int, dimensions: int = 1) -> NDArray[Any]:
+    """A small array at `root / name`.
+
+    Args:
+        dtypes: what it may hold.
+        most: values it may have at most.
+
+    Raises:
+        StoreError: it is damaged, larger, of another type or not laid out as this program writes it.
+    """
+    folder = root / name
+    stored = read_json(folder / "zarr.json")
+    shape, dtype = stored.get("shape"), stored.get("data_type")
+    if not (isinstance(shape, list) and len(shape) == dimensions and all(type(side) is int for side in shape)):
+        raise StoreError(
+            f"{root}: array '{name}' must have {dimensions} dimensions, its metadata says {_short(shape)}."
+        )
+    if dtype not in dtypes:
+        raise StoreError(f"{root}: array '{name}' must hold {' or '.join(dtypes)}, its metadata says {_short(dtype)}.")
+    # Sides first: the product of numbers with thousands of digits takes its time.
+    if not all(0 < side <= most for side in shape) or math.prod(shape) > most:
+        raise StoreError(f"{root}: array '{name}' claims the shape {_short(shape)}; {most:,} is the most that is read.")
+    values = np.dtype(dtype)
+    if not _one_chunk(stored, shape, values):
+        raise StoreError(f"{root}: array '{name}' is not laid out as one chunk of bytes, zstd and crc32c.")
+    path = folder.joinpath("c", *["0"] * dimensions)
     try:
-        return zarr.open_array(str(root / name), mode="r+" if writable else "r", zarr_format=3)
-    except Exception as error:  # zarr's errors on damaged metadata have no common base
-        raise StoreError(f"{root}: array '{name}' cannot be opened: {error!r}.") from error
+        if path.parent.resolve() != root.resolve() / path.parent.relative_to(root):
+            raise ValueError(f"its file lies outside of the store, at {path.parent.resolve()}")
+        data = read_small_array(path, math.prod(shape) * values.itemsize)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise StoreError(f"{root}: the {name} cannot be read: {error!r}.") from error
+    return data.view(values).reshape(shape)
 
 
-def calm_zarr() -> None:
-    """Few threads per process: many processes of this program share a machine, and zarr's default is up to 32."""
-    zarr.config.set({"threading.max_workers": 2, "async.concurrency": 4})
+def read_fit(root: Path, recipe: Recipe) -> TransformCodec | None:
+    """The fit of the store at `root`; None if its features are not coded.
+
+    Raises:
+        StoreError: it is damaged, or not the one that the recipe names.
+    """
+    if recipe.coding is None:
+        return None
+    layers = [shape[0] for shape in recipe.level_shapes()]
+    parts = {"basis": ("float32", 2), "counts": ("int32", 1), "places": ("int32", 1), "levels": ("float32", 2)}
+    # By the names that there must be: a folder may hold anything.
+    arrays = {
+        (name := f"level{level}.layer{layer}.{part}"): read_small(
+            root, f"{FIT}/{name}", [dtype], _MOST_FIT_VALUES, dimensions
+        )
+        for level, count in enumerate(layers)
+        for layer in range(count)
+        for part, (dtype, dimensions) in parts.items()
+    }
+    codec = TransformCodec.from_arrays(arrays, layers)
+    if codec.digest != recipe.coding.fit or codec.level_bytes != recipe.coding.level_bytes:
+        raise StoreError(
+            f"{root}: the fit in the store ({codec.digest[:15]}, {codec.level_bytes} bytes per position) is not the "
+            f"recipe's ({recipe.coding.fit[:15]}, {recipe.coding.level_bytes}). Its features cannot be read; extract "
+            f"into a new store."
+        )
+    return codec
+
+
+def _one_chunk(stored: Mapping[str, Any], shape: list[int], dtype: np.dtype) -> bool:
+    try:
+        return (
+            stored["chunk_grid"] == {"name": "regular", "configuration": {"chunk_shape": shape}}
+            and stored["chunk_key_encoding"] == _KEYS
+            and [codec["name"] for codec in stored["codecs"]] == ["bytes", "zstd", "crc32c"]
+            and stored["codecs"][0] == _bytes_codec(dtype)
+            and not stored.get("storage_transformers")
+        )
+    except (KeyError, TypeError, IndexError):
+        return False
+
+
+def _bytes_codec(dtype: np.dtype) -> dict[str, Any]:
+    # Types of one byte have no byte order.
+    return {"name": "bytes", **({} if dtype.itemsize == 1 else _LITTLE)}
+
+
+def _short(value: object) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of too many digits
+        return "a number without end"
+    return text if len(text) < 80 else text[:77] + "..."

@@ -35,18 +35,28 @@ _PART = 8 << 20
 _KEY = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}/){0,7}[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
 
+# obstore has types for what a server answers, not for why there is no answer: names in the text of a GenericError.
+_NOT_REACHED = {
+    "dns error": "its name is unknown, or there is no network",
+    "ConnectionRefused": "nothing listens there",
+    "InvalidCertificate": "its certificate is not valid",
+}
+_TOO_SLOW = dict.fromkeys(("TimedOut", "timed out"), "it does not answer in time")
+_CREDENTIALS = ("/latest/api/token", "/latest/meta-data", "169.254.170.2")
+"""Where a machine's role is asked for."""
+
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Entry:
+class ObjectFacts:
     """What a listing says of one object."""
 
     size: int
     etag: str
     """Changes with the content."""
     modified: datetime
-    """By the server's clock."""
+    """When it was written, by the server's clock."""
 
 
 def address(path: str | Path) -> str | None:
@@ -99,6 +109,7 @@ class Bucket:
     """
 
     def __init__(self, url: str) -> None:
+        from obstore.exceptions import BaseError
         from obstore.store import from_url
 
         self.url = url
@@ -118,7 +129,7 @@ class Bucket:
                     },
                 },
             )
-        except Exception as error:  # obstore's errors have no common base: some are ValueError
+        except (BaseError, ValueError) as error:
             raise self._failure("cannot be opened", error) from None
 
     def get(self, key: str, most: int) -> bytes:
@@ -126,12 +137,12 @@ class Bucket:
         import obstore
 
         def read() -> bytes:
-            found = obstore.get(self._store, key)
-            if found.meta["size"] > most:
+            answer = obstore.get(self._store, key)
+            if answer.meta["size"] > most:
                 raise StoreError(
-                    f"{self.url}/{key} has {found.meta['size']:,} bytes; {most:,} is the most that is read."
+                    f"{self.url}/{key} has {answer.meta['size']:,} bytes; {most:,} is the most that is read."
                 )
-            return bytes(found.bytes())
+            return bytes(answer.bytes())
 
         return self._call(f"object '{key}' cannot be read", read)
 
@@ -144,7 +155,7 @@ class Bucket:
             lambda: bytes(obstore.get_range(self._store, key, start=start, end=end)),
         )
 
-    def head(self, key: str) -> Entry | None:
+    def head(self, key: str) -> ObjectFacts | None:
         """Facts of an object, None if there is none."""
         import obstore
 
@@ -187,44 +198,44 @@ class Bucket:
         if keys:
             self._call("objects cannot be deleted", lambda: obstore.delete(self._store, list(keys)))
 
-    def objects(self, prefix: str = "") -> dict[str, Entry]:
+    def objects(self, prefix: str = "") -> dict[str, ObjectFacts]:
         """All objects below `prefix`. Names that no store has are left out: nothing is to be written by them here."""
         import obstore
 
-        def read() -> dict[str, Entry]:
+        def read() -> dict[str, ObjectFacts]:
             pages = obstore.list(self._store, prefix or None)
             return _entries(meta for page in pages for meta in page)
 
         return self._call("cannot be listed", read)
 
-    def children(self) -> tuple[list[str], dict[str, Entry]]:
+    def children(self) -> tuple[list[str], dict[str, ObjectFacts]]:
         """(folders, objects) directly below the address."""
         import obstore
 
-        def read() -> tuple[list[str], dict[str, Entry]]:
-            found = obstore.list_with_delimiter(self._store)
-            folders = [prefix.rstrip("/") for prefix in found["common_prefixes"]]
-            return [name for name in folders if _KEY.fullmatch(name)], _entries(found["objects"])
+        def read() -> tuple[list[str], dict[str, ObjectFacts]]:
+            page = obstore.list_with_delimiter(self._store)
+            folders = [prefix.rstrip("/") for prefix in page["common_prefixes"]]
+            return [name for name in folders if _KEY.fullmatch(name)], _entries(page["objects"])
 
         return self._call("cannot be listed", read)
 
     def _call(self, what: str, request: Callable[[], T]) -> T:
-        from obstore.exceptions import AlreadyExistsError, PreconditionError
+        from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, PreconditionError
 
         for attempt in range(ATTEMPTS):
             try:
                 return request()
             except (AlreadyExistsError, PreconditionError):
                 raise
-            except StoreError:
-                raise
             except FileNotFoundError as error:
                 if "NoSuchBucket" in str(error):
                     raise self._failure(what, error) from None
                 raise FileNotFoundError(f"there is no object at {self.url}") from None
-            except Exception as error:  # obstore's errors have no common base: some are ValueError
-                if attempt + 1 == ATTEMPTS or not _passing(error):
+            except GenericError as error:  # the only type of which another try may succeed
+                if attempt + 1 == ATTEMPTS or not _passing(str(error)):
                     raise self._failure(what, error) from None
+            except (BaseError, NotImplementedError, OSError, ValueError) as error:
+                raise self._failure(what, error) from None
             time.sleep(BACKOFF_S * 2**attempt)
         raise AssertionError("not reached")
 
@@ -232,39 +243,36 @@ class Bucket:
         return StoreError(f"{self.url}: {what}: {self._reason(error)} Nothing else was changed.")
 
     def _reason(self, error: Exception) -> str:
+        from obstore.exceptions import GenericError, PermissionDeniedError, UnauthenticatedError
+
         text = str(error)
-        status = re.search(r"status code: (\d{3})", text)
-        code = re.search(r"<Code>([A-Za-z]{1,60})</Code>", text)
-        answer = " ".join(found[1] for found in (status, code) if found)
+        status, code = _status(text), _first(r"<Code>([A-Za-z]{1,60})</Code>", text)
+        answer = f"{status} {code}".strip()
         where = f"at {self.endpoint}" if self.endpoint else "at the provider's own endpoint"
-        if "/latest/api/token" in text or "/latest/meta-data" in text or "169.254.170.2" in text:
+        if any(sign in text for sign in _CREDENTIALS):
             return (
                 "there are no credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN for "
                 "temporary ones) in the environment; files such as ~/.aws/credentials are not read."
             )
-        if "NoSuchBucket" in text:
-            return f"there is no such bucket {where}. Make it first, or correct the address or AWS_ENDPOINT_URL."
-        if "BadScheme" in text or "URL scheme is not allowed" in text:
-            return f"the endpoint {self.endpoint} is not https. Set AWS_ALLOW_HTTP=true if that is meant."
-        if "PermanentRedirect" in text or "AuthorizationHeaderMalformed" in text or (status and status[1] == "301"):
-            return f"the bucket is in another region ({answer}). Set AWS_REGION to the bucket's."
-        if status and status[1] in ("401", "403"):
+        # What obstore has no type for, and all that fails in a list, is a GenericError.
+        if isinstance(error, (PermissionDeniedError, UnauthenticatedError)) or status in ("401", "403"):
             return f"access denied ({answer}). Check the credentials in the environment and what they may do there."
-        if "NotImplemented" in text or (status and status[1] == "501"):
+        if code == "NoSuchBucket":
+            return f"there is no such bucket {where}. Make it first, or correct the address or AWS_ENDPOINT_URL."
+        if status == "301" or code in ("PermanentRedirect", "AuthorizationHeaderMalformed"):
+            return f"the bucket is in another region ({answer}). Set AWS_REGION to the bucket's."
+        if status == "501" or isinstance(error, NotImplementedError):
             return f"the server cannot do it ({answer}). It must know conditional writes (If-None-Match)."
         if status:
             return f"the server {where} answered {answer}, {_times(text)}."
-        for sign, meaning in (
-            ("dns error", "its name is unknown, or there is no network"),
-            ("ConnectionRefused", "nothing listens there"),
-            ("InvalidCertificate", "its certificate is not valid"),
-            ("TimedOut", "it does not answer in time"),
-            ("timed out", "it does not answer in time"),
-        ):
-            if sign in text:
-                return f"the server {where} cannot be reached: {meaning}. Check the network and AWS_ENDPOINT_URL."
-        if "error sending request" in text or "HTTP error" in text or "HttpError" in text:
-            return f"the connection to the server {where} broke, {_times(text)}. Run the command again."
+        if isinstance(error, GenericError):
+            if "BadScheme" in text:
+                return f"the endpoint {self.endpoint} is not https. Set AWS_ALLOW_HTTP=true if that is meant."
+            for sign, meaning in {**_NOT_REACHED, **_TOO_SLOW}.items():
+                if sign in text:
+                    return f"the server {where} cannot be reached: {meaning}. Check the network and AWS_ENDPOINT_URL."
+            if "HttpError" in text:
+                return f"the connection to the server {where} broke, {_times(text)}. Run the command again."
         line = text.splitlines()[0][:300] if text else type(error).__name__
         for name in _SECRETS:
             if value := os.environ.get(name):
@@ -272,23 +280,27 @@ class Bucket:
         return f"{_without_user(line).rstrip('.')}."
 
 
-def _passing(error: Exception) -> bool:
-    """Whether another try may succeed; obstore has waited for servers that are not there."""
-    text = str(error)
-    status = re.search(r"status code: (\d{3})", text)
+def _passing(text: str) -> bool:
+    """Whether another try may succeed after a GenericError; obstore has waited for servers that are not there."""
+    status = _status(text)
     if status:
-        return status[1] in ("408", "409", "429") or status[1] >= "500"
-    if any(
-        sign in text
-        for sign in ("dns error", "ConnectionRefused", "BadScheme", "/latest/", "169.254.", "InvalidCertificate")
-    ):
-        return False
-    return "HTTP error" in text or "HttpError" in text or "error decoding response body" in text
+        return status in ("408", "409", "429") or status >= "500"
+    return "HttpError" in text and not any(sign in text for sign in (*_NOT_REACHED, *_CREDENTIALS, "BadScheme"))
+
+
+def _status(text: str) -> str:
+    """HTTP status in an error's debug text; empty if there was no answer."""
+    return _first(r"\bstatus: (\d{3}),", text)
 
 
 def _times(text: str) -> str:
-    retries = re.search(r"after (\d+) retries", text)
-    return f"{int(retries[1]) + 1} times" if retries else "again and again"
+    retries = int(_first(r"\bretries: (\d+),", text) or 0)
+    return f"{retries + 1} times" if retries else "again and again"
+
+
+def _first(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    return match[1] if match else ""
 
 
 def _endpoint() -> str:
@@ -298,13 +310,13 @@ def _endpoint() -> str:
 
 def _client() -> ClientConfig:
     """Options of the connection. Where any is given obstore looks for none in the environment: it is done here."""
-    found: dict[str, Any] = {"timeout": "5min", "connect_timeout": "5s", "read_timeout": "60s"}
-    for name in (*found, "proxy_url", "proxy_ca_certificate", "proxy_excludes"):
+    options: dict[str, Any] = {"timeout": "5min", "connect_timeout": "5s", "read_timeout": "60s"}
+    for name in (*options, "proxy_url", "proxy_ca_certificate", "proxy_excludes"):
         if value := os.environ.get(f"AWS_{name.upper()}"):
-            found[name] = value
+            options[name] = value
     for name in ("allow_http", "allow_invalid_certificates"):
-        found[name] = os.environ.get(f"AWS_{name.upper()}", "").lower() in ("true", "1", "yes", "on")
-    return cast("ClientConfig", found)
+        options[name] = os.environ.get(f"AWS_{name.upper()}", "").lower() in ("true", "1", "yes", "on")
+    return cast("ClientConfig", options)
 
 
 def _without_user(text: str) -> str:
@@ -312,9 +324,9 @@ def _without_user(text: str) -> str:
     return re.sub(r"//[^/@\s]*@", "//***@", text)
 
 
-def _entry(meta: Any) -> Entry:
-    return Entry(int(meta["size"]), meta["e_tag"] or f"{meta['last_modified']}", meta["last_modified"])
+def _entry(meta: Any) -> ObjectFacts:
+    return ObjectFacts(int(meta["size"]), meta["e_tag"] or f"{meta['last_modified']}", meta["last_modified"])
 
 
-def _entries(metas: Iterable[Any]) -> dict[str, Entry]:
+def _entries(metas: Iterable[Any]) -> dict[str, ObjectFacts]:
     return {meta["path"]: _entry(meta) for meta in metas if _KEY.fullmatch(meta["path"])}

@@ -53,9 +53,9 @@ class Buffers:
         with self._lock:
             while self._returned:
                 self._free.append(self._returned.popleft())
-            fitting = [place for place, memory in enumerate(self._free) if nbytes <= memory.nbytes <= 2 * nbytes]
+            fitting = [slot for slot, memory in enumerate(self._free) if nbytes <= memory.nbytes <= 2 * nbytes]
             if fitting:
-                return self._free.pop(min(fitting, key=lambda place: self._free[place].nbytes))
+                return self._free.pop(min(fitting, key=lambda slot: self._free[slot].nbytes))
             while self._free and sum(memory.nbytes for memory in self._free) > self._keep_bytes:
                 self._free.pop(0)  # the longest unused
         return np.empty(nbytes, np.uint8)

@@ -6,8 +6,6 @@ chosen images, in the order of the big store, and its lists only those entries w
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from hsnet.errors import ConfigError, StoreError
-from pipeline.common.files import sync_folder
+from pipeline.common.files import whole_folder
 from pipeline.common.philox import Draws
 from pipeline.datasets.index import ROLES, DatasetIndex, Split
 from pipeline.store.feature_store import FeatureStore
@@ -81,11 +79,8 @@ def export_sample(
     index = sample_index(store.index, chosen, shots)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".partial") as folder:
-            new = Path(folder) / "store"
-            nbytes = _copy(store, new, index, chosen)
-            os.rename(new, target)
-        sync_folder(target.parent)
+        with whole_folder(target) as partial:
+            nbytes = _copy(store, partial, index, chosen)
     except OSError as error:
         raise StoreError(f"The sample cannot be written to {target}: {error}. Nothing was left there.") from error
     return Exported(
@@ -174,9 +169,9 @@ def _drawn(
 def _turns(groups: Mapping[int, Sequence[int]], needed: int, draws: Draws) -> Iterator[list[int]]:
     """Classes of a list in an order of its own, each with its images in an order of their own."""
     usable = [class_id for class_id in sorted(groups) if len(groups[class_id]) >= needed]
-    for place in np.argsort(draws.array(len(usable)), kind="stable"):
-        images = groups[usable[place]]
-        yield [images[at] for at in np.argsort(draws.array(len(images)), kind="stable")]
+    for turn in np.argsort(draws.array(len(usable)), kind="stable"):
+        images = groups[usable[turn]]
+        yield [images[number] for number in np.argsort(draws.array(len(images)), kind="stable")]
 
 
 def _copy(store: FeatureStore, path: Path, index: DatasetIndex, images: Sequence[int]) -> int:

@@ -14,7 +14,6 @@ it had finished is kept if the next one wants the same images in it.
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,11 +23,20 @@ from hsnet.errors import StoreError, StoreMismatch
 from pipeline.datasets.index import DatasetIndex
 from pipeline.features.recipe import Recipe, difference_lines
 from pipeline.store.arrays import array_layouts
-from pipeline.store.attributes import read_facts, read_index, read_placement, write_facts, write_state
-from pipeline.store.markers import remove_shard, sweep_partials
-from pipeline.store.mirror import named, publish, remove_remote_arrays, remove_remote_shard
-from pipeline.store.place import sole_writer
-from pipeline.store.states import Placement, State, StoreFacts, row_ranges
+from pipeline.store.attributes import (
+    DatasetState,
+    Placement,
+    StoreFacts,
+    read_facts,
+    read_index,
+    read_placement,
+    row_ranges,
+    write_facts,
+)
+from pipeline.store.local_place import Place
+from pipeline.store.markers import sweep_partials
+from pipeline.store.place import place_of
+from pipeline.store.skeleton import write_state
 
 
 @dataclass(frozen=True)
@@ -41,22 +49,26 @@ class Grown:
     classes_new: tuple[str, ...]
 
 
-def growth(root: Path, recipe: Recipe, index: DatasetIndex) -> Grown | None:
+def growth(place: Place, recipe: Recipe, index: DatasetIndex) -> Grown | None:
     """What a store lacks of a data set; None if it is its own, or the recipe is another anyway. Writes nothing.
+
+    Args:
+        place: of the store, synced.
 
     Raises:
         StoreMismatch: the data set has not only grown. Names every difference with both values.
-        StoreError: what is at `root` cannot be read.
+        StoreError: what is there cannot be read.
     """
-    facts = read_facts(root)
-    state = facts.states[facts.current]
-    if state.digest == index.digest or facts.recipe != recipe:
-        return None
-    old = read_index(root, state)
+    with place.named():
+        facts = read_facts(place.root)
+        state = facts.states[facts.current]
+        if state.digest == index.digest or facts.recipe != recipe:
+            return None
+        old = read_index(place.root, state)
     differences = _obstacles(old, index)
     if differences:
         raise StoreMismatch(
-            f"{root} was extracted from another data set, or this one has not only grown since:\n"
+            f"{place.path} was extracted from another data set, or this one has not only grown since:\n"
             f"{difference_lines(differences)}\n"
             f"A store takes in more images, more classes and other lists; the images and classes it has must stay as "
             f"they are. Put back what is gone, or extract into a new store (`hsnet extract ... --store PATH`). "
@@ -67,97 +79,96 @@ def growth(root: Path, recipe: Recipe, index: DatasetIndex) -> Grown | None:
     return Grown(len(old.images), len(index.images) - len(old.images), tuple(names))
 
 
-def grow(root: Path, recipe: Recipe, index: DatasetIndex) -> None:
+def grow(path: str | Path | Place, recipe: Recipe, index: DatasetIndex) -> None:
     """Make room for what `growth` found; readers of the store see nothing of it yet.
 
     Raises:
         StoreMismatch, StoreError: as `growth`; another process is writing the store, or the disk refused.
     """
-    with named(root), sole_writer(root):
-        if growth(root, recipe, index) is None:
+    place = place_of(path)
+    with place.sole_writer():
+        if growth(place, recipe, index) is None:
             return
         try:
-            _grow(root, read_facts(root), index)
+            _grow(place, read_facts(place.root), index)
         except OSError as error:
             raise StoreError(
-                f"{root} cannot be made ready for more images: {error}. Nothing of what it holds was changed. Mend "
-                f"the cause and run the same command again."
+                f"{place.path} cannot be made ready for more images: {error}. Nothing of what it holds was changed. "
+                f"Mend the cause and run the same command again."
             ) from error
 
 
-def make_current(root: Path, digest: str) -> None:
+def make_current(place: Place, digest: str) -> None:
     """Give readers the state of a data set from now on, all of whose shards are there. By the store's writer only.
 
     Raises:
         StoreError: the disk refused.
     """
-    facts = read_facts(root)
-    place = facts.find(digest)
-    if place is None or place == facts.current:
+    facts = read_facts(place.root)
+    state = facts.find(digest)
+    if state is None or state == facts.current:
         return
     try:
-        write_facts(root, replace(facts, current=place))
-        publish(root)
+        write_facts(place.root, replace(facts, current=state))
+        place.publish()
     except OSError as error:
         raise StoreError(
-            f"{root}: all new images are there, but the store cannot be told so: {error}. Run the same command again."
+            f"{place.path}: all new images are there, but the store cannot be told so: {error}. Run the same command "
+            f"again."
         ) from error
 
 
 def _obstacles(old: DatasetIndex, new: DatasetIndex) -> dict[str, tuple[object, object]]:
     """What keeps a store of one data set from being one of the other."""
-    found: dict[str, tuple[object, object]] = {}
+    differences: dict[str, tuple[object, object]] = {}
     gone = set(old.images) - set(new.images)
     if old.name != new.name:
-        found["data set"] = (old.name, new.name)
+        differences["data set"] = (old.name, new.name)
     if gone:
         first = next(image for image in old.images if image in gone)
         more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
-        found["image in the data set"] = (f"{first}{more}", "not there")
+        differences["image in the data set"] = (f"{first}{more}", "not there")
     for class_id, name in sorted(old.classes.items()):
         if new.classes.get(class_id) != name:
-            found[f"class {class_id}"] = (name, new.classes.get(class_id, "not there"))
+            differences[f"class {class_id}"] = (name, new.classes.get(class_id, "not there"))
     if old.label_dtype != new.label_dtype:
-        found["label type"] = (old.label_dtype.name, new.label_dtype.name)
-        found["ignore label"] = (old.ignore_label, new.ignore_label)
+        differences["label type"] = (old.label_dtype.name, new.label_dtype.name)
+        differences["ignore label"] = (old.ignore_label, new.ignore_label)
     if old.has_ignore != new.has_ignore:
-        found["ignore label in use"] = (old.has_ignore, new.has_ignore)
-    return found
+        differences["ignore label in use"] = (old.has_ignore, new.has_ignore)
+    return differences
 
 
-def _grow(root: Path, facts: StoreFacts, index: DatasetIndex) -> None:
+def _grow(place: Place, facts: StoreFacts, index: DatasetIndex) -> None:
+    root = place.root
     layouts = array_layouts(facts.recipe, index.label_dtype, facts.shard_images)
     names = tuple(layout.name for layout in layouts)
     sweep_partials(root, names)
-    known = facts.find(index.digest)
-    if known is None:
+    if facts.find(index.digest) is None:
         kept, old = _base(root, facts, index)
         number = 1 + max(state.number for state in facts.states)
-        new = State(index.digest, len(index.images), number)
+        new = DatasetState(index.digest, len(index.images), number)
         states = (*facts.states[: kept + 1], new)
         after = replace(facts, states=states)
         before = read_placement(root, facts, kept)
         write_state(root, new, index, _rows(old, before, index, row_ranges(after.counts, facts.shard_images)[-1]))
-        publish(root)
+        place.publish()
         dropped = facts.states[kept + 1 :]
         if dropped:
             # Before the attributes: they must always list a state as long as the arrays are.
             for layout in layouts:
                 layout.resize(root, facts.rows(kept))
             for shard in range(_shards(after), _shards(facts)):
-                remove_remote_shard(root, shard, names)
-                remove_shard(root, shard, names)
-        publish(root)
+                place.remove_shard(shard, names)
+            place.publish()
         write_facts(root, after)
-        publish(root)
+        place.publish()
         facts = after
-        for state in dropped:
-            remove_remote_arrays(root, [state.index, state.row])
-            shutil.rmtree(root / state.index, ignore_errors=True)
-            shutil.rmtree(root / state.row, ignore_errors=True)
+        # The first state, whose images are in the order of their rows, is never dropped.
+        place.remove_arrays(name for state in dropped for name in (state.index_array, state.rows_array))
     for layout in layouts:
         layout.resize(root, facts.rows(len(facts.states) - 1))
-    publish(root)
+    place.publish()
 
 
 def _base(root: Path, facts: StoreFacts, index: DatasetIndex) -> tuple[int, DatasetIndex]:

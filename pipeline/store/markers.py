@@ -8,16 +8,15 @@ is there: zarr reads a missing shard as fill values, without an error.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import stat
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from hsnet.errors import StoreError
-from pipeline.common.files import replace_text
+from pipeline.common.files import PARTIAL, replace_text
 
 MARKERS = "_done"
 _LARGEST_MARKER = 16 << 20
@@ -25,6 +24,19 @@ _LARGEST_PHOTO = 1 << 28
 """Pixels. Three times what Pillow opens; masks are made at this size on request."""
 _PIECE = 8 << 20
 _FIRST_FIELDS = {"shard", "store", "images", "sizes", "classes", "skipped", "files"}
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One array's file of a shard, and what the marker says of it."""
+
+    array: str
+    number: int
+    """Number of the shard."""
+    size: int
+    """Bytes."""
+    checksum: str
+    """CRC-32, 8 hex digits."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,10 @@ class ShardFacts:
     def nbytes(self) -> int:
         """Bytes of the shard's array files."""
         return sum(size for size, _ in self.files.values())
+
+    def stored(self, arrays: Collection[str] | None = None) -> list[StoredFile]:
+        """Its files, or those of some arrays."""
+        return [StoredFile(name, self.number, *self.files[name]) for name in (self.files if arrays is None else arrays)]
 
 
 def shard_file(root: Path, array: str, number: int) -> Path:
@@ -145,7 +161,7 @@ def _require_no_links(root: Path, files: tuple[str, ...]) -> None:
 def remove_shard(root: Path, number: int, files: tuple[str, ...]) -> None:
     """Delete what there is of a shard, its marker first: a marker must never outlive its data."""
     marker = marker_file(root, number)
-    for path in (marker, *marker.parent.glob(f"{marker.stem}.*.partial")):
+    for path in (marker, *marker.parent.glob(f".{marker.name}*{PARTIAL}")):
         path.unlink(missing_ok=True)
     for name in files:
         path = shard_file(root, name, number)
@@ -161,23 +177,16 @@ def sweep_partials(root: Path, files: tuple[str, ...]) -> int:
         StoreError: a folder of the store is a link. Nothing is deleted then.
     """
     _require_no_links(root, files)
-    found = [*(root / MARKERS).glob("*.partial"), *root.glob("*.partial")]
+    leftovers = [*(root / MARKERS).glob("*.partial"), *root.glob("*.partial")]
     for name in files:
-        found += (root / name).glob("*.partial")
-        found += (root / name / "c").rglob("*.partial")
-    for path in found:
+        leftovers += (root / name).glob("*.partial")
+        leftovers += (root / name / "c").rglob("*.partial")
+    for path in leftovers:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    return len(found)
-
-
-def sync_and_sum(path: Path) -> tuple[int, str]:
-    """Force a file to disk; (bytes, CRC-32 as 8 hex digits) of its contents."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return sum_file(path)
+    return len(leftovers)
 
 
 def sum_file(path: Path) -> tuple[int, str]:

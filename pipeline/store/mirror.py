@@ -13,7 +13,6 @@ written here as on any disk, then uploaded, the marker last.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -22,20 +21,18 @@ import shutil
 import time
 import uuid
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
-from hsnet.errors import ConfigError, HSNetError, StoreError
-from pipeline.store.bucket import Bucket, Entry, address, local_path
-from pipeline.store.lease import OWNER, holds
-from pipeline.store.markers import MARKERS, marker_file, shard_file, sum_file
+from hsnet.errors import HSNetError, StoreError
+from pipeline.store.bucket import Bucket, ObjectFacts
+from pipeline.store.cache import CACHE, CACHE_BYTES, cache_folder, locked, make_room, use_lock
+from pipeline.store.lease import OWNER, holds, sole_remote_writer
+from pipeline.store.local_place import ROOT, Place
+from pipeline.store.markers import MARKERS, ShardFacts, StoredFile, marker_file, shard_file, sum_file
 
-CACHE = "HSNET_CACHE"
-CACHE_BYTES = "HSNET_CACHE_BYTES"
-ROOT = "zarr.json"
 TRIES = 3
 """Downloads of a shard file that arrives damaged, before it is taken for damaged there."""
 PIECE = 16 << 20
@@ -44,39 +41,28 @@ PARALLEL = 8
 """Requests at a time of one process."""
 _LARGEST = 256 << 20
 _ABANDONED_S = 3600.0
-_KEPT_FREE = 1 << 30
-"""Bytes of the cache's disk that are left free where no bound is given."""
 _ARRAY = re.compile(r"level\d{1,2}|label")
 _METADATA = re.compile(rf"index(-\d{{1,9}})?|row-\d{{1,9}}|codec|{MARKERS}")
 _DATA = re.compile(rf"({_ARRAY.pattern})/c/(\d{{1,9}})/[0/]+")
 _MARKER = re.compile(rf"{MARKERS}/(\d{{6,9}})\.json")
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """One shard file, and what its marker says of it."""
-
-    array: str
-    number: int
-    size: int
-    checksum: str
-    """CRC-32, 8 hex digits."""
-
-
-class Mirror:
-    """The local folder of one address. Safe in several threads and processes.
+class Mirror(Place):
+    """The place of a store in a bucket; `Place` says what its methods do. Safe in several threads and processes.
 
     Raises:
         StoreError: the bucket refuses or cannot be reached, or the cache's disk does.
     """
 
+    remote = True
+
     def __init__(self, url: str) -> None:
-        self.url = url
         self.bucket = Bucket(url)
         name = hashlib.sha256(f"{url}\n{self.bucket.endpoint}".encode()).hexdigest()[:16]
         # Resolved: files are read only where they are without any link.
         self.folder = cache_folder().resolve() / f"{url.rpartition('/')[2][:60]}-{name}"
-        self.root = self.folder / "store"
+        super().__init__(self.folder / "store")
+        self.path = url
         try:
             for part in (self.root, self.folder / "locks", self.folder / "partial"):
                 part.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -85,9 +71,58 @@ class Mirror:
         self._pool = ThreadPoolExecutor(PARALLEL, thread_name_prefix="mirror")
         self._sweep()
 
+    def exists(self) -> bool:
+        return self.bucket.head(ROOT) is not None
+
+    def is_free(self) -> bool:
+        return not self.exists() and not self._foreign()
+
+    @property
+    def bytes_free(self) -> int | None:
+        return None
+
+    def create(self, build: Callable[[Path], None]) -> None:
+        if self.exists():
+            return
+        with self.sole_writer():  # arrays of two recipes must not mix
+            if self.exists():
+                return  # another process made it in the meantime
+            self._require_free()
+            self._clear()
+            build(self.root)
+            self.publish()
+
+    @contextmanager
+    def sole_writer(self) -> Iterator[str]:
+        with self.named(), sole_remote_writer(self.bucket) as token:
+            self._sync()
+            with self._lock("metadata"):  # other processes of this machine do not replace it by the bucket's
+                yield token
+
+    def still_owned(self, token: str) -> bool:
+        return holds(self.bucket, token)
+
+    def shown(self, file: Path) -> str:
+        return str(file).replace(str(self.root), self.path)
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        try:
+            yield
+        except HSNetError as error:
+            error.args = tuple(str(text).replace(str(self.root), self.path) for text in error.args)
+            raise
+
     # -- metadata and markers ----------------------------------------------------------------------------------
 
-    def sync(self) -> bool:
+    def sync(self) -> None:
+        if not self._sync():
+            self._require_free()
+            raise StoreError(
+                f"There is no feature store at {self.path}. Make one with `hsnet extract ... --store {self.path}`."
+            )
+
+    def _sync(self) -> bool:
         """Bring metadata and markers here as they are in the bucket now; whether there is a store."""
         with self._lock("sync"):
             # The root is read first: what it names was uploaded before it.
@@ -97,40 +132,38 @@ class Mirror:
                     if free:
                         (self.root / ROOT).unlink(missing_ok=True)
                 return False
-            found = self._list()
-            known = self._etags()
+            there, known = self._list(), self._etags()
             # While a process of this machine writes, its metadata here may be ahead of the bucket's.
             with self._lock("metadata", wait=False) as free:
-                changed = [key for key, entry in found.items() if not self._current(key, entry, known)]
+                changed = [key for key, entry in there.items() if not self._current(key, entry, known)]
                 changed = [key for key in changed if key != ROOT and (free or _MARKER.fullmatch(key))]
                 for key, data in zip(changed, self._pool.map(self._fetch, changed), strict=True):
                     if data is not None:
-                        self._place(key, data)
+                        self._write(key, data)
                 if free or not (self.root / ROOT).exists():
-                    self._place(ROOT, root)
+                    self._write(ROOT, root)
             for path in (self.root / MARKERS).glob("*.json"):
-                if f"{MARKERS}/{path.name}" not in found:
+                if f"{MARKERS}/{path.name}" not in there:
                     self._forget(int(path.stem))
-            self._write_etags({key: entry.etag for key, entry in found.items() if (self.root / key).is_file()})
+            self._write_etags({key: entry.etag for key, entry in there.items() if (self.root / key).is_file()})
         return True
 
     def fetch_marker(self, number: int) -> None:
-        """Bring one marker here as it is in the bucket now, or remove it here if it is not there."""
-        key = f"{MARKERS}/{marker_file(self.root, number).name}"
+        key = self._marker_key(number)
         data = self._fetch(key)
         with self._lock("sync"):
             if data is None:
                 self._forget(number)
             elif not self._holds(key, data):
-                self._place(key, data)
+                self._write(key, data)
 
-    def foreign(self) -> list[str]:
+    def _foreign(self) -> list[str]:
         """Names at the address that no store has, some of them."""
         folders, objects = self.bucket.children()
         names = [name for name in (*folders, *objects) if name != ROOT and not name.startswith("_owner.")]
         return [name for name in names if not _ARRAY.fullmatch(name) and not _METADATA.fullmatch(name)]
 
-    def clear(self) -> None:
+    def _clear(self) -> None:
         """Empty the folder of metadata, markers and shards. The bucket is not touched."""
         with self._lock("sync"):
             old = self.folder / "partial" / f"{os.getpid()}-{uuid.uuid4().hex}"
@@ -139,27 +172,17 @@ class Mirror:
             (self.folder / "etags.json").unlink(missing_ok=True)
             shutil.rmtree(old)
 
-    def require_free(self) -> None:
+    def _require_free(self) -> None:
         """Raises StoreError if something else than a store, or than remains of one, is at the address."""
-        names = self.foreign()
+        names = self._foreign()
         if names:
             raise StoreError(
-                f"{self.url} is not a feature store: it has no {ROOT}, but '{names[0]}'. Give the address of a store "
+                f"{self.path} is not a feature store: it has no {ROOT}, but '{names[0]}'. Give the address of a store "
                 f"made by `hsnet extract`, or a new one to make one. Nothing was changed."
             )
 
-    def named(self, text: str) -> str:
-        """A text that names the address where it names the local folder."""
-        return text.replace(str(self.root), self.url)
-
-    @contextmanager
-    def writing_metadata(self) -> Iterator[None]:
-        """Keep other processes of this machine from replacing the metadata here by the bucket's."""
-        with self._lock("metadata"):
-            yield
-
     def publish(self) -> None:
-        """Upload the metadata that changed here, the group's own last: nothing counts before it is there."""
+        # The group's own last: nothing counts before it is there.
         with self._lock("sync"):
             known, there = self._etags(), self._list()
             keys = sorted(
@@ -172,18 +195,18 @@ class Mirror:
             for key in sorted(changed, key=lambda key: key == ROOT):
                 self.bucket.put(key, (self.root / key).read_bytes())
 
-    def _list(self) -> dict[str, Entry]:
+    def _list(self) -> dict[str, ObjectFacts]:
         """Metadata and markers in the bucket, without their sizes counting: shards are not listed."""
-        folders, found = self.bucket.children()
+        folders, objects = self.bucket.children()
         for folder in folders:
             if _ARRAY.fullmatch(folder):
                 entry = self.bucket.head(f"{folder}/zarr.json")
-                found |= {f"{folder}/zarr.json": entry} if entry else {}
+                objects |= {f"{folder}/zarr.json": entry} if entry else {}
             elif _METADATA.fullmatch(folder):
-                found |= {
+                objects |= {
                     key: entry for key, entry in self.bucket.objects(folder).items() if key.startswith(f"{folder}/")
                 }
-        return {key: entry for key, entry in found.items() if key == ROOT or "/" in key}
+        return {key: entry for key, entry in objects.items() if key == ROOT or "/" in key}
 
     def _fetch(self, key: str) -> bytes | None:
         try:
@@ -191,8 +214,8 @@ class Mirror:
         except FileNotFoundError:
             return None
 
-    def _current(self, key: str, entry: Entry, known: Mapping[str, list[object]]) -> bool:
-        """Whether the file here is the object there: as it was placed, of a version that is still the one."""
+    def _current(self, key: str, entry: ObjectFacts, known: Mapping[str, list[object]]) -> bool:
+        """Whether the file here is the object there: as it was fetched, of a version that is still the one."""
         try:
             data = (self.root / key).read_bytes()
         except OSError:
@@ -207,10 +230,10 @@ class Mirror:
         except OSError:
             return False
 
-    def _place(self, key: str, data: bytes) -> None:
+    def _write(self, key: str, data: bytes) -> None:
         """Put an object's bytes in their place, whole; a shard's files go before another marker comes."""
-        if found := _MARKER.fullmatch(key):
-            self._forget(int(found[1]))
+        if marker := _MARKER.fullmatch(key):
+            self._forget(int(marker[1]))
         path, partial = self.root / key, self._partial()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -248,77 +271,68 @@ class Mirror:
     # -- reading shards ----------------------------------------------------------------------------------------
 
     @contextmanager
-    def present(self, wanted: Collection[Wanted]) -> Iterator[None]:
-        """Inside the block these shard files are here, whole, and are not evicted.
-
-        Raises:
-            StoreError: one is not in the bucket, or arrives damaged every time: names it.
-        """
+    def present(self, files: Iterable[StoredFile]) -> Iterator[None]:
+        files = set(files)
         with ExitStack() as stack:
-            for number in sorted({one.number for one in wanted}):
+            for number in sorted({file.number for file in files}):
                 stack.enter_context(self._use(number))
-            missing: dict[int, list[Wanted]] = {}
-            for one in wanted:
-                if not self._here(one):
-                    missing.setdefault(one.number, []).append(one)
+            missing = [file for file in files if not self._here(file)]
             if missing:
                 self._download(missing)
             yield
 
-    def discard(self, wanted: Iterable[Wanted]) -> None:
-        """Throw shard files away: what is read next comes from the bucket."""
-        for one in wanted:
-            with self._lock(f"{one.number:06d}.fetch"):
-                shard_file(self.root, one.array, one.number).unlink(missing_ok=True)
+    def fetch_anew(self, files: Collection[StoredFile]) -> None:
+        for file in files:
+            with self._lock(f"{file.number:06d}.fetch"):
+                self._path(file).unlink(missing_ok=True)
+        with self.present(files):
+            pass
 
-    def _here(self, one: Wanted) -> bool:
+    def _here(self, file: StoredFile) -> bool:
         try:
-            return shard_file(self.root, one.array, one.number).stat().st_size == one.size
+            return self._path(file).stat().st_size == file.size
         except OSError:
             return False
 
-    def _download(self, missing: Mapping[int, Sequence[Wanted]]) -> None:
+    def _download(self, missing: Sequence[StoredFile]) -> None:
         """Fetch files, the pieces of all of them at once. Each shard is locked: processes do not fetch it twice.
 
         Locks are taken in the order of the shards, and who holds one waits for nothing else.
         """
         with ExitStack() as stack:
-            for number in sorted(missing):
+            for number in sorted({file.number for file in missing}):
                 stack.enter_context(self._lock(f"{number:06d}.fetch"))
-            files = [one for part in missing.values() for one in part if not self._here(one)]
-            self._make_room(sum(one.size for one in files))
+            files = [file for file in missing if not self._here(file)]
+            make_room(self.folder.parent, sum(file.size for file in files))
             for attempt in range(TRIES):
                 files = self._try(files, last=attempt + 1 == TRIES)
 
-    def _try(self, files: Sequence[Wanted], last: bool) -> list[Wanted]:
+    def _try(self, files: Sequence[StoredFile], last: bool) -> list[StoredFile]:
         """One download of each; those that arrived damaged."""
         partials = [self._partial() for _ in files]
         damaged = []
         try:
             with ExitStack() as stack:
                 pieces = []
-                for one, partial in zip(files, partials, strict=True):
-                    file = stack.enter_context(partial.open("wb"))
-                    starts = range(0, one.size, PIECE)
-                    pieces.append([self._pool.submit(self._piece, one, start, file.fileno()) for start in starts])
+                for file, partial in zip(files, partials, strict=True):
+                    descriptor = stack.enter_context(partial.open("wb")).fileno()
+                    for start in range(0, file.size, PIECE):
+                        pieces.append(self._pool.submit(self._piece, file, start, descriptor))
                 try:
-                    for part in pieces:
-                        for future in part:
-                            future.result()
+                    for piece in pieces:
+                        piece.result()
                 finally:  # nobody may write into a file that is closed
-                    for part in pieces:
-                        for future in part:
-                            future.cancel() or future.exception()
-            for one, partial in zip(files, partials, strict=True):
-                found = sum_file(partial)
-                if found == (one.size, one.checksum):
-                    path = shard_file(self.root, one.array, one.number)
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    os.replace(partial, path)
+                    for piece in pieces:
+                        piece.cancel() or piece.exception()
+            for file, partial in zip(files, partials, strict=True):
+                size, checksum = sum_file(partial)
+                if (size, checksum) == (file.size, file.checksum):
+                    self._path(file).parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(partial, self._path(file))
                 elif last:
-                    raise self.damage(one, f"it has {found[0]} bytes and CRC-32 {found[1]}, its marker says")
+                    raise self._damage(file, f"it has {size} bytes and CRC-32 {checksum}, its marker says")
                 else:
-                    damaged.append(one)
+                    damaged.append(file)
         except OSError as error:
             raise self._disk(error) from None
         finally:
@@ -326,106 +340,77 @@ class Mirror:
                 partial.unlink(missing_ok=True)
         return damaged
 
-    def _piece(self, one: Wanted, start: int, descriptor: int) -> None:
+    def _piece(self, file: StoredFile, start: int, descriptor: int) -> None:
         try:
-            data = self.bucket.get_range(self.key(one), start, min(start + PIECE, one.size))
+            data = self.bucket.get_range(self._key(file), start, min(start + PIECE, file.size))
         except FileNotFoundError:
-            raise self.damage(one, "it is not there, its marker says") from None
+            raise self._damage(file, "it is not there, its marker says") from None
         os.pwrite(descriptor, data, start)
 
-    def key(self, one: Wanted) -> str:
-        """Name of a shard file's object."""
-        return shard_file(self.root, one.array, one.number).relative_to(self.root).as_posix()
+    def _path(self, file: StoredFile) -> Path:
+        return shard_file(self.root, file.array, file.number)
 
-    def damage(self, one: Wanted, what: str) -> StoreError:
-        """The error of an object that is not what its marker says."""
+    def _key(self, file: StoredFile) -> str:
+        return self._path(file).relative_to(self.root).as_posix()
+
+    def _damage(self, file: StoredFile, what: str) -> StoreError:
         return StoreError(
-            f"{self.url}: array '{one.array}' is damaged in shard {one.number} (object {self.key(one)}): {what} "
-            f"{one.size} bytes and CRC-32 {one.checksum}. Nothing of it was used. `hsnet store repair` makes this "
+            f"{self.path}: array '{file.array}' is damaged in shard {file.number} (object {self._key(file)}): {what} "
+            f"{file.size} bytes and CRC-32 {file.checksum}. Nothing of it was used. `hsnet store repair` makes this "
             f"shard anew."
         )
 
     # -- writing shards ----------------------------------------------------------------------------------------
 
     @contextmanager
-    def remaking(self, number: int, nbytes: int) -> Iterator[None]:
-        """A shard is written here inside the block: its marker in the bucket goes first, nothing of it is evicted."""
-        self._make_room(nbytes)
+    def writing_shard(self, number: int, nbytes: int) -> Iterator[None]:
+        make_room(self.folder.parent, nbytes)
         with self._use(number):
-            self.bucket.delete([f"{MARKERS}/{marker_file(self.root, number).name}"])
+            self.bucket.delete([self._marker_key(number)])
             yield
 
-    def upload(self, number: int, files: Iterable[Wanted], token: str | None = None) -> None:
-        """Upload a shard that is written here, its marker last.
+    def commit(self, facts: ShardFacts, token: str | None) -> None:
+        for sent in [self._pool.submit(self.bucket.put, self._key(f), self._path(f)) for f in facts.stored()]:
+            sent.result()
+        if token is not None and not self.still_owned(token):
+            raise StoreError(f"{self.path} is being written by another run now. This one stopped.")
+        self.bucket.put(self._marker_key(facts.number), marker_file(self.root, facts.number).read_bytes())
 
-        Args:
-            token: of the store's writer; who is it no more must not commit.
+    def absent(self, files: Iterable[StoredFile]) -> set[int]:
+        files = list(files)
+        sizes = {
+            key: entry.size
+            for array in sorted({file.array for file in files})
+            for key, entry in self.bucket.objects(f"{array}/c").items()
+        }
+        return {file.number for file in files if sizes.get(self._key(file)) != file.size}
 
-        Raises:
-            StoreError: the bucket refuses, or another writer has the store. The shard then counts as missing.
-        """
-        for done in [self._pool.submit(self.bucket.put, self.key(one), self._path(one)) for one in files]:
-            done.result()
-        if token is not None and not self.owned(token):
-            raise StoreError(f"{self.url} is being written by another run now. This one stopped.")
-        marker = marker_file(self.root, number)
-        self.bucket.put(f"{MARKERS}/{marker.name}", marker.read_bytes())
+    def remove_shard(self, number: int, arrays: tuple[str, ...]) -> None:
+        self.bucket.delete([self._marker_key(number)])
+        self.bucket.delete([self._key(StoredFile(array, number, 0, "")) for array in arrays])
+        super().remove_shard(number, arrays)
 
-    def remove(self, number: int, arrays: Iterable[str]) -> None:
-        """Delete what there is of a shard in the bucket, its marker first."""
-        self.bucket.delete([f"{MARKERS}/{marker_file(self.root, number).name}"])
-        self.bucket.delete([self.key(Wanted(array, number, 0, "")) for array in arrays])
+    def remove_arrays(self, names: Iterable[str]) -> None:
+        names = list(names)
+        self.bucket.delete([key for name in names for key in self.bucket.objects(name)])
+        super().remove_arrays(names)
 
-    def absent(self, wanted: Iterable[Wanted]) -> set[int]:
-        """Shards whose objects are not there, or of another length than their marker says."""
-        wanted = list(wanted)
-        arrays = sorted({one.array for one in wanted})
-        found = {key: entry for array in arrays for key, entry in self.bucket.objects(f"{array}/c").items()}
-        return {one.number for one in wanted if (key := self.key(one)) not in found or found[key].size != one.size}
-
-    def owned(self, token: str) -> bool:
-        """Whether the holder that was given `token` is still the store's last writer."""
-        return holds(self.bucket, token)
-
-    def _path(self, one: Wanted) -> Path:
-        return shard_file(self.root, one.array, one.number)
+    def _marker_key(self, number: int) -> str:
+        return marker_file(self.root, number).relative_to(self.root).as_posix()
 
     # -- the folder --------------------------------------------------------------------------------------------
 
-    def _make_room(self, needed: int) -> None:
-        """Evict the shards of the cache that were not used for the longest, of this and other stores."""
-        bound = cache_bytes()
-        cached: list[tuple[float, int, Path, int]] | None = None
-        used = 0
-        if bound is not None:
-            cached = _cached(self.folder.parent)
-            used = sum(size for _, size, _, _ in cached)
-        excess = (
-            used + needed - bound if bound is not None else needed + _KEPT_FREE - shutil.disk_usage(self.folder).free
-        )
-        if excess <= 0:
-            return
-        for _, size, folder, number in sorted(cached if cached is not None else _cached(self.folder.parent)):
-            with _locked(folder / "locks" / f"{number:06d}.use", wait=False) as free:
-                if not free:
-                    continue
-                for chunks in (folder / "store").glob("l*/c"):
-                    shard_file(folder / "store", chunks.parent.name, number).unlink(missing_ok=True)
-            excess -= size
-            if excess <= 0:
-                return
-
     @contextmanager
     def _use(self, number: int) -> Iterator[None]:
-        path = self.folder / "locks" / f"{number:06d}.use"
-        with _locked(path, shared=True):
+        path = use_lock(self.folder, number)
+        with locked(path, shared=True):
             now = time.time_ns()  # the kernel's own stamp is some milliseconds coarse
             os.utime(path, ns=(now, now))
             yield
 
     @contextmanager
     def _lock(self, name: str, wait: bool = True) -> Iterator[bool]:
-        with _locked(self.folder / "locks" / name, wait=wait) as held:
+        with locked(self.folder / "locks" / name, wait=wait) as held:
             yield held
 
     def _partial(self) -> Path:
@@ -444,141 +429,7 @@ class Mirror:
     def _disk(self, error: OSError) -> StoreError:
         free = shutil.disk_usage(self.folder).free
         return StoreError(
-            f"{self.url}: the cache {self.folder} cannot be written: {error}. {free:,} bytes are free there. Free some "
-            f"space, set {CACHE} to another folder or {CACHE_BYTES} to a smaller bound. The bucket was not changed."
+            f"{self.path}: the cache {self.folder} cannot be written: {error}. {free:,} bytes are free there. Free "
+            f"some space, set {CACHE} to another folder or {CACHE_BYTES} to a smaller bound. The bucket was not "
+            f"changed."
         )
-
-
-_MIRRORS: dict[str, Mirror] = {}
-
-
-def mirror_of(path: str | Path) -> Mirror | None:
-    """The mirror of a store, one in this process; None for a path of this machine."""
-    url = address(path)
-    if url is None:
-        return None
-    mirror = Mirror(url)
-    return _MIRRORS.setdefault(str(mirror.root), mirror)
-
-
-def mirror_at(root: Path) -> Mirror | None:
-    """The mirror whose local folder this is: functions that are given a folder need not know whose it is."""
-    return _MIRRORS.get(str(root))
-
-
-def root_of(path: str | Path) -> Path:
-    """The folder of a store: itself, or the local one of an address, with its metadata as they are now.
-
-    Raises:
-        StoreError: there is no store at the address, or it cannot be reached.
-    """
-    mirror = mirror_of(path)
-    if mirror is None:
-        return local_path(path)
-    if not mirror.sync():
-        mirror.require_free()
-        raise StoreError(f"There is no feature store at {path}. Make one with `hsnet extract ... --store {path}`.")
-    return mirror.root
-
-
-def is_store(path: str | Path) -> bool:
-    """Whether a store, finished or not, is there."""
-    mirror = mirror_of(path)
-    return (local_path(path) / ROOT).is_file() if mirror is None else mirror.bucket.head(ROOT) is not None
-
-
-def is_free(path: str | Path) -> bool:
-    """Whether nothing is there yet."""
-    mirror = mirror_of(path)
-    if mirror is None:
-        return not local_path(path).exists()
-    return mirror.bucket.head(ROOT) is None and not mirror.foreign()
-
-
-def resync(root: Path) -> Path:
-    """Bring the metadata and markers of a mirror's folder up to date; any other folder is as it is."""
-    mirror = mirror_at(root)
-    if mirror is not None:
-        mirror.sync()
-    return root
-
-
-def publish(root: Path) -> None:
-    """Upload the metadata that changed in a folder, if it is one of a mirror. Raises StoreError."""
-    mirror = mirror_at(root)
-    if mirror is not None:
-        mirror.publish()
-
-
-def remove_remote_shard(root: Path, number: int, arrays: Iterable[str]) -> None:
-    """Delete a shard in the bucket, if the folder is one of a mirror. Raises StoreError."""
-    mirror = mirror_at(root)
-    if mirror is not None:
-        mirror.remove(number, arrays)
-
-
-def remove_remote_arrays(root: Path, names: Iterable[str]) -> None:
-    """Delete arrays of metadata in the bucket, if the folder is one of a mirror. Raises StoreError."""
-    mirror = mirror_at(root)
-    if mirror is not None:
-        mirror.bucket.delete([key for name in names if name for key in mirror.bucket.objects(name)])
-
-
-@contextmanager
-def named(root: Path) -> Iterator[None]:
-    """Errors raised inside the block name the address, not the local folder of its mirror."""
-    try:
-        yield
-    except HSNetError as error:
-        mirror = mirror_at(root)
-        if mirror is not None:
-            error.args = tuple(mirror.named(str(text)) for text in error.args)
-        raise
-
-
-def cache_folder() -> Path:
-    """Where mirrors are: HSNET_CACHE, or ~/.cache/hsnet."""
-    return Path(os.environ.get(CACHE) or Path.home() / ".cache" / "hsnet")
-
-
-def cache_bytes() -> int | None:
-    """HSNET_CACHE_BYTES, such as 20GB; None if there is no bound. Raises ConfigError."""
-    text = os.environ.get(CACHE_BYTES, "").strip()
-    if not text:
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text)
-    if not found:
-        raise ConfigError(f"{CACHE_BYTES} is '{text}', not a size such as 500MB or 20GB.")
-    return int(float(found[1]) * 1000 ** " kMGT".index(found[2] or " "))
-
-
-def _cached(cache: Path) -> list[tuple[float, int, Path, int]]:
-    """(last use, bytes, folder of the store, shard) of all shards that are here."""
-    found = []
-    for folder in cache.iterdir():
-        sizes: dict[int, int] = {}
-        for chunks in (folder / "store").glob("l*/c"):
-            for name in (entry.name for entry in os.scandir(chunks) if entry.name.isdecimal()):
-                with suppress(OSError):
-                    size = shard_file(folder / "store", chunks.parent.name, int(name)).stat().st_size
-                    sizes[int(name)] = sizes.get(int(name), 0) + size
-        for number, size in sizes.items():
-            with suppress(OSError):
-                used = (folder / "locks" / f"{number:06d}.use").stat().st_mtime
-                found.append((used, size, folder, number))
-    return found
-
-
-@contextmanager
-def _locked(path: Path, shared: bool = False, wait: bool = True) -> Iterator[bool]:
-    """Hold a file's lock, which the kernel drops when the process dies; False if it is held and not waited for."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-            held = True
-        except BlockingIOError:
-            held = False
-        yield held
-    finally:
-        os.close(descriptor)

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsnet.backbone import pack_levels
 from hsnet.errors import ConfigError, DataError, StoreError
 from pipeline.common.philox import Draws
 from pipeline.common.runner import Runner, SerialRunner
 from pipeline.datasets import Dataset
-from pipeline.datasets.images import network_image, object_pixels, resize_label
+from pipeline.datasets.images import object_pixels, resize_label
 from pipeline.features.backbones import open_backbone
 from pipeline.features.budgeted import unit_vectors
+from pipeline.features.forward import PhotoNetwork
 from pipeline.features.precision import encode
 from pipeline.features.recipe import Recipe
 from pipeline.features.weights import Weights
@@ -84,6 +84,7 @@ def recompute(
     store: FeatureStore,
     dataset: Dataset,
     weights: Weights,
+    *,
     share: float,
     seed: int = 0,
     runner: Runner | None = None,
@@ -95,8 +96,8 @@ def recompute(
     Args:
         store: with a complete shard at least.
         dataset, weights: what the store was made from.
-        share: of the images in complete shards, above 0, at most 1; at least one image is taken. A larger share of the
-            same seed holds the smaller one.
+        share: how many of the images in complete shards, above 0, at most 1; at least one image is taken. A larger
+            share of the same seed holds the smaller one.
         on_images: called with (images done, images).
 
     On the machine, or the kind of machine, and the versions of torch and Pillow that made the store, a CPU gives equal
@@ -112,13 +113,13 @@ def recompute(
         raise ConfigError(f"The share of images to recompute must be above 0 and at most 1, got {share}.")
     recipe = expected_recipe(store.recipe, weights)
     # Compares both: another data set or other weights say nothing about this store.
-    FeatureStore.open(store.path, recipe, require_complete=False, index_digest=dataset.index.digest)
+    FeatureStore.open(store.place, recipe, require_complete=False, index_digest=dataset.index.digest)
     images = sample(store, share, seed)
     make_worker = partial(_Checker, dataset, weights, location(store.path), recipe, device)
     groups = [tuple(images[first : first + GROUP]) for first in range(0, len(images), GROUP)]
     checks: list[ImageCheck] = []
-    for _, found in (runner or SerialRunner()).map(make_worker, groups):
-        checks += found
+    for _, group_checks in (runner or SerialRunner()).map(make_worker, groups):
+        checks += group_checks
         on_images(len(checks), len(images))
     different = sorted((check for check in checks if check.reason), key=lambda check: (check.shard, check.image))
     accepted = [check for check in checks if not check.reason]
@@ -153,7 +154,7 @@ def sample(store: FeatureStore, share: float, seed: int = 0) -> list[int]:
         store.facts(0)  # says what is missing and what to do about it
         raise StoreError(f"{store.path} holds no image that could be read: nothing can be recomputed.")
     order = np.argsort(Draws(store.index.digest, "recompute", seed).array(len(there)), kind="stable")
-    return sorted(there[place] for place in order[: max(1, math.ceil(share * len(there)))])
+    return sorted(there[number] for number in order[: max(1, math.ceil(share * len(there)))])
 
 
 def expected_recipe(stored: Recipe, weights: Weights) -> Recipe:
@@ -166,8 +167,7 @@ class _Checker:
 
     def __init__(self, dataset: Dataset, weights: Weights, path: str | Path, recipe: Recipe, device: str) -> None:
         self.dataset = dataset
-        self.device = torch.device(device)
-        self.backbone = open_backbone(recipe, weights).to(self.device)
+        self.network = PhotoNetwork(open_backbone(recipe, weights), recipe.image_size, device)
         self.store = FeatureStore.open(path, recipe, require_complete=False, index_digest=dataset.index.digest)
 
     def __call__(self, images: Sequence[int]) -> list[ImageCheck]:
@@ -185,9 +185,7 @@ class _Checker:
         except StoreError as error:
             return done(False, 0.0, str(error))
         # Alone, as a CPU does it in extraction. A GPU takes several at a time, and then no bits can be expected.
-        network = self.backbone
-        pixels = torch.from_numpy(network_image(photo, store.recipe.image_size, network.mean, network.std))[None]
-        exact = pack_levels(self.backbone.taps(pixels.to(self.device)), self.backbone.spec)
+        exact = self.network([photo])
         coded = store.codec.encode(exact, [name]) if store.codec else encode(exact, store.recipe.precision, [name])
         side = (store.recipe.image_size, store.recipe.image_size)
         wrong = []
@@ -198,7 +196,7 @@ class _Checker:
         pixels_off = int(np.count_nonzero(stored_label != resize_label(label, side)))
         if pixels_off:
             wrong.append(f"{pixels_off} pixels of its label map differ")
-        same = all(np.array_equal(one, two) for one, two in zip(stored, coded, strict=True))
+        same = all(np.array_equal(before, now) for before, now in zip(stored, coded, strict=True))
         distance = 0.0 if same else self._distance(stored, coded)
         if distance > _tolerance(store.recipe):
             wrong.append(f"its features differ: largest 1 - cosine {distance:.2g}")
@@ -206,17 +204,17 @@ class _Checker:
 
     def _distance(self, stored: Sequence[np.ndarray], fresh: Sequence[np.ndarray]) -> float:
         pairs = zip(self._vectors(stored), self._vectors(fresh), strict=True)
-        return max(_largest_distance(one, two) for one, two in pairs)
+        return max(_largest_distance(before, now) for before, now in pairs)
 
     def _vectors(self, levels: Sequence[np.ndarray]) -> list[Tensor]:
         tensors = [torch.from_numpy(level) for level in levels]
         return self.store.codec.decode(tensors) if self.store.codec else [tensor.float() for tensor in tensors]
 
 
-def _largest_distance(one: Tensor, two: Tensor) -> float:
-    """Of two (..., C): largest 1 - cosine of their vectors; of two zero vectors 0, of a zero and another vector 1."""
-    both_zero = ~(one.any(-1) | two.any(-1))
-    cosine = (unit_vectors(one.flatten(0, -2)).double() * unit_vectors(two.flatten(0, -2)).double()).sum(-1)
+def _largest_distance(first: Tensor, second: Tensor) -> float:
+    """Largest 1 - cosine of the vectors of two (..., C): 0 for two zero vectors, 1 for a zero and another vector."""
+    both_zero = ~(first.any(-1) | second.any(-1))
+    cosine = (unit_vectors(first.flatten(0, -2)).double() * unit_vectors(second.flatten(0, -2)).double()).sum(-1)
     return float((1 - cosine).masked_fill_(both_zero.flatten(), 0).clamp_(min=0).max())
 
 

@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hsnet.errors import StoreError, StoreMismatch
-from pipeline.common.files import read_json, sync_folder
+from pipeline.common.files import read_json, sync
+from pipeline.common.lock import sole_writer
 from pipeline.datasets.index import DatasetIndex
 from pipeline.features.budgeted import TransformCodec
 from pipeline.features.recipe import Recipe
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.markers import marker_file, read_marker, shard_file
-from pipeline.store.place import sole_writer
 
 _LOOKED_AT = 64
 """Shards that are asked what store they belong to."""
@@ -90,7 +90,7 @@ def _replace(new: Path, root: Path) -> Iterator[str]:
         if not target.parent.resolve().is_relative_to(root.resolve()):
             raise StoreError(f"{target} leads outside of the store by a link. Nothing more was written.")
         os.replace(source, target)
-        sync_folder(target.parent)
+        sync(target.parent)
         yield str(name)
 
 

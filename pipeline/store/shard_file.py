@@ -1,8 +1,8 @@
-"""Read and write chunks of a local store without zarr: a verified copy from the mapped shard file, and back.
+"""Read and write shard files: a verified copy of a chunk from the mapped file, and back.
 
-zarr takes milliseconds and two or three copies for a chunk. One copy is made here, and two layouts of a chunk are
-known: plain little-endian values, and values compressed by zstd, each followed by its crc32c. Everything else is left
-to zarr, which reads the same files and would write the same bytes.
+zarr takes milliseconds and two or three copies for a chunk; here one copy is made. Two layouts of a chunk are known:
+plain little-endian values, and values compressed by zstd, each followed by its crc32c. `pipeline.store.arrays` refuses
+any other before it gets here. zarr reads the same files, and would write the same bytes.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ import os
 import stat
 import sys
 import threading
-import uuid
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,9 @@ import google_crc32c
 import numpy as np
 from numcodecs import zstd
 from numpy.typing import NDArray
+
+from hsnet.errors import StoreError
+from pipeline.common.files import whole
 
 OPEN_SHARDS = 128
 """Files mapped at a time; each takes a descriptor, of which a process often has 1024."""
@@ -156,7 +158,7 @@ def read_small_array(path: Path, nbytes: int) -> NDArray[np.uint8]:
 
 
 def write_shard_file(path: Path, values: NDArray[Any], shard_images: int, level: int | None) -> tuple[int, str]:
-    """Write a whole shard as zarr would, to the byte: beside its place, forced to disk, then renamed.
+    """Write a whole shard as zarr would, to the byte; it is there whole or not at all.
 
     Args:
         values: (n, ...) the shard's images, n at most `shard_images`.
@@ -171,60 +173,34 @@ def write_shard_file(path: Path, values: NDArray[Any], shard_images: int, level:
     values = np.ascontiguousarray(values)
     entries = np.full((shard_images, 2), _ABSENT, "<u8")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     size = checksum = 0
-    try:
-        with partial.open("wb") as file:
+    with whole(path) as partial, partial.open("wb") as file:
 
-            def write(data: Any) -> None:
-                nonlocal size, checksum
-                file.write(data)
-                checksum = zlib.crc32(data, checksum)
-                size += len(data)
+        def write(data: Any) -> None:
+            nonlocal size, checksum
+            file.write(data)
+            checksum = zlib.crc32(data, checksum)
+            size += len(data)
 
-            for row, image in enumerate(values):
-                flat = image.reshape(-1).view(np.uint8)
-                chunk = flat if level is None else np.frombuffer(zstd.compress(flat, level, False), np.uint8)
-                entries[row] = size, len(chunk) + _CRC
-                write(chunk)
-                write(google_crc32c.value(chunk).to_bytes(_CRC, "little"))
-            index = entries.tobytes()
-            write(index)
-            write(google_crc32c.value(index).to_bytes(_CRC, "little"))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+        for row, image in enumerate(values):
+            flat = image.reshape(-1).view(np.uint8)
+            chunk = flat if level is None else np.frombuffer(zstd.compress(flat, level, False), np.uint8)
+            entries[row] = size, len(chunk) + _CRC
+            write(chunk)
+            write(google_crc32c.value(chunk).to_bytes(_CRC, "little"))
+        index = entries.tobytes()
+        write(index)
+        write(google_crc32c.value(index).to_bytes(_CRC, "little"))
     return size, f"{checksum:08x}"
 
 
-def reads(metadata: Mapping[str, Any], compressed: bool) -> bool:
-    """Whether `ChunkReader` understands an array on this machine."""
-    return sys.byteorder == "little" and laid_out(metadata, compressed)
-
-
-def laid_out(metadata: Mapping[str, Any], compressed: bool) -> bool:
-    """Whether an array is laid out, to the letter of its zarr.json, as this program writes it."""
-    try:
-        (sharding,) = metadata["codecs"]
-        inner = sharding["configuration"]
-        codecs = [{**codec} for codec in inner["codecs"]]
-        if compressed:
-            codecs[1].pop("configuration", None)  # level: nothing a reader needs
-        # Types of one byte have no byte order.
-        order = {} if metadata["data_type"] in ("int8", "uint8") else {"configuration": {"endian": "little"}}
-        return (
-            codecs == [{"name": "bytes", **order}, *([{"name": "zstd"}] * compressed), {"name": "crc32c"}]
-            and sharding["name"] == "sharding_indexed"
-            and inner["index_location"] == "end"
-            and inner["index_codecs"] == [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
-            and metadata["chunk_key_encoding"] == {"name": "default", "configuration": {"separator": "/"}}
-            and not metadata.get("storage_transformers")
+def require_little_endian() -> None:
+    """Raises StoreError on a machine that cannot read or write shards: values are copied as they lie in the file."""
+    if sys.byteorder != "little":
+        raise StoreError(
+            "Feature stores hold little-endian values and are read and written on little-endian machines only (x86-64, "
+            "ARM64 and nearly all others); this one is big-endian. Nothing was read or written."
         )
-    except (KeyError, TypeError, ValueError, IndexError):
-        return False
 
 
 def _map(path: str, chunks: int) -> _Shard:

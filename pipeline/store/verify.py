@@ -6,11 +6,12 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from hsnet.errors import StoreError
 from pipeline.store.feature_store import FeatureStore
-from pipeline.store.markers import marker_file, shard_file, sum_file
+from pipeline.store.markers import StoredFile, marker_file, shard_file, sum_file
 from pipeline.store.recompute import Recomputation
 
 THREADS = min(8, os.cpu_count() or 1)
@@ -45,16 +46,17 @@ class Verification:
     """Bytes read."""
     damage: tuple[Damage, ...]
     recomputed: Recomputation | None = None
-    """Of `pipeline.store.recompute`, if it was asked for."""
+    """What `pipeline.store.recompute` found, if it was asked for."""
 
     @property
     def damaged_shards(self) -> tuple[int, ...]:
-        """Their numbers, ascending."""
-        return tuple(sorted({one.shard for one in self.damage}))
+        """Numbers of the shards that are, ascending."""
+        return tuple(sorted({damage.shard for damage in self.damage}))
 
 
 def verify(
     store: FeatureStore,
+    *,
     on_shard: Callable[[int, int], None] = lambda done, total: None,
     threads: int = THREADS,
 ) -> Verification:
@@ -71,11 +73,13 @@ def verify(
     missing = []
     with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
         try:
-            for number, found in enumerate(pool.map(lambda number: _look_at(store, number), range(store.shards))):
-                if found is None:
+            for number, shard_damage in enumerate(
+                pool.map(lambda number: _look_at(store, number), range(store.shards))
+            ):
+                if shard_damage is None:
                     missing.append(number)
                 else:
-                    damage += found
+                    damage += shard_damage
                 if store.is_done(number):
                     images += len(store.images_in(number))
                     nbytes += store.facts(number).nbytes
@@ -94,40 +98,39 @@ def _look_at(store: FeatureStore, number: int) -> list[Damage] | None:
     if not marker.exists():
         return None
     reason = "the marker is damaged, or an array file is absent or of another length"
-    return [Damage(number, "", "", store.shown(marker), reason)]
+    return [Damage(number, "", "", store.place.shown(marker), reason)]
 
 
 def _verify_shard(store: FeatureStore, number: int) -> list[Damage]:
     facts = store.facts(number)
-    found: list[Damage] = []
-    for name, (size, checksum) in facts.files.items():
-        file = shard_file(store.root, name, number)
-        before = len(found)
+    damage: list[Damage] = []
+    for stored in facts.stored():
+        file, before = shard_file(store.root, stored.array, number), len(damage)
+        damaged = partial(Damage, number, stored.array, file=store.place.shown(file))
         try:
-            store.fetch_anew(number, name)
+            store.place.fetch_anew([stored])
         except StoreError as error:
-            found.append(Damage(number, name, "", store.shown(file), str(error)))
+            damage.append(damaged(image="", reason=str(error)))
             continue
         for image in store.images_in(number):
-            if store.index.images[image] in facts.skipped:
+            name = store.index.images[image]
+            if name in facts.skipped:
                 continue
             try:
-                store.read_chunk(name, image)
+                store.read_chunk(stored.array, image)
             except StoreError as error:
-                found.append(
-                    Damage(number, name, store.index.images[image], store.shown(file), str(error.__cause__ or error))
-                )
+                damage.append(damaged(image=name, reason=str(error.__cause__ or error)))
         # What came from a bucket was compared as it came, and may be evicted by now.
-        if len(found) == before and not store.remote and (reason := _difference(file, size, checksum)):
-            found.append(Damage(number, name, "", store.shown(file), reason))
-    return found
+        if len(damage) == before and not store.place.remote and (reason := _difference(file, stored)):
+            damage.append(damaged(image="", reason=reason))
+    return damage
 
 
-def _difference(file: Path, size: int, checksum: str) -> str:
+def _difference(file: Path, stored: StoredFile) -> str:
     try:
-        actual = sum_file(file)
+        size, checksum = sum_file(file)
     except OSError as error:
         return str(error)
-    if actual == (size, checksum):
+    if (size, checksum) == (stored.size, stored.checksum):
         return ""
-    return f"it has {actual[0]} bytes and CRC-32 {actual[1]}, its marker says {size} and {checksum}"
+    return f"it has {size} bytes and CRC-32 {checksum}, its marker says {stored.size} and {stored.checksum}"

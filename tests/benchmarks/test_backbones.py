@@ -49,7 +49,7 @@ def test_groups_are_layers_runs_levels_and_all():
 
 def test_a_store_is_scored(tmp_path):
     data = Shapes(size=64, trn_per_class=2, val_per_class=2)
-    extract(data, load_weights("timm:test_vit", "random"), "timm:test_vit", 64, "int8", tmp_path / "s.zarr")
+    extract(data, load_weights("timm:test_vit", "random"), tmp_path / "s.zarr", image_size=64, precision="int8")
     result = score(tmp_path / "s.zarr", 0, 4, [1, 2], 0, 1)
     assert [row["layers"] for row in result["scores"]] == [["blocks.4"], ["blocks.5"], ["blocks.4", "blocks.5"]]
     assert all(0 <= value <= 100 for row in result["scores"] for value in row["miou"].values())

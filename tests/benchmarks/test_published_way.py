@@ -10,9 +10,9 @@ from benchmarks import published_way
 from benchmarks.inputs import disc, normalised, picture
 from hsnet.backbone import FrozenBackbone, backbone_spec, random_state_dict
 from hsnet.correlation import build_pyramid
+from hsnet.fusion import vote
 from hsnet.loss import episode_losses
 from hsnet.model import HSNet, predict_mask, resize_logits
-from hsnet.vote import vote
 
 SIZE = 96
 

@@ -9,7 +9,6 @@ import sys
 import pytest
 
 from benchmarks import run, timing
-from benchmarks.inputs import disc
 from benchmarks.variants import IMAGES, WORKS, Job
 
 
@@ -72,19 +71,6 @@ def test_episodes_have_the_pictures_they_need(work, tmp_path):
         assert len(set(episode.supports)) == WORKS[work].shots
         assert episode.query not in episode.supports
         assert max(episode.query, *episode.supports) < IMAGES
-
-
-@pytest.mark.parametrize("share", [0.02, 0.18, 0.5])
-def test_discs_cover_what_they_say(share):
-    masks = [disc(number, 200, share) for number in range(3)]
-    assert all(float(mask.float().mean()) == pytest.approx(share, abs=0.002) for mask in masks)
-    assert not masks[0].equal(masks[1])
-    assert disc(0, 200, share).equal(masks[0])
-
-
-def test_a_disc_larger_than_the_picture_is_refused():
-    with pytest.raises(ValueError, match="79%"):
-        disc(0, 100, 0.9)
 
 
 def test_the_gpu_script_runs_from_a_checkout_with_torch_alone(tmp_path):

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.report.gallery import Places
+from pipeline.report.origins import Origins
 from pipeline.report.stage import report
 from pipeline.scores.rows import METADATA
 
@@ -37,7 +37,7 @@ def page(tiny_report, tmp_path_factory):
         pq.write_table(table.replace_schema_metadata({METADATA: json.dumps(facts)}), files[-1])
     options = (("size", 64), ("trn_per_class", 2), ("val_per_class", 5))
     out = folder / "page <b>.html"
-    made = report([*files, tiny_report.run], out, gallery=8, title=NAMES[0], places=Places(data_options=options))
+    made = report([*files, tiny_report.run], out, gallery=8, title=NAMES[0], origins=Origins(data_options=options))
     assert made.episodes_shown == 8
     assert made.left_out == ()
     return out

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 import cli
 from pipeline.analyze import analyze
+from pipeline.scores.rows import read_results
 
 SHAPES = ("shapes", "--data-option", "size=64", "--data-option", "trn_per_class=2", "--data-option", "val_per_class=5")
 
@@ -34,7 +35,7 @@ def pair(rows_by_hand, tmp_path) -> tuple[Path, Path]:
 
 def test_no_mean_without_its_interval(pair):
     text = invoke("analyze", pair[0], "--against", pair[1], "--by", "all", "--policy", "all")
-    shown = analyze([pair[0]]).scores[0].miou
+    shown = analyze([read_results(pair[0])]).scores[0].miou
     assert f"{shown.value:.1f} [{shown.low:.1f}, {shown.high:.1f}]" in text
     for title in ("Scores, percent", "Difference on the same", "IoU by class", "mIoU by the object's share", "by seed"):
         assert title in text

@@ -40,9 +40,9 @@ def test_one_backbone_says_all_of_it() -> None:
 
 
 def test_the_list_has_built_in_networks_and_those_of_timms(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.features import catalogue
+    from pipeline.features import known_networks
 
-    monkeypatch.setattr(catalogue, "TRIED", ("test_vit", "test_resnet"))
+    monkeypatch.setattr(known_networks, "TRIED", ("test_vit", "test_resnet"))
     found = {one["backbone"]: one for one in json.loads(invoke("backbones", "--json"))}
     assert list(found) == ["vgg16", "resnet50", "resnet101", "squeezenet1_1", "timm:test_vit", "timm:test_resnet"]
     assert found["resnet50"]["bytes_per_photo"] == 3_110_912

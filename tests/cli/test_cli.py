@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -18,21 +19,14 @@ from typing import Any
 import click
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from fakes import invoke
 
 import cli
 from commands import options, steps, terminal
 from hsnet.errors import ConfigError
+from pipeline.common.text import printable, size_text, time_text
 
 ROOT = Path(cli.__file__).parent
-
-
-def invoke(*args: str | Path) -> Result:
-    """Run a command in this process; stdout and stderr apart. An unforeseen exception is raised here."""
-    result = CliRunner().invoke(cli.main, [str(arg) for arg in args])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 def failure(*args: str | Path) -> str:
@@ -99,10 +93,12 @@ def test_choices_equal_the_tables_they_are_copied_from() -> None:
     from hsnet.backbone import BACKBONES
     from pipeline.datasets import DATASETS
     from pipeline.features.recipe import DTYPES
+    from pipeline.heads.catalogue import BASELINES
 
     assert tuple(BACKBONES) == options.BACKBONES
     assert tuple(DATASETS) == options.DATASETS
     assert sorted(DTYPES) == sorted(options.PRECISIONS)
+    assert tuple(BASELINES) == options.BASELINES
 
 
 def test_help_needs_nothing_heavy() -> None:
@@ -192,6 +188,20 @@ def test_ctrl_c_is_one_line_and_130(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert done.stderr.strip().splitlines()[-1].startswith("Interrupted. Finished shards are kept")
 
 
+@pytest.mark.parametrize("at_once", [False, True])
+def test_ctrl_c_is_asked_for_or_obeyed_at_once(at_once: bool) -> None:
+    """Where somebody in this process asks, the first one waits for an answer; the second stops in any case."""
+    before = signal.getsignal(signal.SIGINT)
+    with click.Context(cli.main), steps.stop_on_interrupt(at_once=at_once) as stop:
+        assert not stop()
+        if not at_once:
+            signal.raise_signal(signal.SIGINT)
+            assert stop()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_doctor_speaks_to_people_and_to_machines(tmp_path: Path) -> None:
     shown = invoke("doctor", "--path", tmp_path)
     assert "torch" in shown.stdout
@@ -210,21 +220,21 @@ def test_plain_makes_json_of_anything() -> None:
 
 def test_hostile_names_are_shown_harmless() -> None:
     """A file name may hold terminal commands, or bytes that are no text: printing must neither act nor fail."""
-    assert terminal.printable("a\x1b[2Jb\n.jpg") == r"a\x1b[2Jb\n.jpg"
-    assert terminal.printable(os.fsdecode(b"\xff.jpg")) == r"\xff.jpg"
-    assert terminal.printable("grün.jpg") == "grün.jpg"
+    assert printable("a\x1b[2Jb\n.jpg") == r"a\x1b[2Jb\n.jpg"
+    assert printable(os.fsdecode(b"\xff.jpg")) == r"\xff.jpg"
+    assert printable("grün.jpg") == "grün.jpg"
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.04, "0.0 s"), (9.94, "9.9 s"), (59.7, "1:00"), (75, "1:15"), (3723, "1:02:03")]
 )
 def test_time_text(seconds: float, text: str) -> None:
-    assert terminal.time_text(seconds) == text
+    assert time_text(seconds) == text
 
 
 @pytest.mark.parametrize(("nbytes", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 KB"), (2.5e12, "2.50 TB")])
 def test_size_text(nbytes: float, text: str) -> None:
-    assert terminal.size_text(nbytes) == text
+    assert size_text(nbytes) == text
 
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(

@@ -7,19 +7,12 @@ from pathlib import Path
 
 import click
 import pytest
-from click.testing import CliRunner
+from fakes import printed as invoke
 
-import cli
 from commands.options import Bytes
 
 SHAPES = ("extract", "shapes", "--backbone", "squeezenet1_1", "--image-size", "64")
 SMALL = ("--data-option", "size=64", "--data-option", "trn_per_class=3", "--data-option", "val_per_class=2")
-
-
-def invoke(*args: str | Path, code: int = 0) -> str:
-    result = CliRunner().invoke(cli.main, [str(arg) for arg in args])
-    assert result.exit_code == code, result.output
-    return result.stdout if code == 0 else result.stderr
 
 
 @pytest.mark.parametrize(

@@ -7,19 +7,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from click.testing import CliRunner
+from fakes import printed as invoke
 
-import cli
 from pipeline.episodes.manifest_file import read
 
 SMALL = ("--data-option", "size=64", "--data-option", "trn_per_class=2", "--data-option", "val_per_class=6")
 SHAPES = ("shapes", *SMALL)
-
-
-def invoke(*args: str | Path, code: int = 0) -> str:
-    result = CliRunner().invoke(cli.main, [str(arg) for arg in args])
-    assert result.exit_code == code, result.output
-    return result.stdout if code in (0, 3) else result.output
 
 
 def make(out: Path, *more: str | Path, code: int = 0) -> str:

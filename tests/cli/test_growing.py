@@ -4,26 +4,14 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from fakes import invoke, machine
 
-import cli
 from commands.steps import store_source
 
 OPTIONS = ("--data-option", "size=64", "--data-option", "val_per_class=2", "--backbone", "squeezenet1_1")
 QUICK = ("--batch-size", "4", "--validate-every", "2", "--validate-episodes", "4")
-
-
-def invoke(*args: str | Path) -> Result:
-    return CliRunner().invoke(cli.main, [str(arg) for arg in args])
-
-
-def machine(*args: str | Path) -> Any:
-    result = invoke(*args, "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
 
 
 def extract(store: Path, per_class: int) -> tuple[str | Path, ...]:
@@ -52,6 +40,10 @@ def test_growing_is_said_before_and_done_once(store: Path, tmp_path: Path) -> No
     after = machine("store", "info", store)
     assert (after["images"], after["growths"], after["complete"]) == (160, [128, 160], True)
     assert "has grown" not in invoke(*extract(store, 3)).output
+    refused = invoke(*extract(store, 2))
+    assert refused.exit_code == 1
+    assert "image in the data set stored 'trn/00_002 and 31 more', wanted 'not there'" in refused.stderr
+    assert "Put back what is gone, or extract into a new store" in refused.stderr
     assert re.search(r"grown +128 images first, then 32\n", invoke("store", "info", store).stdout)
 
     gone_on = invoke(*run, "--steps", "4", "--json")
@@ -60,14 +52,6 @@ def test_growing_is_said_before_and_done_once(store: Path, tmp_path: Path) -> No
     assert json.loads(gone_on.stdout)["resumed_at"] == 2
     new = invoke("train", "--store", store, "--run-dir", tmp_path / "new", *QUICK, "--steps", "2")
     assert "has grown" not in new.output
-
-
-def test_a_data_set_that_lost_images_is_refused(store: Path) -> None:
-    machine(*extract(store, 3))
-    refused = invoke(*extract(store, 2))
-    assert refused.exit_code == 1
-    assert "image in the data set stored 'trn/00_002 and 31 more', wanted 'not there'" in refused.stderr
-    assert "Put back what is gone, or extract into a new store" in refused.stderr
 
 
 def test_a_worker_that_starts_late_reads_what_the_others_read(store: Path, tmp_path: Path) -> None:

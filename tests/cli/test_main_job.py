@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from fakes import invoke, machine
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -28,20 +28,6 @@ ROOT = Path(cli.__file__).parent
 SHAPES = ("shapes", "--data-option", "size=64", "--data-option", "trn_per_class=2", "--data-option", "val_per_class=3")
 BACKBONE = ("--backbone", "squeezenet1_1", "--image-size", "64")
 QUICK = ("--batch-size", "4", "--validate-every", "2", "--validate-episodes", "4")
-
-
-def invoke(*args: str | Path) -> Result:
-    result = CliRunner().invoke(cli.main, [str(arg) for arg in args])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
-def machine(*args: str | Path) -> Any:
-    """The JSON that a command prints; anything else on stdout would not parse."""
-    result = invoke(*args, "--json")
-    assert result.exit_code == 0, result.stderr
-    return json.loads(result.stdout)
 
 
 def failure(*args: str | Path) -> str:
@@ -328,6 +314,7 @@ def test_import_refuses_a_file_that_would_run_code(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["evil.pt"]
 
 
+@pytest.mark.ray
 def test_ray_does_the_same_work_and_stdout_holds_json_only(job: Path, tmp_path: Path) -> None:
     """In a process of its own, as Ray writes to the process's stdout past Python's."""
     arguments = ("extract", *SHAPES, *BACKBONE, "--store", tmp_path / "s.zarr", "--workers", "2", "--json")

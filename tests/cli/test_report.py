@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 import cli
 from pipeline.report import stage
-from pipeline.report.gallery import Places
+from pipeline.report.origins import Origins
 
 OPTIONS = ("--data-option", "size=64", "--data-option", "trn_per_class=2", "--data-option", "val_per_class=5")
 
@@ -63,11 +63,11 @@ def test_options_reach_the_stage(monkeypatch, tmp_path):
     )
     done = CliRunner().invoke(cli.main, words.split())
     assert done.exit_code == 0, done.output
-    places = seen.pop("places")
-    assert [str(part) for part in (places.store, places.checkpoint, places.data_root, places.splits)] == [
+    origins = seen.pop("origins")
+    assert [str(part) for part in (origins.store, origins.checkpoint, origins.data_root, origins.splits)] == [
         "s.zarr", "c", "d", "e",
     ]  # fmt: skip
-    assert places.data_options == (("size", 64),)
+    assert origins.data_options == (("size", 64),)
     assert callable(seen.pop("on_event"))
     assert [str(path) for path in seen.pop("paths")] == ["a", "b"]
     assert seen == {
@@ -79,7 +79,7 @@ def test_options_reach_the_stage(monkeypatch, tmp_path):
         "seed": 3,
         "device": "cpu",
     }
-    assert Places() == Places(None, None, None, None, ())
+    assert Origins() == Origins(None, None, None, None, ())
 
 
 def test_mistakes(report_inputs, tmp_path):

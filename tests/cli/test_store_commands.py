@@ -1,26 +1,16 @@
 """`hsnet store verify` and `repair`: found, named, mended, the same bytes."""
 
-import hashlib
 import json
 import os
-from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from fakes import fingerprints
+from fakes import invoke as run
 
-import cli
 from pipeline.store.markers import shard_file
 
 EXTRACT = ["shapes", "--data-option", "trn_per_class=2", "--data-option", "val_per_class=2", "--data-option", "size=64"]
 EXTRACT += ["--backbone", "squeezenet1_1", "--image-size", "64", "--quiet"]
-
-
-def run(*arguments):
-    return CliRunner().invoke(cli.main, [str(one) for one in arguments])
-
-
-def fingerprints(path: Path) -> dict[str, str]:
-    return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in path.rglob("*") if file.is_file()}
 
 
 def test_damage_is_found_named_and_mended(tmp_path):

@@ -6,16 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
-
-import cli
+from fakes import invoke
 
 SHAPES = ("shapes", "--data-option", "size=64", "--data-option", "trn_per_class=2", "--data-option", "val_per_class=3")
 FIX = ("--fix", "batch_size=2", "--fix", "validate_every=1", "--fix", "validate_episodes=2", "--steps", "2")
-
-
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")

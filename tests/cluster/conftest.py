@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 
+import fakes
 import pytest
 
 from cluster.runner import RayRunner
@@ -22,10 +23,12 @@ def local_ray() -> Iterator[None]:
 
 @pytest.fixture
 def ray_runner(local_ray: None, request: pytest.FixtureRequest) -> Iterator[RayRunner]:
-    """Two workers. The test's module is sent along with what it defines: workers cannot import tests."""
+    """Two workers. The test's module and fakes are sent along with what they define: workers cannot import tests."""
     from ray import cloudpickle
 
-    module = sys.modules[request.module.__name__]
-    cloudpickle.register_pickle_by_value(module)
+    modules = (sys.modules[request.module.__name__], fakes)
+    for module in modules:
+        cloudpickle.register_pickle_by_value(module)
     yield RayRunner(2)
-    cloudpickle.unregister_pickle_by_value(module)
+    for module in modules:
+        cloudpickle.unregister_pickle_by_value(module)

@@ -7,7 +7,6 @@ and no file of a shard that was complete was touched, nor any of its photos read
 
 import ctypes
 import errno
-import hashlib
 import json
 import os
 import re
@@ -19,20 +18,19 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
-import numpy as np
+import fakes
 import pytest
-from PIL import Image
+from fakes import fingerprints, first_time, plain_user
 
 from cluster.runner import RayRunner
 from hsnet.errors import DataError, StoreError
 from pipeline.common.lock import OWNER
-from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.extract.stage import ExtractSummary, extract
 from pipeline.features.weights import Weights, load_weights
 from pipeline.store.feature_store import FeatureStore
@@ -45,97 +43,44 @@ COUNT = 18  # five shards, the last one short
 FAULT = 9  # the photo at which most faults happen
 SHARD_OF_FAULT = FAULT // SHARD
 ARRAYS = ("level0", "level1", "level2", "label")
+Photos = partial(fakes.Photos, range(COUNT))
 
 
-class Photos:
-    """Small random photos, in memory. What is read is noted here, or by whichever process it is in a file."""
+def harmed(fault: Callable[[], object], log: Path | None = None) -> fakes.Photos:
+    """Photos that do something when the photo of the fault is read."""
 
-    def __init__(self, log: Path | None = None) -> None:
-        entries = tuple((i, i % 2) for i in range(COUNT))
-        names = tuple(f"photos/{i}.jpg" for i in range(COUNT))
-        self.index = DatasetIndex("folder", {0: "cat", 1: "dog"}, names, {0: {"trn": Split(entries)}})
-        self.log = log
-        self.read: list[int] = []
+    def seen(photo):
+        fault()
+        return photo
 
-    def image(self, i: int) -> Image.Image:
-        self.read.append(i)
-        if self.log is not None:
-            with self.log.open("a") as file:
-                file.write(f"{i}\n")
-        if i == FAULT:
-            self.fault()
-        return Image.fromarray(np.random.default_rng(i).integers(0, 256, (60, 50 + i, 3), np.uint8))
-
-    def fault(self) -> None:
-        pass
-
-    def label(self, i: int) -> np.ndarray:
-        label = np.zeros((60, 50 + i), np.uint8)
-        label[10:40, 10:30] = i % 2 + 1
-        return label
+    return Photos(changes={FAULT: seen}, log=log)
 
 
-class Broken(Photos):
-    """A photo cannot be read."""
-
-    def fault(self) -> None:
-        raise DataError("/data/photos/9.jpg is truncated.")
-
-
-class Deadly(Photos):
-    """Has the process that reads the photo killed at some moment of its shard, the first time only."""
-
-    def __init__(self, moment: str, died: Path, log: Path) -> None:
-        super().__init__(log)
-        self.moment = moment
-        self.died = died
-
-    def fault(self) -> None:
-        if first_time(self.died):
-            arm(self.moment)
-
-
-class Refused(Photos):
-    """The disk of the process that reads the photo is full from then on, the first time only."""
-
-    def __init__(self, died: Path) -> None:
-        super().__init__()
-        self.died = died
-
-    def fault(self) -> None:
-        if first_time(self.died):
-            real = os.fsync
-
-            def full(descriptor: int) -> None:
-                os.fsync = real  # worker processes live on
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-            os.fsync = full
-
-
-class Slow(Photos):
+def slow() -> fakes.Photos:
     """Slow enough for somebody to come between."""
 
-    def image(self, i: int) -> Image.Image:
+    def wait(photo):
         time.sleep(0.2)
-        return super().image(i)
+        return photo
+
+    return Photos(changes=dict.fromkeys(range(COUNT), wait))
 
 
-class Acting(Photos):
-    """Does something when the photo is read."""
+def fill_disk() -> None:
+    """The disk of this process is full, once."""
+    real = os.fsync
 
-    def __init__(self, fault) -> None:
-        super().__init__()
-        self.fault = fault
+    def full(descriptor: int) -> None:
+        os.fsync = real  # worker processes live on
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    os.fsync = full
 
 
-def first_time(marker: Path) -> bool:
-    """Whether no process was here before."""
-    try:
-        marker.touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
+def if_first(died: Path, fault: Callable[..., None], *arguments: object) -> None:
+    """Do it unless a process did it before."""
+    if first_time(died):
+        fault(*arguments)
 
 
 MOMENTS = (
@@ -178,13 +123,10 @@ def weights() -> Weights:
     return load_weights("squeezenet1_1")
 
 
-def run(photos: Photos, path: Path | str, runner=None, **options) -> ExtractSummary:
-    return extract(photos, weights(), "squeezenet1_1", SIZE, "int8", path, runner, shard_images=SHARD, **options)
-
-
-def fingerprints(path: Path) -> dict[str, str]:
-    files = [file for file in path.rglob("*") if file.is_file()]
-    return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+def run(photos: fakes.Photos, path: Path | str, runner=None, **options) -> ExtractSummary:
+    return extract(
+        photos, weights(), path, image_size=SIZE, precision="int8", runner=runner, shard_images=SHARD, **options
+    )
 
 
 def complete_files(path: Path) -> dict[str, tuple[int, int]]:
@@ -245,15 +187,15 @@ def test_a_relative_path_means_the_same_to_every_worker(ray_runner, quiet, tmp_p
 
 def test_an_unreadable_photo_is_named_and_mended_later(ray_runner, quiet, tmp_path):
     with pytest.raises(DataError, match=r"'photos/9\.jpg'.*/data/photos/9\.jpg is truncated") as caught:
-        run(Broken(), tmp_path / "s.zarr", ray_runner)
+        run(Photos(broken=[FAULT]), tmp_path / "s.zarr", ray_runner)
     assert type(caught.value) is DataError
     run(Photos(), tmp_path / "s.zarr", ray_runner)
     assert fingerprints(tmp_path / "s.zarr") == fingerprints(quiet)
 
 
 def test_an_unreadable_photo_is_left_out_alike_here_and_there(ray_runner, tmp_path):
-    here = run(Broken(), tmp_path / "here.zarr", on_error="skip")
-    there = run(Broken(), tmp_path / "there.zarr", ray_runner, on_error="skip")
+    here = run(Photos(broken=[FAULT]), tmp_path / "here.zarr", on_error="skip")
+    there = run(Photos(broken=[FAULT]), tmp_path / "there.zarr", ray_runner, on_error="skip")
     assert here.skipped == there.skipped == ("photos/9.jpg",)
     assert fingerprints(tmp_path / "here.zarr") == fingerprints(tmp_path / "there.zarr")
 
@@ -261,11 +203,11 @@ def test_an_unreadable_photo_is_left_out_alike_here_and_there(ray_runner, tmp_pa
 # -- a worker --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("moment", [MOMENTS[0], *MOMENTS[2:6:2], MOMENTS[5]])  # a process that starts takes seconds
+@pytest.mark.parametrize("moment", ["between its arrays", "after its marker"])  # all six: below
 def test_a_worker_killed_at_any_moment_of_a_shard_costs_nothing_but_time(ray_runner, quiet, tmp_path, moment):
     """Ray repeats its work in the same run: no second command is needed."""
     log, died = tmp_path / "log", tmp_path / "died"
-    summary = run(Deadly(moment, died, log), tmp_path / "s.zarr", ray_runner)
+    summary = run(harmed(partial(if_first, died, arm, moment), log), tmp_path / "s.zarr", ray_runner)
     assert died.exists()
     assert summary.written_shards == 5
     assert fingerprints(tmp_path / "s.zarr") == fingerprints(quiet)
@@ -278,7 +220,7 @@ def test_a_worker_killed_at_any_moment_of_a_shard_costs_nothing_but_time(ray_run
 def test_a_disk_that_is_full_for_a_worker(ray_runner, quiet, tmp_path):
     path = tmp_path / "s.zarr"
     with pytest.raises(StoreError, match=r"No space left on device.*Free some space") as caught:
-        run(Refused(tmp_path / "died"), path, ray_runner)
+        run(harmed(partial(if_first, tmp_path / "died", fill_disk)), path, ray_runner)
     assert type(caught.value) is StoreError
     left = set(FeatureStore.open(path, require_complete=False).missing_shards())
     assert left
@@ -287,12 +229,10 @@ def test_a_disk_that_is_full_for_a_worker(ray_runner, quiet, tmp_path):
 
 # -- the whole program -----------------------------------------------------------------------------------------
 
-LOAD = """
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("crash", sys.argv[1])
-crash = importlib.util.module_from_spec(spec)
-sys.modules["crash"] = crash
-spec.loader.exec_module(crash)
+LOAD = f"""
+import sys
+sys.path += {[str(Path(module).parent) for module in (fakes.__file__, __file__)]!r}
+import fakes, test_crash_matrix as crash
 """
 
 PROGRAMS = """
@@ -315,7 +255,7 @@ for line in sys.stdin:
 def program() -> Iterator:
     """Plays a scene, a function of this module, in a process of its own; its exit code. Torch is loaded once."""
     server = subprocess.Popen(
-        [sys.executable, "-c", LOAD + PROGRAMS, __file__],
+        [sys.executable, "-c", LOAD + PROGRAMS],
         cwd=Path(__file__).parents[2],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -332,7 +272,7 @@ def program() -> Iterator:
 
 
 def dies(moment: str, path: str) -> None:
-    run(Acting(lambda: arm(moment)), path)
+    run(harmed(lambda: arm(moment)), path)
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -350,16 +290,17 @@ def test_a_program_killed_at_any_moment_of_a_shard_is_finished_by_running_again(
 ON_RAY = """
 from ray import cloudpickle
 from cluster.session import session
-cloudpickle.register_pickle_by_value(crash)
+for module in (fakes, crash):
+    cloudpickle.register_pickle_by_value(module)
 with session("local", num_cpus=2, num_gpus=0, object_store_bytes=100 << 20):
-    crash.run(crash.Slow(), sys.argv[2], crash.RayRunner(2))
+    crash.run(crash.slow(), sys.argv[1], crash.RayRunner(2))
 """
 
 
 def start_on_ray(path: Path) -> subprocess.Popen:
     """An extraction with a Ray of its own, that has made a shard."""
     driver = subprocess.Popen(
-        [sys.executable, "-c", LOAD + ON_RAY, __file__, str(path)],
+        [sys.executable, "-c", LOAD + ON_RAY, str(path)],
         cwd=Path(__file__).parents[2],
         # How long Ray looks for a node that is gone before it ends the program: a minute else.
         env={**os.environ, "RAY_gcs_rpc_server_reconnect_timeout_s": "2"},
@@ -388,6 +329,7 @@ def descendants(process: int) -> list[int]:
     return found
 
 
+@pytest.mark.ray
 def test_a_killed_driver_on_ray_is_finished_by_running_again(quiet, tmp_path):
     path = tmp_path / "s.zarr"
     driver = start_on_ray(path)
@@ -405,6 +347,7 @@ def test_a_killed_driver_on_ray_is_finished_by_running_again(quiet, tmp_path):
     assert fingerprints(path) == fingerprints(quiet)
 
 
+@pytest.mark.ray
 def test_a_killed_ray_node_ends_the_program_which_is_finished_by_running_again(quiet, tmp_path):
     """Raylet, head and workers all at once, as when a machine is reset; the program itself lives on."""
     path = tmp_path / "s.zarr"
@@ -434,7 +377,7 @@ def cut_off(path: str) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 
     with pytest.raises(StoreError, match=r"Shard \d of .*File too large.*run the same `hsnet extract` again"):
-        run(Acting(limit), path)
+        run(harmed(limit), path)
 
 
 def test_a_file_that_may_not_grow(program, quiet, tmp_path):
@@ -469,7 +412,7 @@ def fills_up(mount: str, quiet: str) -> None:
                 file.write(bytes(4096))
 
     with pytest.raises(StoreError, match=r"Shard \d of .*No space left on device.*Free some space"):
-        run(Acting(fill), path)
+        run(harmed(fill), path)
     left = set(FeatureStore.open(path, require_complete=False).missing_shards())
     assert SHARD_OF_FAULT in left
     before = fingerprints(path)
@@ -495,18 +438,6 @@ def open_folder() -> Iterator[Path]:
         allow(Path(folder), 0o755)
 
 
-@contextmanager
-def plain_user() -> Iterator[None]:
-    """Root may write anywhere; give that right up inside the block."""
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(user)
-
-
 def allow(path: Path, mode: int) -> None:
     for folder in (path, *path.rglob("*")):
         if folder.is_dir():
@@ -517,7 +448,7 @@ def test_a_folder_that_becomes_read_only(quiet, open_folder):
     path = open_folder / "s.zarr"
     text = r"Shard \d of .*Permission denied.*run the same `hsnet extract` again"
     with plain_user(), pytest.raises(StoreError, match=text):
-        run(Acting(lambda: allow(path, 0o555)), path)
+        run(harmed(lambda: allow(path, 0o555)), path)
     before = fingerprints(path)
     with plain_user(), pytest.raises(StoreError, match="Permission denied"):
         run(Photos(), path)
@@ -528,18 +459,6 @@ def test_a_folder_that_becomes_read_only(quiet, open_folder):
     left = set(FeatureStore.open(path, require_complete=False).missing_shards())
     assert SHARD_OF_FAULT in left
     finish(path, quiet, left)
-
-
-def is_refused(path: str, owner: str) -> None:
-    with pytest.raises(StoreError, match=rf"is being written by process {owner} on .*Nothing was changed"):
-        run(Photos(), path)
-
-
-def test_a_second_extraction_is_refused_and_disturbs_nothing(program, quiet, tmp_path):
-    path, codes = tmp_path / "s.zarr", []
-    summary = run(Acting(lambda: codes.append(program(is_refused, path, os.getpid()))), path)
-    assert (codes, summary.written_shards) == ([0], 5)
-    assert fingerprints(path) == fingerprints(quiet)
 
 
 # -- afterwards ------------------------------------------------------------------------------------------------
@@ -584,9 +503,9 @@ def test_attributes_that_are_cut_are_refused_and_restored_without_extracting_aga
     assert needs_restoring(whole)
     recipe = FeatureStore.open(quiet).recipe
     for other in (Photos(), replace(recipe, image_size=96), replace(recipe, precision="float32")):
-        if isinstance(other, Photos):
+        if isinstance(other, fakes.Photos):
             other.index = replace(other.index, images=tuple(f"x/{i}.jpg" for i in range(COUNT)))
-        wrong = (recipe, other.index) if isinstance(other, Photos) else (other, Photos().index)
+        wrong = (recipe, other.index) if isinstance(other, fakes.Photos) else (other, Photos().index)
         with pytest.raises(StoreError, match="Nothing was changed"):
             restore_metadata(whole, *wrong)
     assert fingerprints(whole) == before

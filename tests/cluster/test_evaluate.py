@@ -12,9 +12,11 @@ from cluster.runner import RayRunner
 from hsnet.model import HSNet
 from pipeline.datasets.shapes import Shapes
 from pipeline.episodes.protocols import resolve
-from pipeline.evaluate import evaluate
+from pipeline.evaluate.plan import EvaluationPlan
+from pipeline.evaluate.stage import evaluate
 from pipeline.extract.stage import extract
 from pipeline.features.weights import load_weights
+from pipeline.heads.catalogue import Method
 from pipeline.heads.segmenters import LearnedSegmenter
 from pipeline.loading.source import StoreSource
 from pipeline.store.feature_store import FeatureStore
@@ -25,7 +27,7 @@ SHAPES = Shapes(size=64, trn_per_class=2, val_per_class=4)
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("evaluate") / "s.zarr"
-    extract(SHAPES, load_weights("squeezenet1_1"), "squeezenet1_1", 64, "int8", path)
+    extract(SHAPES, load_weights("squeezenet1_1"), path, image_size=64, precision="int8")
     return path
 
 
@@ -59,10 +61,14 @@ class MortalSegmenter:
 
 
 def run(store: Path, runner=None, segmenter=make_segmenter):
-    source = functools.partial(make_source, store)
-    return evaluate(
-        segmenter, source, SHAPES.index, fold=0, protocol=resolve(shots=(1, 3), episodes=110), runner=runner
+    plan = EvaluationPlan(
+        method=Method(segmenter, {}),
+        source=make_source(store),
+        make_source=functools.partial(make_source, store),
+        fold=0,
+        protocol=resolve(shots=(1, 3), episodes=110),
     )
+    return evaluate(plan, runner=runner)
 
 
 def counted(rows):

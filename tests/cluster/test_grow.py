@@ -1,6 +1,5 @@
 """A store that grows on Ray: the bytes are those of a growth in one process, whoever is killed."""
 
-import hashlib
 import os
 import shutil
 import signal
@@ -8,11 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
+import fakes
 import pytest
-from PIL import Image
+from fakes import Photos, fingerprints, first_time
 
-from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.extract.stage import extract
 from pipeline.features.weights import load_weights
 from pipeline.store.feature_store import FeatureStore
@@ -23,36 +21,20 @@ SHARD = 4
 FIRST, MORE = range(0, 20, 2), range(23)
 
 
-class Photos:
-    """Small random photos, in memory. The process that reads photo `deadly` is killed, the first time only."""
+def deadly(died: Path) -> Photos:
+    """The process that reads photo 13 is killed, the first time only."""
 
-    def __init__(self, numbers, deadly=None, mark: Path | None = None) -> None:
-        self.numbers, self.deadly, self.mark = list(numbers), deadly, mark
-        entries = tuple((i, number % 2) for i, number in enumerate(self.numbers))
-        names = tuple(f"photos/{number:02d}.jpg" for number in self.numbers)
-        self.index = DatasetIndex("folder", {0: "cat", 1: "dog"}, names, {0: {"trn": Split(entries)}})
-
-    def image(self, i: int) -> Image.Image:
-        number = self.numbers[i]
-        if number == self.deadly and not self.mark.exists():
-            self.mark.touch()
+    def kill(photo):
+        if first_time(died):
             os.kill(os.getpid(), signal.SIGKILL)
-        return Image.fromarray(np.random.default_rng(number).integers(0, 256, (60, 50 + number, 3), np.uint8))
+        return photo
 
-    def label(self, i: int) -> np.ndarray:
-        label = np.zeros((60, 50 + self.numbers[i]), np.uint8)
-        label[10:40, 10:30] = self.numbers[i] % 2 + 1
-        return label
+    return Photos(MORE, changes={13: kill})
 
 
 def run(photos, path, runner=None):
     weights = load_weights("squeezenet1_1")
-    return extract(photos, weights, "squeezenet1_1", SIZE, "int8", path, runner, shard_images=SHARD)
-
-
-def fingerprints(path: Path) -> dict[str, str]:
-    files = [file for file in path.rglob("*") if file.is_file()]
-    return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return extract(photos, weights, path, image_size=SIZE, precision="int8", runner=runner, shard_images=SHARD)
 
 
 @pytest.fixture(scope="module")
@@ -67,31 +49,27 @@ def stores(tmp_path_factory) -> tuple[Path, dict[str, str]]:
 
 def test_it_grows_on_ray_also_if_a_worker_is_killed(ray_runner, stores, tmp_path):
     path = Path(shutil.copytree(stores[0], tmp_path / "s.zarr"))
-    summary = run(Photos(MORE, deadly=13, mark=tmp_path / "died"), path, ray_runner)
+    summary = run(deadly(tmp_path / "died"), path, ray_runner)
     assert (tmp_path / "died").exists()
     assert (summary.written_shards, summary.reused_shards) == (4, 3)
     assert fingerprints(path) == stores[1]
 
 
 PROGRAM = """
-import importlib.util, sys
+import sys
 from pathlib import Path
-spec = importlib.util.spec_from_file_location("growing", sys.argv[1])
-growing = importlib.util.module_from_spec(spec)
-sys.modules["growing"] = growing
-spec.loader.exec_module(growing)
-growing.run(growing.Photos(growing.MORE, deadly=13, mark=Path(sys.argv[3])), sys.argv[2])
+sys.path += sys.argv[1:3]
+import test_grow
+test_grow.run(test_grow.deadly(Path(sys.argv[4])), sys.argv[3])
 """
 
 
 def test_killed_while_it_grows_the_store_is_what_it_was_and_is_finished_later(stores, tmp_path):
     path = Path(shutil.copytree(stores[0], tmp_path / "s.zarr"))
     before = fingerprints(path)
-    died = subprocess.run(
-        [sys.executable, "-c", PROGRAM, __file__, str(path), str(tmp_path / "died")],
-        cwd=Path(__file__).parents[2],
-        check=False,
-    )
+    folders = [str(Path(module).parent) for module in (fakes.__file__, __file__)]
+    arguments = [*folders, str(path), str(tmp_path / "died")]
+    died = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], cwd=Path(__file__).parents[2], check=False)
     assert died.returncode == -signal.SIGKILL
     store = FeatureStore.open(path)
     assert store.index == Photos(FIRST).index

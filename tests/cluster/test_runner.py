@@ -14,7 +14,7 @@ from hsnet.errors import ClusterError, DataError, StoreIncomplete, StoreMismatch
 from pipeline.common.runner import SerialRunner
 
 
-@pytest.fixture(params=["serial", "ray"])
+@pytest.fixture(params=["serial", pytest.param("ray", marks=pytest.mark.ray)])
 def runner(request):
     return SerialRunner() if request.param == "serial" else request.getfixturevalue("ray_runner")
 

@@ -17,6 +17,7 @@ from cluster.session import session
 from hsnet.errors import ClusterError
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.ray
 
 LOCAL = """
 import json, os, sys, time

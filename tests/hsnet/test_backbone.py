@@ -6,15 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from hsnet import torchvision_ops  # noqa: F401  (must run before torchvision is imported)
 from hsnet.backbone import BACKBONES, FrozenBackbone, pack_levels, random_state_dict
 from hsnet.correlation import build_pyramid
 from hsnet.errors import ConfigError, ShapeError, WeightsError
 from hsnet.model import HSNet, squeezed_grids
+from hsnet.torchvision_ops import ensure_importable
 
 
 def plain_taps(name, state, images):
     """The same taps by walking the network by hand, every value copied before anything can overwrite it."""
+    ensure_importable()
     import torchvision.models
 
     network = torchvision.models.get_model(name, weights=None)

@@ -11,10 +11,10 @@ from hsnet.conv4d import CenterPivotConv4d
 from hsnet.correlation import build_pyramid
 from hsnet.errors import CheckpointError, ConfigError, ShapeError
 from hsnet.fused import FusedHSNet
+from hsnet.fusion import vote
 from hsnet.loss import episode_losses
 from hsnet.model import HSNet, predict_mask, resize_logits, squeezed_grids
 from hsnet.published import layers_of, split_published
-from hsnet.vote import vote
 
 CASES = {
     # file: layers deepest first, sizes deepest first, channels

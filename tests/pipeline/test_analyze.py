@@ -23,7 +23,7 @@ def metrics_of(table, shots, fusion, policy, classes):
 
 def test_every_score_is_that_of_the_metrics(rows_by_hand, tmp_path):
     table = rows_by_hand.made(classes=(0, 1, 2))
-    file = rows_by_hand.write(tmp_path / "r.parquet", table)
+    file = rows_by_hand.read(tmp_path / "r.parquet", table)
     found = analyze([file], policies=POLICIES, fusions=("vote", "logits"))
     assert len(found.scores) == 4 * 2 * 2
     for score in found.scores:
@@ -38,13 +38,13 @@ def test_every_score_is_that_of_the_metrics(rows_by_hand, tmp_path):
 
 
 def test_the_headline_is_the_protocol_s(rows_by_hand, tmp_path):
-    file = rows_by_hand.write(tmp_path / "r.parquet", protocol="original")
+    file = rows_by_hand.read(tmp_path / "r.parquet", protocol="original")
     found = analyze([file])
     assert {score.policy for score in found.scores} == {Policy("original", False)}
     # One support: all fusions answer alike, so the protocol's own stands for them.
     assert [(score.shots, score.fusion) for score in found.scores] == [(1, "vote"), (5, "vote"), (5, "logits")]
     with pytest.raises(DataError, match=r"no counts at original size.*Evaluate again with --data-root"):
-        analyze([rows_by_hand.write(tmp_path / "n.parquet", original=False)], policies=[Policy("original")])
+        analyze([rows_by_hand.read(tmp_path / "n.parquet", original=False)], policies=[Policy("original")])
     with pytest.raises(ConfigError, match=r"No rows of fusion 'joint'.* has logits, vote"):
         analyze([file], fusions=["joint"])
     with pytest.raises(ConfigError, match="Sections are class, size"):
@@ -57,7 +57,7 @@ def test_the_headline_is_the_protocol_s(rows_by_hand, tmp_path):
 
 def test_folds_are_averaged_with_an_interval(rows_by_hand, tmp_path):
     files = [
-        rows_by_hand.write(tmp_path / f"{f}.parquet", fold=f, classes=(3 * f, 3 * f + 1), checkpoint=f"c{f}", draw=f)
+        rows_by_hand.read(tmp_path / f"{f}.parquet", fold=f, classes=(3 * f, 3 * f + 1), checkpoint=f"c{f}", draw=f)
         for f in range(3)
     ]
     whole, *folds = analyze(files, fusions=["vote"]).scores[:4]
@@ -72,16 +72,16 @@ def test_folds_are_averaged_with_an_interval(rows_by_hand, tmp_path):
 
 def test_folds_are_drawn_apart_even_where_they_share_a_class(rows_by_hand, tmp_path):
     """Own folds may. The same draws in both would make the interval of the mean as wide as that of one fold."""
-    files = [rows_by_hand.write(tmp_path / f"{f}.parquet", fold=f, shots=(1,), checkpoint=f"c{f}") for f in range(2)]
+    files = [rows_by_hand.read(tmp_path / f"{f}.parquet", fold=f, shots=(1,), checkpoint=f"c{f}") for f in range(2)]
     whole, first, second = analyze(files).scores
     assert first.miou.value == second.miou.value
     assert whole.miou.half_width == pytest.approx(first.miou.half_width / 2**0.5, rel=0.1)
 
 
 def test_seeds_are_pooled_and_their_spread_is_shown(rows_by_hand, tmp_path):
-    together = rows_by_hand.write(tmp_path / "all.parquet", seeds=(0, 1, 2), shots=(1,), protocol="seeds")
+    together = rows_by_hand.read(tmp_path / "all.parquet", seeds=(0, 1, 2), shots=(1,), protocol="seeds")
     apart = [
-        rows_by_hand.write(tmp_path / f"{seed}.parquet", seeds=(seed,), shots=(1,), protocol="seeds")
+        rows_by_hand.read(tmp_path / f"{seed}.parquet", seeds=(seed,), shots=(1,), protocol="seeds")
         for seed in range(3)
     ]
     (pooled,) = analyze([together], sections=SECTIONS).scores
@@ -100,7 +100,7 @@ def test_seeds_are_pooled_and_their_spread_is_shown(rows_by_hand, tmp_path):
 
 def test_sizes(rows_by_hand, tmp_path):
     table = rows_by_hand.made(n=300, shots=(1,), fusions=("vote",))
-    (score,) = analyze([rows_by_hand.write(tmp_path / "r.parquet", table)], sections=["size"]).scores
+    (score,) = analyze([rows_by_hand.read(tmp_path / "r.parquet", table)], sections=["size"]).scores
     assert sum(part.episodes for part in score.sizes) == 300
     shares = np.array(table["object_pixels"].to_pylist()) / rows_by_hand.SIZE**2
     assert score.sizes[0].name.startswith("0 px")
@@ -119,7 +119,7 @@ def test_sizes(rows_by_hand, tmp_path):
 def test_a_good_support_and_the_spread_by_supports_are_found(rows_by_hand, tmp_path):
     """A support that brings 30 points, among others that bring nothing; noise of 5 points between episodes."""
     effects = {"1/3.jpg": 0.3, "2/5.jpg": -0.3}
-    file = rows_by_hand.write(
+    file = rows_by_hand.read(
         tmp_path / "r.parquet", n=900, images=8, shots=(1, 5), effects=effects, noise=0.05, quality=0.45
     )
     one, five = analyze([file], sections=["support"], fusions=["vote"]).scores
@@ -132,7 +132,7 @@ def test_a_good_support_and_the_spread_by_supports_are_found(rows_by_hand, tmp_p
     assert one.support.photos == 24
     assert one.support.within.low < one.support.within.value < one.support.within.high
     assert five.support.best == five.support.worst == ()
-    none = analyze([rows_by_hand.write(tmp_path / "s.parquet", n=9, images=40)], sections=["support"]).scores[0]
+    none = analyze([rows_by_hand.read(tmp_path / "s.parquet", n=9, images=40)], sections=["support"]).scores[0]
     assert none.support is None
 
 
@@ -142,14 +142,14 @@ def test_the_spread_by_supports_is_what_was_put_in(rows_by_hand, tmp_path):
     names = [f"{c}/{i}.jpg" for c in (0, 1, 2) for i in range(30)]
     effects = dict(zip(names, (0.1 * random.standard_normal(len(names))).tolist(), strict=True))
     table = rows_by_hand.made(n=1500, images=30, shots=(1,), fusions=("vote",), noise=0, effects=effects)
-    (score,) = analyze([rows_by_hand.write(tmp_path / "r.parquet", table)], sections=["support"]).scores
+    (score,) = analyze([rows_by_hand.read(tmp_path / "r.parquet", table)], sections=["support"]).scores
     assert score.support.within.value == pytest.approx(10, rel=0.15)
     assert score.support.within.low < 10.5
     assert score.support.between == pytest.approx(100 * np.hypot(0.1, 0.2), rel=0.2)
 
 
 def test_the_unit_of_resampling(rows_by_hand, tmp_path):
-    file = rows_by_hand.write(tmp_path / "r.parquet", n=300, images=6)
+    file = rows_by_hand.read(tmp_path / "r.parquet", n=300, images=6)
     by_episode, by_query = (analyze([file], unit=unit) for unit in ("episode", "query"))
     assert by_episode.scores[0].miou.value == by_query.scores[0].miou.value
     assert by_episode.scores[0].miou != by_query.scores[0].miou
@@ -159,8 +159,8 @@ def test_the_unit_of_resampling(rows_by_hand, tmp_path):
 
 def test_what_cannot_vary_has_no_narrow_interval(rows_by_hand, tmp_path):
     """One episode of a class says little: its interval is everything, and a size leaves such a class out."""
-    file = rows_by_hand.write(tmp_path / "r.parquet", n=3, shots=(1,), fusions=("vote",))
-    other = rows_by_hand.write(tmp_path / "s.parquet", n=3, shots=(1,), fusions=("vote",), draw=1)
+    file = rows_by_hand.read(tmp_path / "r.parquet", n=3, shots=(1,), fusions=("vote",))
+    other = rows_by_hand.read(tmp_path / "s.parquet", n=3, shots=(1,), fusions=("vote",), draw=1)
     found = analyze([file], [other], sections=["class", "size"])
     assert [(part.value.low, part.value.high) for part in found.scores[0].classes] == [(0, 100)] * 3
     assert [(part.value.low, part.value.high) for part in found.differences[0].classes] == [(-100, 100)] * 3
@@ -172,8 +172,8 @@ def test_what_cannot_vary_has_no_narrow_interval(rows_by_hand, tmp_path):
 
 
 def test_a_paired_difference(rows_by_hand, tmp_path):
-    better = rows_by_hand.write(tmp_path / "a.parquet", quality=0.58)
-    worse = rows_by_hand.write(tmp_path / "b.parquet", draw=1, checkpoint="sha256:bb", store="sha256:other")
+    better = rows_by_hand.read(tmp_path / "a.parquet", quality=0.58)
+    worse = rows_by_hand.read(tmp_path / "b.parquet", draw=1, checkpoint="sha256:bb", store="sha256:other")
     found = analyze([better], [worse])
     for difference, mine, theirs in zip(found.differences, found.scores, found.scores_against, strict=True):
         assert (difference.shots, difference.fusion) == (mine.shots, mine.fusion)
@@ -189,7 +189,7 @@ def test_a_paired_difference(rows_by_hand, tmp_path):
 
 
 def test_a_file_against_itself_and_against_another_fusion(rows_by_hand, tmp_path):
-    file = rows_by_hand.write(tmp_path / "a.parquet")
+    file = rows_by_hand.read(tmp_path / "a.parquet")
     for difference in analyze([file], [file]).differences:
         assert (difference.miou.value, difference.p, difference.needed) == (0, 1, None)
     (five,) = [d for d in analyze([file], fusions=["vote"], fusion_against="logits").differences if d.shots == 5]
@@ -202,7 +202,7 @@ def test_a_file_against_itself_and_against_another_fusion(rows_by_hand, tmp_path
 def test_folds_are_paired_each_with_its_own(rows_by_hand, tmp_path):
     sets = [
         [
-            rows_by_hand.write(
+            rows_by_hand.read(
                 tmp_path / f"{name}{f}.parquet", fold=f, classes=(f,), checkpoint=f"{name}{f}", draw=draw, shots=(1,)
             )
             for f in range(2)
@@ -219,12 +219,12 @@ def test_folds_are_paired_each_with_its_own(rows_by_hand, tmp_path):
 def test_rows_that_were_changed_are_not_paired(rows_by_hand, tmp_path):
     import pyarrow as pa
 
-    first, table = rows_by_hand.write(tmp_path / "a.parquet"), rows_by_hand.made(draw=1)
+    first, table = rows_by_hand.read(tmp_path / "a.parquet"), rows_by_hand.made(draw=1)
     queries = table["query"].to_pylist()
     queries[2] = "someone else"
     edited = table.set_column(table.column_names.index("query"), "query", pa.array(queries))
     with pytest.raises(DataError, match=r"digests of the manifests agree, but episode 2 is .*'someone else'"):
-        analyze([first], [rows_by_hand.write(tmp_path / "b.parquet", edited)])
+        analyze([first], [rows_by_hand.read(tmp_path / "b.parquet", edited)])
 
 
 def test_what_a_reader_should_know(rows_by_hand, tmp_path):
@@ -236,7 +236,7 @@ def test_what_a_reader_should_know(rows_by_hand, tmp_path):
     facts = json.loads(table.schema.metadata[METADATA])
     facts["classes"]["9"] = "unseen"
     table = table.replace_schema_metadata({METADATA: json.dumps(facts)})
-    found = analyze([rows_by_hand.write(tmp_path / "r.parquet", table)])
+    found = analyze([rows_by_hand.read(tmp_path / "r.parquet", table)])
     assert found.notes[0] == "The store has 96 px."
     assert "No episode of 'unseen': a class without one counts as IoU 0." in found.notes
     assert any("only 6 episodes" in note for note in found.notes)

@@ -16,7 +16,7 @@ def sources(tmp_path_factory, tiny_shapes, squeezenet):
     for name, budget in (("float32", None), ("int8", None), ("large", 30_000), ("small", 8_000)):
         path = folder / f"{name}.zarr"
         precision = "int8" if budget else name
-        extract(tiny_shapes, squeezenet, "squeezenet1_1", 64, precision, path, bytes_per_image=budget)
+        extract(tiny_shapes, squeezenet, path, image_size=64, precision=precision, bytes_per_image=budget)
         made[name] = StoreSource(FeatureStore.open(path))
     return made
 
@@ -67,7 +67,7 @@ def test_exact_features_on_the_fly(sources, tiny_source):
 
 
 def test_other_photos_or_networks_are_refused(sources, tiny_shapes, squeezenet, tmp_path):
-    extract(tiny_shapes, squeezenet, "squeezenet1_1", 96, "int8", tmp_path / "96.zarr")
+    extract(tiny_shapes, squeezenet, tmp_path / "96.zarr", image_size=96, precision="int8")
     with pytest.raises(StoreMismatch, match=r"image_size    first 64, second 96"):
         compare(sources["int8"], StoreSource(FeatureStore.open(tmp_path / "96.zarr")))
 

@@ -9,20 +9,20 @@ from PIL import Image
 from hsnet.errors import ConfigError, DataError
 from pipeline import plan as module
 from pipeline.extract.stage import extract
-from pipeline.plan import forecast
+from pipeline.plan import measure_costs
 
 
 def test_bytes_are_an_upper_limit_of_the_store(tiny_shapes, squeezenet, tmp_path):
-    told = forecast(tiny_shapes, squeezenet, 64, "int8", folder=tmp_path, sample=2)
+    told = measure_costs(tiny_shapes, squeezenet, 64, "int8", folder=tmp_path, sample=2)
     assert list(tmp_path.iterdir()) == []
-    made = extract(tiny_shapes, squeezenet, "squeezenet1_1", 64, "int8", tmp_path / "s.zarr")
+    made = extract(tiny_shapes, squeezenet, tmp_path / "s.zarr", image_size=64, precision="int8")
     assert told.images == made.images
     assert 0.5 * told.bytes < made.bytes < 1.2 * told.bytes
     assert told.fits == {"disk": True, "memory": True}
 
 
 def test_every_part_is_measured(tiny_shapes, squeezenet, tmp_path):
-    told = forecast(tiny_shapes, squeezenet, 64, "float32", folder=tmp_path, sample=3)
+    told = measure_costs(tiny_shapes, squeezenet, 64, "float32", folder=tmp_path, sample=3)
     assert list(told.seconds_per_image) == ["read", "backbone", "encode", "write"]
     assert all(seconds > 0 for seconds in told.seconds_per_image.values())
     assert told.measured_images == 3
@@ -32,14 +32,15 @@ def test_every_part_is_measured(tiny_shapes, squeezenet, tmp_path):
 
 
 def test_workers_divide_extraction_alone(tiny_shapes, squeezenet, tmp_path):
-    told = forecast(tiny_shapes, squeezenet, 64, "int8", folder=tmp_path, sample=1, workers=4)
+    told = measure_costs(tiny_shapes, squeezenet, 64, "int8", folder=tmp_path, sample=1, workers=4)
     alone = told.images * sum(told.seconds_per_image.values())
     assert told.extract_seconds == pytest.approx(alone / 4)
 
 
 def test_a_budget_replaces_the_features_bytes(tiny_shapes, squeezenet, tmp_path):
     exact, small = (
-        forecast(tiny_shapes, squeezenet, 64, "int8", budget, folder=tmp_path, sample=1) for budget in (None, 10_000)
+        measure_costs(tiny_shapes, squeezenet, 64, "int8", budget, folder=tmp_path, sample=1)
+        for budget in (None, 10_000)
     )
     labels = 64 * 64
     assert labels < small.bytes_per_image - 10_000 < labels + 1000
@@ -48,7 +49,7 @@ def test_a_budget_replaces_the_features_bytes(tiny_shapes, squeezenet, tmp_path)
 
 def test_what_does_not_fit_is_said(tiny_shapes, squeezenet, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "free_on", lambda device: 1000)
-    told = forecast(tiny_shapes, squeezenet, 64, "int8", folder=tmp_path, sample=1)
+    told = measure_costs(tiny_shapes, squeezenet, 64, "int8", folder=tmp_path, sample=1)
     assert told.fits == {"disk": True, "memory": False}
     assert dataclasses.replace(told, device_free=1 << 50).fits["device"]
 
@@ -67,12 +68,12 @@ def test_unreadable_photos_are_left_out_and_none_at_all_is_an_error(tiny_shapes,
             return tiny_shapes.label(number)
 
     with pytest.raises(ConfigError, match=r"None of 4 sample photos of shapes .* can be read"):
-        forecast(Broken(), squeezenet, 64, "int8", folder=tmp_path)
+        measure_costs(Broken(), squeezenet, 64, "int8", folder=tmp_path)
     Broken.readable = 1
-    assert forecast(Broken(), squeezenet, 64, "int8", folder=tmp_path).measured_images == 1
+    assert measure_costs(Broken(), squeezenet, 64, "int8", folder=tmp_path).measured_images == 1
 
 
 def test_threads_are_as_before(tiny_shapes, squeezenet, tmp_path):
     before = torch.get_num_threads()
-    forecast(tiny_shapes, squeezenet, 64, "int8", folder=tmp_path, sample=1)
+    measure_costs(tiny_shapes, squeezenet, 64, "int8", folder=tmp_path, sample=1)
     assert torch.get_num_threads() == before

@@ -14,8 +14,8 @@ from PIL import Image
 from hsnet.backbone import BACKBONES, FrozenBackbone
 from hsnet.correlation import build_pyramid
 from hsnet.errors import CheckpointMismatch, ConfigError, DataError
+from hsnet.fusion import vote
 from hsnet.model import HSNet, predict_mask, resize_logits
-from hsnet.vote import vote
 from pipeline.datasets.images import network_image, read_photo, resize_label
 from pipeline.datasets.own_support import read_support
 from pipeline.datasets.shapes import Shapes

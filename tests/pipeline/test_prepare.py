@@ -15,7 +15,7 @@ from hsnet.errors import ConfigError, DataError
 from pipeline import prepare
 from pipeline.datasets import open_dataset
 from pipeline.datasets.images import read_index_mask
-from pipeline.prepare import Progress, prepare_coco, prepare_voc, read_sbd_mask
+from pipeline.prepare import prepare_coco, prepare_voc, read_sbd_mask
 
 SIZE = (12, 16)
 
@@ -56,9 +56,9 @@ def sources(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_voc_masks_win_over_sbd_and_the_lists_follow(sources, caplog):
     voc, sbd = sources
-    events: list[Progress] = []
+    events: list[tuple[int, int]] = []
     with caplog.at_level(logging.WARNING):
-        summary = prepare_voc(voc.parent, sbd, on_event=events.append)
+        summary = prepare_voc(voc.parent, sbd, on_event=lambda *done: events.append(done))
     made = {path.stem: read_index_mask(path) for path in summary.masks.iterdir()}
     assert summary.masks == voc / "SegmentationClassAug"
     for name, label in {"a": mask(1, 255), "v": mask(2, 255), "w": mask(2, 255), "b": mask(6, 7), "c": mask(8)}.items():
@@ -69,7 +69,7 @@ def test_voc_masks_win_over_sbd_and_the_lists_follow(sources, caplog):
     assert (summary.written, summary.kept) == (5, 0)
     assert "train_aug 3 instead of 10,582, val 2 instead of 1,449" in summary.notes[0]
     assert "train_aug 3" in caplog.text
-    assert events[-1] == Progress(5, 5)
+    assert events[-1] == (5, 5)
     index = open_dataset("pascal", voc).index
     assert {index.images[i] for i, _ in index.split(0, "trn").entries} == {"b", "c"}
 

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 
 from hsnet.errors import CheckpointError, ConfigError, DataError
-from pipeline.analyze import analyze
+from pipeline.analyze import Analysis
+from pipeline.analyze import analyze as stage
 from pipeline.common.machine import environment
 from pipeline.episodes.protocols import POLICIES
 from pipeline.report.inputs import read_inputs, read_run
@@ -24,6 +25,10 @@ HOSTILE = '<script>alert("x")</script>', '"><img src=x onerror=alert(1)>', "a" *
 
 def one(found):
     return f"{found.value:.1f} [{found.low:.1f}, {found.high:.1f}]".replace("-", "−")
+
+
+def analyze(paths, against=(), **choices) -> Analysis:
+    return stage([read_results(path) for path in paths], [read_results(path) for path in against], **choices)
 
 
 @pytest.fixture
@@ -134,6 +139,23 @@ def test_the_same_rows_twice_are_refused(rows_by_hand, tmp_path):
     with pytest.raises(DataError, match="would count twice"):
         report([file, file], tmp_path / "p.html", gallery=0)
     assert not (tmp_path / "p.html").exists()
+
+
+def test_each_rows_file_is_read_once(page, rows_by_hand, tmp_path, monkeypatch):
+    """Scores, ways to combine supports and differences from other rows are all made of what was read at first."""
+    import pyarrow.parquet as pq
+
+    fold = [rows_by_hand.write(tmp_path / f"f{f}.parquet", fold=f, classes=(3 * f, 3 * f + 1)) for f in (0, 1)]
+    other = [
+        rows_by_hand.write(tmp_path / f"o{f}.parquet", fold=f, classes=(3 * f, 3 * f + 1), method={"name": "cosine"})
+        for f in (0, 1)
+    ]
+    reads, read_table = [], pq.read_table
+    monkeypatch.setattr(pq, "read_table", lambda path, *given: reads.append(path) or read_table(path, *given))
+    shown = page(*fold, *other)
+    assert len(shown.tables["pairs"]) == 3
+    assert "fusions" in shown.tables
+    assert sorted(reads) == sorted([*fold, *other])
 
 
 def test_two_heads_of_one_fold_are_two_lines(page, rows_by_hand, tmp_path):

@@ -13,13 +13,16 @@ from PIL import Image
 
 from hsnet.errors import HSNetError
 from pipeline.episodes.protocols import POLICIES
-from pipeline.report.gallery import CELL, Places, choose, ious, make_gallery
-from pipeline.report.inputs import row_sets
+from pipeline.report.choice import choose, ious
+from pipeline.report.drawing import LONGER_SIDE
+from pipeline.report.gallery import make_gallery
+from pipeline.report.inputs import result_sets
+from pipeline.report.origins import Origins
 from pipeline.report.stage import report
-from pipeline.scores.rows import METADATA, cell, read_results
+from pipeline.scores.rows import METADATA, read_results, scored_episodes
 
 OPTIONS = (("size", 64), ("trn_per_class", 2), ("val_per_class", 5))
-HERE = Places(data_options=OPTIONS)
+HERE = Origins(data_options=OPTIONS)
 
 
 def changed(path, out, edit):
@@ -32,7 +35,7 @@ def changed(path, out, edit):
 
 
 def one_set(path):
-    (rows,) = row_sets([read_results(path)])
+    (rows,) = result_sets([read_results(path)])
     return rows
 
 
@@ -42,7 +45,7 @@ def picture(shown):
 
 def test_the_choice(rows_by_hand, tmp_path):
     rows = read_results(rows_by_hand.write(tmp_path / "r.parquet", n=60))
-    own = cell([rows], 0, 1, "vote", POLICIES[0])
+    own = scored_episodes([rows], 0, 1, "vote", POLICIES[0])
     parts = {heading: chosen for heading, _, chosen in choose(own, 12)}
     assert {name: len(chosen) for name, chosen in parts.items()} == dict.fromkeys(parts, 3)
     assert list(parts) == ["Best", "Worst", "Random", "By object size"]
@@ -62,14 +65,14 @@ def test_the_choice(rows_by_hand, tmp_path):
 
 def test_few_episodes(rows_by_hand, tmp_path):
     rows = read_results(rows_by_hand.write(tmp_path / "r.parquet", n=2, classes=(0,)))
-    own = cell([rows], 0, 1, "vote", POLICIES[0])
-    places = [place for _, _, chosen in choose(own, 40) for place in chosen]
-    assert len(places) == len(set(places)) <= 2
+    own = scored_episodes([rows], 0, 1, "vote", POLICIES[0])
+    shown = [number for _, _, chosen in choose(own, 40) for number in chosen]
+    assert len(shown) == len(set(shown)) <= 2
 
 
 @pytest.mark.parametrize("shots", [1, 2])
 def test_predictions_are_those_of_the_rows(tiny_report, shots):
-    gallery = make_gallery(one_set(tiny_report.rows), shots=shots, wanted=8, places=HERE)
+    gallery = make_gallery(one_set(tiny_report.rows), shots=shots, wanted=8, origins=HERE)
     assert len(gallery.episodes) == 8
     assert all(shown.equal for shown in gallery.episodes)
     assert gallery.notes == ("All 8 predictions were made again and have exactly the counts of their rows.",)
@@ -80,7 +83,7 @@ def test_predictions_are_those_of_the_rows(tiny_report, shots):
     for one in shown.pictures:
         with picture(one) as image:
             assert image.size == (one.width, one.height)
-            assert max(image.size) <= CELL
+            assert max(image.size) <= LONGER_SIDE
     errors = shown.pictures[-1].alt
     inside = int(errors.split()[2].replace(",", ""))
     rows = pq.read_table(tiny_report.rows).to_pylist()
@@ -95,7 +98,7 @@ def test_a_row_that_was_changed_is_told(tiny_report, tmp_path):
     more = [value + 1 for value in table["union_background"].to_pylist()]
     file = tmp_path / "changed.parquet"
     pq.write_table(table.set_column(place, table.schema.field(place), [more]), file)
-    gallery = make_gallery(one_set(file), wanted=4, places=HERE)
+    gallery = make_gallery(one_set(file), wanted=4, origins=HERE)
     assert not any(shown.equal for shown in gallery.episodes)
     assert "4 of 4 predictions made again differ" in gallery.notes[0]
 
@@ -103,8 +106,8 @@ def test_a_row_that_was_changed_is_told(tiny_report, tmp_path):
 def test_photos_are_shown_and_others_are_not(tiny_report, caplog):
     """Photos of another data set of the same layout are not taken for ours."""
     rows = one_set(tiny_report.rows)
-    right = make_gallery(rows, wanted=4, places=HERE)
-    other = make_gallery(rows, wanted=4, places=Places(data_options=(("size", 80), ("val_per_class", 5))))
+    right = make_gallery(rows, wanted=4, origins=HERE)
+    other = make_gallery(rows, wanted=4, origins=Origins(data_options=(("size", 80), ("val_per_class", 5))))
     assert "photos could not be shown" in other.notes[1]
     assert "their masks differ" in other.notes[1]
     assert "their masks differ" in caplog.text
@@ -121,7 +124,7 @@ def test_without_a_data_set_masks_only(tiny_report, tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    ("what", "places", "text"),
+    ("what", "origins", "text"),
     [
         ({"store": "gone.zarr"}, {}, "no feature store"),
         ({"store": None}, {}, "give --store"),
@@ -130,11 +133,11 @@ def test_without_a_data_set_masks_only(tiny_report, tmp_path, caplog):
         ({}, {"checkpoint": "last.safetensors"}, "is not the checkpoint of"),
     ],
 )
-def test_what_is_missing_is_left_out_with_its_reason(tiny_report, report_inputs, tmp_path, caplog, what, places, text):
+def test_what_is_missing_is_left_out_with_its_reason(tiny_report, report_inputs, tmp_path, caplog, what, origins, text):
     """The page is made, without pictures; page, log and summary say why."""
     file = changed(tiny_report.rows, tmp_path / "r.parquet", lambda facts: facts["paths"].update(what))
-    given = {name: tiny_report.run / value for name, value in places.items()}
-    made = report([file], tmp_path / "p.html", gallery=4, places=Places(**given))
+    given = {name: tiny_report.run / value for name, value in origins.items()}
+    made = report([file], tmp_path / "p.html", gallery=4, origins=Origins(**given))
     page = report_inputs.read(made.path)
     assert made.episodes_shown == 0
     assert text in made.left_out[0]
@@ -152,7 +155,7 @@ def test_another_store_is_refused(tiny_report, report_inputs, tmp_path):
         "val_per_class=4", "--backbone", "squeezenet1_1", "--image-size", "64", "--store", other, "-q",
     )  # fmt: skip
     with pytest.raises(HSNetError, match="is not the store of"):
-        make_gallery(one_set(tiny_report.rows), wanted=4, places=Places(store=other))
+        make_gallery(one_set(tiny_report.rows), wanted=4, origins=Origins(store=other))
 
 
 def test_methods_that_cannot_be_had_again(tiny_report, tmp_path):
@@ -164,7 +167,7 @@ def test_methods_that_cannot_be_had_again(tiny_report, tmp_path):
 
 
 def test_baselines_are_shown_too(tiny_report):
-    gallery = make_gallery(one_set(tiny_report.untrained), wanted=4, places=HERE)
+    gallery = make_gallery(one_set(tiny_report.untrained), wanted=4, origins=HERE)
     assert all(shown.equal for shown in gallery.episodes)
     assert gallery.label == "HSNet, untrained"
 
@@ -172,5 +175,5 @@ def test_baselines_are_shown_too(tiny_report):
 def test_rows_of_some_classes_of_a_store(tiny_report, tmp_path):
     """Domain shift: the rows' data are the store's without some classes, so their digest is another."""
     file = changed(tiny_report.rows, tmp_path / "r.parquet", lambda facts: facts.update(data="sha256:narrowed"))
-    gallery = make_gallery(one_set(file), wanted=4, places=HERE)
+    gallery = make_gallery(one_set(file), wanted=4, origins=HERE)
     assert all(shown.equal for shown in gallery.episodes)

@@ -16,7 +16,7 @@ from pipeline.heads.run_dir import RunDir
 from pipeline.loading.source import StoreSource
 from pipeline.scores.rows import read_results
 from pipeline.store.feature_store import FeatureStore
-from pipeline.sweep import make_cases, parse_choice, sweep
+from pipeline.sweep import make_cases, parse_axis, sweep
 
 QUICK = {"steps": 2, "batch_size": 2, "validate_every": 1, "validate_episodes": 2}
 RULES = resolve(episodes=12, shots=(1, 2))
@@ -26,7 +26,7 @@ RULES = resolve(episodes=12, shots=(1, 2))
 def store(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("sweep") / "s.zarr"
     data = Shapes(size=64, trn_per_class=2, val_per_class=3)
-    extract(data, load_weights("squeezenet1_1"), "squeezenet1_1", 64, "int8", path)
+    extract(data, load_weights("squeezenet1_1"), path, image_size=64, precision="int8")
     return str(path)
 
 
@@ -66,7 +66,11 @@ def test_a_sweep_trains_tests_and_averages_over_folds(store, tmp_path):
         assert one.folds == (0, 1)
         assert [score.shots for score in one.scores] == [1, 2]
         files = [tmp_path / f"{one.name}-fold{fold}.parquet" for fold in (0, 1)]
-        (mean,) = (score for score in analyze(files).scores if score.fold is None and score.shots == 1)
+        (mean,) = (
+            score
+            for score in analyze([read_results(file) for file in files]).scores
+            if score.fold is None and score.shots == 1
+        )
         assert one.scores[0].miou == mean.miou
     config = RunDir(tmp_path / "s-seed=1-fold0", config_of(tmp_path / "s-seed=1-fold0"), write=False).config
     assert (config.seed, config.fold, config.steps) == (1, 0, 2)
@@ -89,7 +93,7 @@ def test_only_what_is_missing_is_done_again(store, tmp_path):
     rows = tmp_path / "s-seed=0-fold0.parquet"
     rows.write_bytes(b"cut off")
     run(cases, tmp_path)
-    assert analyze([rows]).scores, "rows that cannot be read are made again"
+    assert analyze([read_results(rows)]).scores, "rows that cannot be read are made again"
     rows.write_bytes((tmp_path / "s-seed=1-fold0.parquet").read_bytes())
     run(cases, tmp_path)
     assert read_results(rows).facts["checkpoint"] == load_checkpoint(tmp_path / "s-seed=0-fold0").digest
@@ -118,10 +122,10 @@ def test_an_interrupted_sweep_goes_on(store, tmp_path):
 
 
 def test_choices_are_read_as_their_fields(store):
-    assert parse_choice("learning_rate=1e-3,0.01") == ("learning_rate", (0.001, 0.01))
-    assert parse_choice("seed=0,1,1") == ("seed", (0, 1))
-    assert parse_choice("drop_novel_images=yes,no") == ("drop_novel_images", (True, False))
-    assert parse_choice("boundary=background,ignore") == ("boundary", ("background", "ignore"))
+    assert parse_axis("learning_rate=1e-3,0.01") == ("learning_rate", (0.001, 0.01))
+    assert parse_axis("seed=0,1,1") == ("seed", (0, 1))
+    assert parse_axis("drop_novel_images=yes,no") == ("drop_novel_images", (True, False))
+    assert parse_axis("boundary=background,ignore") == ("boundary", ("background", "ignore"))
     for text, said in (
         ("fold=0", "is not CHOICE=VALUE"),
         ("seed", "is not CHOICE=VALUE"),
@@ -129,7 +133,7 @@ def test_choices_are_read_as_their_fields(store):
         ("drop_novel_images=maybe", "must be yes or no"),
     ):
         with pytest.raises(ConfigError, match=said):
-            parse_choice(text)
+            parse_axis(text)
     with pytest.raises(ConfigError, match="both varied and fixed"):
         make_cases([store], (0,), {"seed": (0,)}, {"seed": 1})
     with pytest.raises(ConfigError, match="different names"):

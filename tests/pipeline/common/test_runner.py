@@ -1,8 +1,10 @@
+import threading
+
 import pytest
 import torch
 
 from hsnet.errors import DataError
-from pipeline.common.runner import SerialRunner, in_groups, one_torch_thread
+from pipeline.common.runner import SerialRunner, in_groups, one_torch_thread, read_ahead
 
 
 def make_doubler():
@@ -69,3 +71,47 @@ def test_groups_are_chosen_when_they_are_asked_for():
     assert next(groups) == (0,)
     known.append(1.0)
     assert next(groups) == (1, 2, 3, 4)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3, 99])
+def test_reading_ahead_keeps_order_and_its_bound(depth):
+    taken, names = [], set()
+
+    def read(item):
+        names.add(threading.current_thread().name.rpartition("_")[0])
+        return 2 * item
+
+    items = (taken.append(item) or item for item in range(10))
+    for used, (item, doubled) in enumerate(read_ahead(read, items, depth, "ahead")):
+        assert (item, doubled) == (used, 2 * used)
+        assert len(taken) == min(10, used + 1 + depth)
+    assert names == ({"ahead"} if depth else {""})
+
+
+def test_an_error_of_reading_is_raised_at_its_item():
+    def read(item):
+        if item == 2:
+            raise DataError("bad 2")
+        return item
+
+    ahead = read_ahead(read, range(9), 4, "ahead")
+    assert [next(ahead)[0], next(ahead)[0]] == [0, 1]
+    with pytest.raises(DataError, match="bad 2"):
+        next(ahead)
+
+
+def test_closing_stops_what_waits_to_be_read():
+    started, go, read = threading.Event(), threading.Event(), []
+
+    def slow(item):
+        if item == 1:
+            started.set()
+            assert go.wait(10)
+        read.append(item)
+
+    ahead = read_ahead(slow, range(9), 5, "ahead")
+    next(ahead)
+    assert started.wait(10)
+    threading.Timer(0.2, go.set).start()
+    ahead.close()
+    assert read == [0, 1], "the one that was being read, and no more"

@@ -297,29 +297,29 @@ def test_a_soft_mask_without_a_clear_object_is_refused(tmp_path):
 
 def test_class_label_keeps_known_values_and_the_ignore_label():
     mask = np.array([[0, 1, 20, 255]], np.uint8)
-    label = class_label(mask, Path("m.png"), range(20), np.dtype(np.uint8), ignore=True)
+    label = class_label(mask, Path("m.png"), range(20), ignore=True)
     assert label.dtype == np.uint8
     np.testing.assert_array_equal(label, mask)
-    wide = class_label(mask, Path("m.png"), [0, 19, 999], np.dtype(np.uint16), ignore=True)
+    wide = class_label(mask, Path("m.png"), [0, 19, 999], ignore=True)
     np.testing.assert_array_equal(wide, [[0, 1, 20, 65535]])
 
 
 def test_class_255_wins_over_the_ignore_label_of_8_bits():
-    label = class_label(np.array([[255]], np.uint8), Path("m"), [0, 254], np.dtype(np.uint16), ignore=True)
+    label = class_label(np.array([[255]], np.uint8), Path("m"), [0, 254], ignore=True)
     assert label[0, 0] == 255
 
 
 def test_unknown_classes_are_named():
     mask = np.array([[0, 1, 21, 21, 200]], np.uint8)
     with pytest.raises(DataError, match=r"m\.png: mask values without a class: 21 \(2 px\), 200 \(1 px\).*1 to 20"):
-        class_label(mask, Path("m.png"), range(20), np.dtype(np.uint8), ignore=False)
+        class_label(mask, Path("m.png"), range(20), ignore=False)
 
 
 def test_the_ignore_label_is_unknown_where_there_is_none():
     mask = np.array([[255]], np.uint8)
     with pytest.raises(DataError, match="255"):
-        class_label(mask, Path("m"), range(20), np.dtype(np.uint8), ignore=False)
-    label = class_label(mask, Path("m"), range(20), np.dtype(np.uint8), ignore=False, as_background=(255,))
+        class_label(mask, Path("m"), range(20), ignore=False)
+    label = class_label(mask, Path("m"), range(20), ignore=False, as_background=(255,))
     assert label[0, 0] == 0
 
 

@@ -8,8 +8,9 @@ import pytest
 
 from hsnet.errors import DataError
 from pipeline.datasets.index import DatasetIndex, Split
+from pipeline.episodes.drawing import make
 from pipeline.episodes.imported import import_episodes
-from pipeline.episodes.manifest import Row, make
+from pipeline.episodes.manifest import ListedEpisode
 from pipeline.episodes.manifest_file import write
 
 IMAGES = ("a/1.jpg", "a/2.jpg", "a/3.jpg", "b/1.jpg", "b/2.jpg", "b/3.jpg", "b/4.jpg", "both")
@@ -26,7 +27,7 @@ def make_index(images=IMAGES, listed=None) -> DatasetIndex:
     )
 
 
-WANTED = (Row("a/1.jpg", ("a/2.jpg", "both"), 0), Row("b/4.jpg", ("b/3.jpg", "b/3.jpg"), 1))
+WANTED = (ListedEpisode("a/1.jpg", ("a/2.jpg", "both"), 0), ListedEpisode("b/4.jpg", ("b/3.jpg", "b/3.jpg"), 1))
 
 
 @pytest.mark.parametrize(

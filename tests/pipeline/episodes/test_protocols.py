@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hsnet.errors import ConfigError
-from pipeline.episodes.protocols import POLICIES, PROTOCOLS, Policy, Protocol, parse_choice, resolve
+from pipeline.episodes.protocols import POLICIES, PROTOCOLS, Policy, Protocol, protocol_choice, resolve
 
 OTHER = {
     "episodes": 7,
@@ -131,7 +131,7 @@ def test_unknown_names_and_choices_that_exclude_each_other():
     [("shots=1,5", (1, 5)), ("ignore=no", False), ("tau=0.4", 0.4), ("episodes=20", 20), ("fusion=joint", "joint")],
 )
 def test_choices_as_text(text, value):
-    name, read = parse_choice(text)
+    name, read = protocol_choice(text)
     assert (name, read) == (text.split("=")[0], value)
     assert getattr(resolve("default", **{name: read}), name) == value
 
@@ -139,7 +139,7 @@ def test_choices_as_text(text, value):
 @pytest.mark.parametrize("text", ["shots", "shot=1", "shots=a", "ignore=maybe", "tau=x", "image_size=big", "name=x"])
 def test_choices_that_cannot_be_read(text):
     with pytest.raises(ConfigError, match=r"must be|is not CHOICE=VALUE"):
-        parse_choice(text)
+        protocol_choice(text)
 
 
 def test_what_a_store_cannot_give_is_said():

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from hsnet.errors import ConfigError
 from pipeline.datasets.index import DatasetIndex, Split
-from pipeline.episodes.stream import Episode, EpisodeStream, fingerprint, novel_images, reference_episodes
+from pipeline.episodes.manifest import of_episodes
+from pipeline.episodes.published import reference_episodes
+from pipeline.episodes.stream import Episode, EpisodeStream, novel_images
 
 Entry = tuple[str, int]
 
@@ -336,5 +338,5 @@ def test_published_episodes_of_the_real_lists(golden, shared, case):
     episodes = reference_episodes(index, fold, shots)
     assert as_golden(index, episodes[:3]) == wanted["first3"]
     assert as_golden(index, episodes[-1:]) == [wanted["last"]]
-    assert fingerprint(index, episodes) == f"sha256:{wanted['sha256']}"
+    assert of_episodes(index, fold, "test", episodes, {}).fingerprint == f"sha256:{wanted['sha256']}"
     assert sum(len(set(e.supports)) < shots for e in episodes) == wanted["episodes_with_duplicate_support"]

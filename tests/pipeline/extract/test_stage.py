@@ -1,60 +1,38 @@
 """Extraction in this process: right features, resumable, clear about what it cannot read. On Ray: tests/cluster."""
 
 import errno
-import hashlib
+import functools
 import os
 import shutil
 from collections import namedtuple
-from pathlib import Path
+from dataclasses import replace
 
+import fakes
 import numpy as np
 import pytest
 import torch
 import zarr
-from PIL import Image
+from fakes import fingerprints
 
 import pipeline.extract.stage as extract_module
 import pipeline.extract.worker as worker_module
-import pipeline.store.feature_store as store_module
+import pipeline.store.shard_writer as store_module
 from hsnet.backbone import FrozenBackbone
 from hsnet.errors import ConfigError, DataError, StoreError, StoreMismatch
 from pipeline.common.lock import OWNER
 from pipeline.datasets.images import network_image, resize_label
-from pipeline.datasets.index import DatasetIndex, Split
-from pipeline.extract.stage import Planned, ShardDone, extract
+from pipeline.extract.plan import ExtractionPlan, plan_extraction
+from pipeline.extract.stage import ShardDone, extract
+from pipeline.features import forward
 from pipeline.features.precision import encode
+from pipeline.features.recipe import Recipe
 from pipeline.features.weights import Weights, load_weights
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.markers import shard_file
 
 SIZE = 64
 SHARD = 8
-
-
-class Photos:
-    """Twenty-one random photos of many sizes, in memory. `broken` ones cannot be read."""
-
-    def __init__(self, count: int = 21, broken: tuple[int, ...] = ()) -> None:
-        entries = tuple((i, i % 2) for i in range(count))
-        names = tuple(f"photos/{i}.jpg" for i in range(count))
-        self.index = DatasetIndex("folder", {0: "cat", 1: "dog"}, names, {0: {"trn": Split(entries)}}, has_ignore=True)
-        self.broken = broken
-        self.read: list[int] = []
-
-    def image(self, i: int) -> Image.Image:
-        self.read.append(i)
-        if i in self.broken:
-            raise DataError(f"/data/{self.index.images[i]} is truncated.")
-        return Image.fromarray(np.random.default_rng(i).integers(0, 256, (*self._size(i), 3), np.uint8))
-
-    def label(self, i: int) -> np.ndarray:
-        label = np.zeros(self._size(i), np.uint8)
-        label[10:40, 10:30] = i % 2 + 1
-        label[:5, :5] = 255
-        return label
-
-    def _size(self, i: int) -> tuple[int, int]:
-        return 50 + i, 90 - i
+Photos = functools.partial(fakes.Photos, has_ignore=True)
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +42,7 @@ def weights() -> Weights:
 
 def run(photos, weights, path, **options):
     options = {"shard_images": SHARD, "precision": "int8", **options}
-    return extract(photos, weights, "squeezenet1_1", SIZE, path=path, **options)
-
-
-def fingerprints(path: Path) -> dict[str, str]:
-    files = [file for file in path.rglob("*") if file.is_file()]
-    return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return extract(photos, weights, path, image_size=SIZE, **options)
 
 
 def test_stored_features_are_those_of_the_backbone(tmp_path, weights):
@@ -153,7 +126,7 @@ def test_photos_are_read_ahead_but_not_without_bound(tmp_path, weights, monkeypa
 def test_features_stay_with_their_image_whatever_a_forward_pass_holds(tmp_path, weights, monkeypatch):
     """Memory of one pass is used again for the next, also where the last pass of a shard is smaller."""
     run(Photos(broken=(4,)), weights, tmp_path / "one.zarr", precision="float32", on_error="skip", shard_images=8)
-    monkeypatch.setitem(worker_module.BATCH, "cpu", 3)
+    monkeypatch.setitem(forward.BATCH, "cpu", 3)
     run(Photos(broken=(4,)), weights, tmp_path / "three.zarr", precision="float32", on_error="skip", shard_images=8)
     one, three = (FeatureStore.open(tmp_path / name) for name in ("one.zarr", "three.zarr"))
     images = [image for image in range(21) if image != 4]
@@ -165,7 +138,7 @@ def test_events_tell_the_plan_and_every_shard(tmp_path, weights):
     events = []
     run(Photos(), weights, tmp_path / "s.zarr", on_event=events.append)
     plan, *done = events
-    assert isinstance(plan, Planned)
+    assert isinstance(plan, ExtractionPlan)
     assert (plan.images, plan.images_done, plan.shards, plan.shards_done) == (21, 0, 3, 0)
     store = FeatureStore.open(tmp_path / "s.zarr")
     # At most: label maps compress.
@@ -174,6 +147,37 @@ def test_events_tell_the_plan_and_every_shard(tmp_path, weights):
     assert [(event.shard, event.images) for event in done] == [(0, 8), (1, 8), (2, 5)]
     assert sum(event.nbytes for event in done) == store.nbytes
     assert all(event.seconds > 0 for event in done)
+
+
+def planned(photos, weights, path, **options):
+    exact = Recipe.of("squeezenet1_1", weights.sha256, SIZE, "int8")
+    return plan_extraction(photos, exact, path, shard_images=SHARD, **options).plan
+
+
+def test_what_is_planned_beforehand_is_what_is_done(tmp_path, weights):
+    """Also into an empty folder, and where a photo that had been left out can be read by now."""
+    path, events = tmp_path / "s.zarr", []
+    path.mkdir()
+    for photos, done in ((Photos(broken=(11,)), 0), (Photos(), 13), (Photos(), 21)):
+        plan = planned(photos, weights, path)
+        run(photos, weights, path, on_error="skip", on_event=events.append)
+        told = next(event for event in events if isinstance(event, ExtractionPlan))
+        assert replace(plan, bytes_free=0) == replace(told, bytes_free=0)
+        assert plan.images_done == done
+        events.clear()
+    assert planned(Photos(), weights, path, damaged=[2]).images_done == 16
+
+
+def test_something_else_at_the_path_is_refused_by_the_plan_and_the_run_alike(tmp_path, weights):
+    path = tmp_path / "s.zarr"
+    path.mkdir()
+    (path / "notes.txt").write_text("mine")
+    photos = Photos()
+    for attempt in (planned, run):
+        with pytest.raises(StoreError, match=r"s\.zarr is not a feature store"):
+            attempt(photos, weights, path, bytes_per_image=20_000)
+    assert photos.read == []
+    assert [file.name for file in path.iterdir()] == ["notes.txt"]
 
 
 def test_running_again_does_nothing(tmp_path, weights):
@@ -187,14 +191,11 @@ def test_running_again_does_nothing(tmp_path, weights):
 
 
 def test_a_run_that_was_cut_short_is_finished_reading_only_what_is_missing(tmp_path, weights):
-    class Interrupted(Photos):
-        def image(self, i):
-            if i == 10:
-                raise KeyboardInterrupt
-            return super().image(i)
+    def interrupt(photo):
+        raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(Interrupted(), weights, tmp_path / "s.zarr")
+        run(Photos(changes={10: interrupt}), weights, tmp_path / "s.zarr")
     photos, events = Photos(), []
     summary = run(photos, weights, tmp_path / "s.zarr", on_event=events.append)
     assert photos.read == list(range(8, 21))
@@ -204,27 +205,15 @@ def test_a_run_that_was_cut_short_is_finished_reading_only_what_is_missing(tmp_p
     assert fingerprints(tmp_path / "s.zarr") == fingerprints(tmp_path / "undisturbed.zarr")
 
 
-def test_a_lost_shard_is_made_again(tmp_path, weights):
-    run(Photos(), weights, tmp_path / "s.zarr")
-    before = fingerprints(tmp_path / "s.zarr")
-    shutil.rmtree(tmp_path / "s.zarr" / "level2" / "c" / "1")
-    photos = Photos()
-    run(photos, weights, tmp_path / "s.zarr")
-    assert photos.read == list(range(8, 16))
-    assert fingerprints(tmp_path / "s.zarr") == before
-
-
 def test_a_helper_that_outlived_its_killed_run_does_not_disturb_the_next(tmp_path, weights):
     """Its shard may be complete already: deleting and rewriting it now could leave it missing."""
 
-    class Overtaken(Photos):
-        def image(self, i):
-            if i == 10:
-                (tmp_path / "s.zarr" / OWNER).write_text('{"pid": 1, "host": "other", "token": "next run"}')
-            return super().image(i)
+    def overtaken(photo):
+        (tmp_path / "s.zarr" / OWNER).write_text('{"pid": 1, "host": "other", "token": "next run"}')
+        return photo
 
     with pytest.raises(StoreError, match="written by another run now"):
-        run(Overtaken(), weights, tmp_path / "s.zarr")
+        run(Photos(changes={10: overtaken}), weights, tmp_path / "s.zarr")
     assert FeatureStore.open(tmp_path / "s.zarr", require_complete=False).missing_shards() == (1, 2)
 
 
@@ -271,24 +260,16 @@ def test_a_mended_photo_comes_into_the_store(tmp_path, weights):
 
 
 def test_a_label_map_of_another_size(tmp_path, weights):
-    class Wrong(Photos):
-        def label(self, i):
-            return super().label(i)[:-1]
-
     with pytest.raises(DataError, match=r"'photos/0\.jpg'.*\(49, 90\).* 50 x 90"):
-        run(Wrong(), weights, tmp_path / "s.zarr")
+        run(Photos(masks={0: lambda label: label[:-1]}), weights, tmp_path / "s.zarr")
 
 
 def test_a_scaled_label_map_is_resized_once(tmp_path, weights):
     """A map of half the photo's size (FSS masks may be) goes straight to network size; the photo's size is kept."""
-
-    class Halved(Photos):
-        def label(self, i):
-            return super().label(i)[::2, ::2]
-
-    run(Halved(), weights, tmp_path / "s.zarr")
+    halved = Photos(masks=dict.fromkeys(range(21), lambda label: label[::2, ::2]))
+    run(halved, weights, tmp_path / "s.zarr")
     store = FeatureStore.open(tmp_path / "s.zarr")
-    np.testing.assert_array_equal(store.labels([0])[0], resize_label(Halved().label(0), (SIZE, SIZE)))
+    np.testing.assert_array_equal(store.labels([0])[0], resize_label(halved.label(0), (SIZE, SIZE)))
     assert store.size(0) == (Photos().image(0).height, Photos().image(0).width)
 
 
@@ -301,7 +282,7 @@ def test_another_recipe_is_refused_and_changes_nothing(tmp_path, weights):
     with pytest.raises(StoreMismatch, match="stored 'int8', wanted 'float32'"):
         run(Photos(), weights, tmp_path / "s.zarr", precision="float32")
     with pytest.raises(StoreMismatch, match="data set"):
-        run(Photos(20), weights, tmp_path / "s.zarr")
+        run(Photos(range(20)), weights, tmp_path / "s.zarr")
     with pytest.raises(StoreMismatch, match="weights"):
         run(Photos(), load_weights("squeezenet1_1", "random:1"), tmp_path / "s.zarr")
     assert fingerprints(tmp_path / "s.zarr") == before
@@ -350,6 +331,4 @@ def test_features_that_are_not_numbers(tmp_path, weights):
 def test_arguments_that_cannot_work(tmp_path, weights):
     with pytest.raises(ConfigError, match="fail, skip"):
         run(Photos(), weights, tmp_path / "s.zarr", on_error="ignore")
-    with pytest.raises(ConfigError, match="weights of squeezenet1_1, but the backbone is resnet50"):
-        extract(Photos(), weights, "resnet50", SIZE, "int8", tmp_path / "s.zarr")
     assert list(tmp_path.iterdir()) == []

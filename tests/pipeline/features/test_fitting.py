@@ -29,9 +29,8 @@ BUDGET = 30_000
 def make(tmp_path, shapes, weights, budget=BUDGET, **options):
     events = []
     path = options.pop("path", tmp_path / "s.zarr")
-    extract(
-        shapes, weights, "squeezenet1_1", SIZE, "int8", path, bytes_per_image=budget, on_event=events.append, **options
-    )
+    options = {"precision": "int8", "bytes_per_image": budget, **options}
+    extract(shapes, weights, path, image_size=SIZE, on_event=events.append, **options)
     return path, events
 
 
@@ -84,7 +83,7 @@ def test_another_budget_is_another_recipe(coded, tmp_path, tiny_shapes, squeezen
     with pytest.raises(StoreMismatch, match=r"coding bytes_per_image stored 30000, wanted 20000"):
         make(tmp_path, tiny_shapes, squeezenet, 20_000, path=path)
     with pytest.raises(StoreMismatch, match=r"precision     stored 'coded', wanted 'int8'"):
-        extract(tiny_shapes, squeezenet, "squeezenet1_1", SIZE, "int8", path)
+        extract(tiny_shapes, squeezenet, path, image_size=SIZE, precision="int8")
 
 
 def test_budgets_that_cannot_work(tmp_path, tiny_shapes, squeezenet):
@@ -157,7 +156,7 @@ def test_threads_are_as_before(tiny_shapes, squeezenet, tiny_recipe):
 
 def test_features_on_the_fly_are_never_coded(coded, tiny_shapes, tiny_source):
     with pytest.raises(ConfigError, match="needs their store"):
-        OnlineSource(tiny_shapes, tiny_source.backbone, FeatureStore.open(coded[0]).recipe)
+        OnlineSource(tiny_shapes, tiny_source.network.backbone, FeatureStore.open(coded[0]).recipe)
 
 
 def test_the_documented_reading_without_this_program(coded):

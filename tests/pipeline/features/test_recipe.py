@@ -9,7 +9,7 @@ import pytest
 from hsnet.backbone import BACKBONES
 from hsnet.errors import ConfigError
 from pipeline.features.recipe import Coding, Recipe, difference_lines
-from pipeline.store.states import State, StoreFacts
+from pipeline.store.attributes import DatasetState, StoreFacts
 
 SHA = "sha256:" + "0" * 64
 
@@ -80,7 +80,7 @@ def test_recipes_and_runs_of_built_in_networks_are_what_they_always_were(name):
     assert (*texts, config.digest.removeprefix("sha256:")) == RECORDED[name]
     assert config.learner_arguments == {"layers": list(reversed(BACKBONES[name].layers))}
     assert recipe.identity() == recipe.to_dict()
-    assert StoreFacts(recipe, 16, (State(SHA, 3, 0),)).identity == (
+    assert StoreFacts(recipe, 16, (DatasetState(SHA, 3, 0),)).identity == (
         "sha256:" + hashlib.sha256(f"{recipe.to_json()}\n{SHA}".encode()).hexdigest()
     )
 

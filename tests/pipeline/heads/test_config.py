@@ -13,6 +13,13 @@ def test_comes_back_from_json(tiny_config):
     assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+def test_the_features_decide_recipe_data_and_skipped(tiny_config, tiny_source):
+    config = tiny_config()
+    choices = {name: getattr(config, name) for name in ("fold", "steps", "batch_size", "learner")}
+    every = {"validate_every": config.validate_every, "validate_episodes": config.validate_episodes}
+    assert RunConfig.of(tiny_source, **choices, **every) == config
+
+
 def test_layers_of_the_learner_follow_from_the_backbone(tiny_config):
     assert tiny_config(learner={}).learner_arguments == {"layers": [4, 2, 2]}
 

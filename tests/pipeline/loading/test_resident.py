@@ -91,5 +91,8 @@ def test_unknown_place_is_named(tiny_source):
         resident.keep(tiny_source, [0], "tape")
 
 
-def test_free_memory_of_this_machine_is_plausible():
-    assert 1 << 28 < resident.free_on("cpu") < 1 << 46
+def test_a_container_s_limit_decides_what_fits(tiny_source, monkeypatch):
+    monkeypatch.setattr(resident, "memory", lambda: (1000, 2000))
+    assert resident.free_on("cpu") == 1000
+    with pytest.raises(ConfigError, match="800 B may be filled on this machine"):
+        resident.keep(tiny_source, [0, 1], "host")

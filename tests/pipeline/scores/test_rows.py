@@ -11,7 +11,13 @@ import pytest
 
 from hsnet.errors import DataError
 from pipeline.episodes.protocols import POLICIES
-from pipeline.scores.rows import METADATA, cell, read_results, require_one_configuration, require_same_episodes
+from pipeline.scores.rows import (
+    METADATA,
+    read_results,
+    require_one_configuration,
+    require_same_episodes,
+    scored_episodes,
+)
 
 
 def change(table, name, edit):
@@ -36,15 +42,15 @@ def test_what_a_file_says(rows_by_hand, tmp_path):
     assert (results.fold, results.shots, results.fusions) == (0, (1, 5), ("vote", "logits"))
     assert results.policies == POLICIES
     assert len(results.manifests) == len(set(results.manifests.values())) == 4
-    own = cell([results], 0, 5, "logits", POLICIES[0])
+    own = scored_episodes([results], 0, 5, "logits", POLICIES[0])
     assert own.counts.shape == (18, 2, 2)
     assert own.seeds.tolist() == [0] * 9 + [1] * 9
     assert own.numbers.tolist() == [*range(9), *range(9)]
-    assert cell([results], 1, 5, "vote", POLICIES[0]) is None
-    assert cell([results], 0, 3, "vote", POLICIES[0]) is None
+    assert scored_episodes([results], 1, 5, "vote", POLICIES[0]) is None
+    assert scored_episodes([results], 0, 3, "vote", POLICIES[0]) is None
     without = read_results(rows_by_hand.write(tmp_path / "n.parquet", original=False, n=9))
     assert without.policies == POLICIES[:2]
-    assert cell([without], 0, 5, "vote", POLICIES[3]) is None
+    assert scored_episodes([without], 0, 5, "vote", POLICIES[3]) is None
 
 
 def test_files_that_are_no_rows(rows_by_hand, tmp_path):
@@ -155,6 +161,6 @@ def test_other_episodes_are_not_paired(rows_by_hand, tmp_path):
 
 def test_counts_are_those_of_the_table(rows_by_hand, tmp_path):
     table = rows_by_hand.made(n=9, shots=(1,), fusions=("vote",))
-    own = cell([read_results(rows_by_hand.write(tmp_path / "r.parquet", table))], 0, 1, "vote", POLICIES[1])
+    own = scored_episodes([read_results(rows_by_hand.write(tmp_path / "r.parquet", table))], 0, 1, "vote", POLICIES[1])
     for place, name in ((np.s_[:, 0, 0], "intersection_background_all"), (np.s_[:, 1, 1], "union_all")):
         assert own.counts[place].tolist() == table[name].to_pylist()

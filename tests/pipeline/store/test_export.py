@@ -23,7 +23,7 @@ def big(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param) / "big.zarr"
     budget = 40_000 if request.param == "coded" else None
     data = Shapes(size=64, trn_per_class=3, val_per_class=3)
-    extract(data, load_weights("squeezenet1_1"), "squeezenet1_1", 64, "int8", path, bytes_per_image=budget)
+    extract(data, load_weights("squeezenet1_1"), path, image_size=64, precision="int8", bytes_per_image=budget)
     return FeatureStore.open(path)
 
 

@@ -1,7 +1,6 @@
 """The store's promises: what is read is what was written, and nothing half-written, foreign or damaged is read."""
 
 import errno
-import hashlib
 import json
 import os
 import pickle
@@ -13,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+from fakes import fingerprints, plain_user
 
-import pipeline.store.feature_store as store_module
+import pipeline.store.skeleton as skeleton
 from hsnet.errors import ConfigError, DataError, StoreError, StoreIncomplete, StoreMismatch
 from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.features.precision import encode
@@ -58,14 +58,6 @@ def fill(path: Path, precision: str = "int8", shards: range | None = None, image
     return store
 
 
-def fingerprints(path: Path) -> dict[str, str]:
-    return {
-        str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(path.rglob("*"))
-        if file.is_file()
-    }
-
-
 def change_json(path: Path, change) -> None:
     values = json.loads(path.read_text())
     change(values)
@@ -102,8 +94,9 @@ def test_reads_into_given_buffers(tmp_path):
     assert all(a is b for a, b in zip(again, buffers, strict=True))
     for now, before in zip(again, first, strict=True):
         np.testing.assert_array_equal(now[1], before[0])
-    with pytest.raises(ValueError, match="another shape"):
-        store.features([0, 1, 2], out=buffers)
+    for wrong in (buffers, [np.zeros((6, *buffer.shape[1:]), buffer.dtype)[::2] for buffer in buffers]):
+        with pytest.raises(ValueError, match="another shape, type or order"):
+            store.features([0, 1, 2], out=wrong)
 
 
 def test_plain_zarr_reads_it(tmp_path):
@@ -118,16 +111,38 @@ def test_plain_zarr_reads_it(tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])
-def test_the_bytes_are_those_that_zarr_would_write(tmp_path, precision, monkeypatch):
-    fill(tmp_path / "ours.zarr", precision)
-    monkeypatch.setattr(store_module, "reads", lambda metadata, compressed: False)
-    store = fill(tmp_path / "zarr.zarr", precision)
-    assert fingerprints(tmp_path / "ours.zarr") == fingerprints(tmp_path / "zarr.zarr")
-    by_zarr = [*store.features([20, 3]), store.labels([20, 3])]
-    monkeypatch.undo()
-    store = FeatureStore.open(tmp_path / "ours.zarr")
-    for ours, theirs in zip([*store.features([20, 3]), store.labels([20, 3])], by_zarr, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+def test_the_bytes_are_those_that_zarr_would_write(tmp_path, precision):
+    ours = fill(tmp_path / "ours.zarr", precision)
+    fill(tmp_path / "zarr.zarr", precision, range(0))
+    group = zarr.open_group(str(tmp_path / "zarr.zarr"), mode="r+")
+    for number in range(ours.shards):
+        written = contents(ours, number)
+        for name, values in zip(("level0", "level1", "level2"), written["levels"], strict=True):
+            group[name][8 * number : 8 * number + len(values)] = values
+        group["label"][8 * number : 8 * number + len(values)] = written["labels"]
+    markers = {f"_done/{number:06d}.json" for number in range(ours.shards)}
+    there = fingerprints(tmp_path / "ours.zarr")
+    assert {name: there[name] for name in there.keys() - markers} == fingerprints(tmp_path / "zarr.zarr")
+
+
+def test_readers_do_not_load_zarr(tmp_path):
+    fill(tmp_path / "s.zarr")
+    code = "import sys; from pipeline.store.feature_store import FeatureStore\n"
+    code += "FeatureStore.open(sys.argv[1]).features([3]); assert 'zarr' not in sys.modules"
+    root = Path(skeleton.__file__).parents[2]
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "s.zarr")], cwd=root, check=True)
+
+
+def test_a_big_endian_machine_is_told_so(tmp_path, monkeypatch):
+    fill(tmp_path / "s.zarr")
+    monkeypatch.setattr(sys, "byteorder", "big")
+    for attempt in (
+        lambda: FeatureStore.open(tmp_path / "s.zarr"),
+        lambda: FeatureStore.create(tmp_path / "new.zarr", make_recipe(), make_index()),
+    ):
+        with pytest.raises(StoreError, match="this one is big-endian"):
+            attempt()
+    assert not (tmp_path / "new.zarr").exists()
 
 
 def test_survives_pickling(tmp_path):
@@ -465,17 +480,6 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 
 @pytest.fixture
-def as_plain_user():
-    """Root may write anywhere; give that right up for the test."""
-    root = os.geteuid() == 0
-    if root:
-        os.seteuid(65534)
-    yield
-    if root:
-        os.seteuid(0)
-
-
-@pytest.fixture
 def read_only_store():
     with tempfile.TemporaryDirectory() as folder:  # tmp_path's parents are closed to other users
         os.chmod(folder, 0o755)
@@ -483,12 +487,13 @@ def read_only_store():
         fill(path, shards=range(1))
         for part in (path, path / "_done", *(path / name / "c" for name in ("level0", "level1", "level2", "label"))):
             os.chmod(part, 0o555)
-        yield path
+        with plain_user():
+            yield path
         for part in (path, *path.rglob("*")):
             os.chmod(part, 0o755)
 
 
-def test_a_read_only_folder(read_only_store, as_plain_user):
+def test_a_read_only_folder(read_only_store):
     before = fingerprints(read_only_store)
     store = FeatureStore.create(read_only_store, make_recipe(), make_index(), shard_images=8)
     with pytest.raises(StoreError, match=r"cannot be locked.*Permission denied.*Nothing was changed"), store.writing():
@@ -513,15 +518,15 @@ def test_arguments_that_cannot_work(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from pipeline.store.place import sole_writer
-with sole_writer(Path(sys.argv[1])):
+from pipeline.store.local_place import Place
+with Place(Path(sys.argv[1])).sole_writer():
     print("held", flush=True)
     time.sleep(60)
 """
 
 
 def hold(path: Path) -> subprocess.Popen:
-    root = Path(store_module.__file__).parents[2]
+    root = Path(skeleton.__file__).parents[2]
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True, cwd=root, env={**os.environ}
     )
@@ -548,17 +553,17 @@ def test_a_second_writer_is_refused_until_the_first_is_gone_even_by_kill(tmp_pat
 
 def test_two_processes_that_create_the_same_store_get_one(tmp_path):
     """Both see no store, both build one; the loser of the rename opens the winner's."""
-    path, real = tmp_path / "s.zarr", store_module._build
+    path, real = tmp_path / "s.zarr", skeleton.build_skeleton
 
     def slow(*arguments):
-        store_module._build = real
+        skeleton.build_skeleton = real
         fill(path)
         real(*arguments)
 
-    store_module._build = slow
+    skeleton.build_skeleton = slow
     try:
         store = FeatureStore.create(path, make_recipe(), make_index(), shard_images=8)
     finally:
-        store_module._build = real
+        skeleton.build_skeleton = real
     assert store.complete
     assert [p.name for p in tmp_path.iterdir()] == ["s.zarr"]

@@ -49,7 +49,7 @@ def made_coded(tmp_path_factory):
     path = tmp_path_factory.mktemp("coded") / "s.zarr"
     data = Shapes(size=64, trn_per_class=2, val_per_class=2)
     weights = load_weights("squeezenet1_1")
-    extract(data, weights, "squeezenet1_1", 64, "int8", path, shard_images=32, bytes_per_image=40_000)
+    extract(data, weights, path, image_size=64, precision="int8", shard_images=32, bytes_per_image=40_000)
     return path
 
 
@@ -178,12 +178,16 @@ def test_a_pipe_does_not_keep_anybody_waiting(path, file):
         lambda m: inner(m)["codecs"].insert(1, {"name": "gzip", "configuration": {"level": 5}}),
         lambda m: inner(m)["codecs"].insert(1, {"name": "zstd", "configuration": {"level": 1, "checksum": False}}),
         lambda m: inner(m)["codecs"].pop(),
+        lambda m: inner(m)["codecs"][0].update(configuration={"endian": "big"}),
         lambda m: inner(m).update(index_location="start"),
         lambda m: inner(m)["index_codecs"].insert(1, {"name": "zstd", "configuration": {"level": 1}}),
         lambda m: m["codecs"].append({"name": "crc32c"}),
         lambda m: m.update(codecs=[m["codecs"][0]] * 1000),
+        lambda m: m.update(codecs=[{"configuration": 1}]),
+        lambda m: m.update(codecs=3),
         lambda m: m.update(storage_transformers=[{"name": "anything"}]),
         lambda m: m["chunk_key_encoding"].update(configuration={"separator": "/../"}),
+        lambda m: m["chunk_key_encoding"].update(name="v2"),
         lambda m: m.update(attributes=["x"] * 200_000),
     ],
 )

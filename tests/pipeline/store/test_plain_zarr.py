@@ -35,7 +35,7 @@ def test_it_needs_nothing_of_ours(program):
 @pytest.mark.parametrize("precision", ["int8", "float32"])
 def test_it_rebuilds_a_hypercorrelation(program, precision, tmp_path, monkeypatch, capsys):
     data = Shapes(size=64, trn_per_class=2, val_per_class=2)
-    extract(data, load_weights("squeezenet1_1"), "squeezenet1_1", 64, precision, tmp_path / "shapes.zarr")
+    extract(data, load_weights("squeezenet1_1"), tmp_path / "shapes.zarr", image_size=64, precision=precision)
     monkeypatch.chdir(tmp_path)
     values = {}
     exec(program, values)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
+from fakes import Photos
 
 
 @dataclass
@@ -151,36 +152,9 @@ def s3(s3_server, tmp_path, monkeypatch) -> Iterator[S3Server]:
     s3_server.faults = Faults()
 
 
-class Photos:
-    """Random photos of many sizes, in memory, two classes in two folds."""
-
-    def __init__(self, count: int = 11) -> None:
-        from pipeline.datasets.index import DatasetIndex, Split
-
-        entries = tuple((i, i % 2) for i in range(count))
-        lists = {0: {"trn": Split(entries), "val": Split(entries), "test": Split(entries)}}
-        names = tuple(f"photos/{i}.jpg" for i in range(count))
-        self.index = DatasetIndex("folder", {0: "cat", 1: "dog"}, names, lists)
-        self.read: list[int] = []
-
-    def image(self, i: int):
-        import numpy as np
-        from PIL import Image
-
-        self.read.append(i)
-        return Image.fromarray(np.random.default_rng(i).integers(0, 256, (50 + i, 90 - i, 3), np.uint8))
-
-    def label(self, i: int):
-        import numpy as np
-
-        label = np.zeros((50 + i, 90 - i), np.uint8)
-        label[10:40, 10:30] = i % 2 + 1
-        return label
-
-
 @pytest.fixture
 def photos() -> Photos:
-    return Photos()
+    return Photos(range(11))
 
 
 @pytest.fixture(scope="session")
@@ -197,6 +171,6 @@ def run(weights):
 
     def call(photos, path, **options):
         options = {"precision": "int8", "shard_images": 4, **options}
-        return extract(photos, weights, "squeezenet1_1", 32, path=path, **options)
+        return extract(photos, weights, path, image_size=32, **options)
 
     return call

@@ -93,6 +93,7 @@ def test_errors_are_one_line_and_hold_no_secret(s3, monkeypatch):
     assert "access denied (403" in hsnet("extract", *MAKE, "--store", URL, "--quiet", code=1)
 
 
+@pytest.mark.ray
 @pytest.mark.timeout(180)
 def test_workers_on_ray_open_the_address_themselves(s3, tmp_path, monkeypatch):
     """As a command of its own: a Ray that other tests left running has their environment, without the server's keys."""

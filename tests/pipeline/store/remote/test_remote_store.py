@@ -9,14 +9,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fakes
 import numpy as np
 import pytest
+from fakes import Photos
 from PIL import Image
 
 import pipeline.store.mirror as mirror_module
 from hsnet.errors import StoreError, StoreIncomplete, StoreMismatch
+from pipeline.store.cache import cached_shards, make_room
 from pipeline.store.feature_store import FeatureStore
-from pipeline.store.mirror import Mirror, Wanted, mirror_of
+from pipeline.store.place import place_of
 from pipeline.store.verify import verify
 
 URL = "s3://bucket/a/x.zarr"
@@ -132,9 +135,8 @@ sys.path[:0] = {sys.path!r}
 from pipeline.store import mirror
 from pipeline.extract.stage import extract
 from pipeline.features.weights import load_weights
-import importlib.util
-spec = importlib.util.spec_from_file_location("conf", {str(Path(__file__).with_name("conftest.py"))!r})
-conf = importlib.util.module_from_spec(spec); sys.modules["conf"] = conf; spec.loader.exec_module(conf)
+sys.path.append({str(Path(fakes.__file__).parent)!r})
+from fakes import Photos
 put = mirror.Bucket.put
 def killed(self, key, data):
     if key == {after!r}:
@@ -142,7 +144,7 @@ def killed(self, key, data):
     put(self, key, data)
 mirror.Bucket.put = killed
 weights = load_weights("squeezenet1_1")
-extract(conf.Photos(), weights, "squeezenet1_1", 32, path={URL!r}, precision="int8", shard_images=4)
+extract(Photos(range(11)), weights, {URL!r}, image_size=32, precision="int8", shard_images=4)
 """
     ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
@@ -194,7 +196,7 @@ def test_a_download_that_arrives_damaged_is_repeated(s3, photos, run, tmp_path, 
 
 def test_a_damaged_copy_in_the_cache_is_fetched_again(s3, photos, run, local):
     run(photos, URL)
-    path = mirror_of(URL).root / "level0/c/0/0/0/0/0"
+    path = place_of(URL).root / "level0/c/0/0/0/0/0"
     path.write_bytes(path.read_bytes()[:50] + b"????" + path.read_bytes()[54:])
     same(FeatureStore.open(URL), FeatureStore.open(local))
 
@@ -219,7 +221,7 @@ def test_another_store_at_the_address_never_gets_the_old_ones_shards(s3, photos,
     before = FeatureStore.open(URL)
     contents(before)
     # Another machine replaces it, by one whose last image differs: same recipe, same data set, other bytes.
-    other, cache = type(photos)(), os.environ["HSNET_CACHE"]
+    other, cache = Photos(range(11)), os.environ["HSNET_CACHE"]
     other.image = lambda i, image=other.image: image(i).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     run(other, tmp_path / "other.zarr")
     for key in list(s3.objects()):
@@ -235,7 +237,7 @@ def test_another_store_at_the_address_never_gets_the_old_ones_shards(s3, photos,
 
 def test_a_second_writer_is_refused_and_another_recipe_too(s3, photos, run):
     run(photos, URL)
-    store = FeatureStore.open(URL, writable=True)
+    store = FeatureStore.open(URL)
     with store.writing(), pytest.raises(StoreError, match=rf"{URL} is being written by process {os.getpid()} on"):
         run(photos, URL)
     with pytest.raises(StoreMismatch, match=rf"{URL} was extracted with another recipe"):
@@ -245,7 +247,7 @@ def test_a_second_writer_is_refused_and_another_recipe_too(s3, photos, run):
 
 def test_a_writer_that_lost_the_store_commits_nothing(s3, photos, run, monkeypatch):
     run(photos, URL)
-    store = FeatureStore.open(URL, writable=True)
+    store = FeatureStore.open(URL)
     levels, labels = store.features(range(4)), store.labels(range(4))
     with store.writing() as token:
         s3.change("a/x.zarr/_owner.json", b'{"token": "another"}')
@@ -258,36 +260,35 @@ def test_the_cache_keeps_its_bound_and_what_was_used_last(s3, photos, run, tmp_p
     one = sum(FeatureStore.open(local).facts(0).files[name][0] for name in ("level0", "level1", "level2"))
     monkeypatch.setenv("HSNET_CACHE_BYTES", str(2 * one + 5000))
     run(photos, URL)
-    mirror = mirror_of(URL)
+    cache = tmp_path / "cache"
 
     def cached() -> set[int]:
-        return {number for _, _, _, number in mirror_module._cached(mirror.folder.parent)}
+        return {shard.number for shard in cached_shards(cache)}
 
     assert len(cached()) <= 2, "shards that are uploaded need not stay"
     store = FeatureStore.open(URL)
     for image, left in [(0, None), (4, {0, 1}), (0, {0, 1}), (8, {0, 2}), (4, {1, 2})]:
         store.features([image])
         assert left is None or cached() == left
-    assert sum(size for _, size, _, _ in mirror_module._cached(mirror.folder.parent)) <= 2 * one + 5000
+    assert sum(shard.nbytes for shard in cached_shards(cache)) <= 2 * one + 5000
     same(store, FeatureStore.open(local))  # all at once: more than the bound, none of it evicted in use
 
 
-def test_a_shard_in_use_is_not_evicted(s3, photos, run, monkeypatch):
+def test_a_shard_in_use_is_not_evicted(s3, photos, run, tmp_path, monkeypatch):
     run(photos, URL)
-    store, mirror = FeatureStore.open(URL), mirror_of(URL)
-    wanted = Wanted("level0", 0, *store.facts(0).files["level0"])
+    store, cache = FeatureStore.open(URL), tmp_path / "cache"
     monkeypatch.setenv("HSNET_CACHE_BYTES", "1")
-    with mirror.present([wanted]):
-        Mirror(URL)._make_room(1)
-        assert {number for _, _, _, number in mirror_module._cached(mirror.folder.parent)} == {0}
-    Mirror(URL)._make_room(1)
-    assert mirror_module._cached(mirror.folder.parent) == []
+    with store.place.present(store.facts(0).stored(["level0"])):
+        make_room(cache, 1)
+        assert {shard.number for shard in cached_shards(cache)} == {0}
+    make_room(cache, 1)
+    assert cached_shards(cache) == []
 
 
 def test_a_store_in_a_bucket_grows(s3, photos, run, local, tmp_path, monkeypatch):
     run(photos, URL)
     before = objects(s3)
-    more = type(photos)(15)
+    more = Photos(range(15))
     run(more, local)
     reader = FeatureStore.open(URL)
     summary = run(more, URL)
@@ -362,7 +363,7 @@ def test_a_creation_that_breaks_leaves_no_store(s3, photos, run, local, monkeypa
 def test_a_growth_that_breaks_leaves_the_old_store_to_readers(s3, photos, run, local, tmp_path, monkeypatch):
     run(photos, URL)
     before = contents(FeatureStore.open(URL))
-    more, cut, breaks = type(photos)(15), Cut(monkeypatch), 0
+    more, cut, breaks = Photos(range(15)), Cut(monkeypatch), 0
     cache = os.environ["HSNET_CACHE"]
     while True:
         cut.after(1)

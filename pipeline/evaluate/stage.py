@@ -8,6 +8,7 @@ thread, and the counts are integers.
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,14 +26,15 @@ from hsnet.model import resize_logits
 from pipeline.common.machine import environment
 from pipeline.common.runner import Runner, SerialRunner, in_groups
 from pipeline.datasets.index import DatasetIndex
-from pipeline.episodes.manifest import Planned, of_protocol
-from pipeline.episodes.manifest import resolve as resolve_manifest
-from pipeline.episodes.protocols import FUSIONS, POLICIES, Policy, Protocol
+from pipeline.episodes.drawing import PlannedTest, of_protocol
+from pipeline.episodes.manifest import episodes_in
+from pipeline.episodes.protocols import FUSIONS, Policy, Protocol
 from pipeline.episodes.stream import Episode
+from pipeline.evaluate.plan import EvaluationPlan
 from pipeline.heads.segmenters import Answers, Segmenter
 from pipeline.loading.batch import EpisodeBatch, prefetch
 from pipeline.loading.resident import keep
-from pipeline.loading.source import FeatureSource
+from pipeline.loading.source import FeatureSource, StoreSource
 from pipeline.scores.bootstrap import Interval, interval, resample
 from pipeline.scores.rows import METADATA, count_columns, schema
 
@@ -49,6 +51,9 @@ TASK_SECONDS = 5.0
 
 READ_AHEAD = 1
 """Groups of episodes read while one is predicted; 0 reads in line."""
+
+HEADLINE = Policy()
+"""The published way to count: at network size, ignored pixels left out."""
 
 
 @dataclass(frozen=True)
@@ -97,44 +102,18 @@ class _Rules:
     fold: int
     fusions: tuple[str, ...]
     protocol: Protocol
-    policies: tuple[Policy, ...]
     dataset: Dataset | None
     """Gives full-size masks; None scores at network size only."""
     device: str
 
 
 def evaluate(
-    make_segmenter: Callable[[], Segmenter],
-    make_source: Callable[[], FeatureSource],
-    index: DatasetIndex,
-    *,
-    fold: int,
-    protocol: Protocol,
-    fusions: Sequence[str] = (),
-    dataset: Dataset | None = None,
-    manifests: Sequence[Planned] = (),
-    skipped: Sequence[int] = (),
-    runner: Runner | None = None,
-    device: str = "cpu",
-    resident: str = "off",
-    store: str = "",
-    checkpoint: str = "",
-    facts: Mapping[str, Any] | None = None,
-    on_event: Callable[[int, int], None] | None = None,
+    plan: EvaluationPlan, *, runner: Runner | None = None, on_event: Callable[[int, int], None] | None = None
 ) -> Evaluation:
-    """Predict the episodes of a fold and score them.
+    """Predict the episodes of a plan and score them.
 
     Args:
-        make_segmenter, make_source: called once per worker process; must be picklable for Ray.
-        protocol: which episodes, and by which rules they are scored.
-        fusions: ways to combine supports that get rows beside the protocol's own.
-        dataset: the photos behind the source, for scores at original size; only masks are read. Needed if the
-            protocol's headline is at original size.
-        manifests: instead of the protocol's own episodes; see `pipeline.episodes.manifest`.
-        skipped: images that must not be drawn.
-        resident: keep the episodes' images in memory, in every worker process (`pipeline.loading.resident.keep`).
-        store, checkpoint: their digests, for the rows.
-        facts: more to store with the rows.
+        runner: where; in this process by default.
         on_event: called with (episodes done, episodes in all).
 
     Raises:
@@ -142,79 +121,104 @@ def evaluate(
             a fusion that the segmenter cannot do.
         DataError: a manifest or `dataset` of other data.
     """
-    chosen = tuple(name for name in FUSIONS if name in {protocol.fusion, *fusions})
-    if unknown := set(fusions) - set(FUSIONS):
+    source, protocol, dataset = plan.source, plan.protocol, plan.dataset
+    index = source.index if plan.index is None else plan.index
+    if unknown := set(plan.fusions) - set(FUSIONS):
         raise ConfigError(f"fusion must be one of {', '.join(FUSIONS)}, got {', '.join(sorted(unknown))}.")
     if dataset is None and protocol.resolution == "original":
         raise ConfigError(
             "Scores at original size need the photos' own masks, which a store does not hold: give the data set "
             "(--data-root), or --set resolution=network. Nothing was computed."
         )
-    if dataset is not None and dataset.index.digest != index.digest:
+    if dataset is not None and dataset.index.digest != source.index.digest:
         raise DataError(
-            f"The data set is not the one behind the features: {dataset.index.digest}, the store has {index.digest}. "
-            f"Give the data set that was extracted. Nothing was computed."
+            f"The data set is not the one behind the features: {dataset.index.digest}, the store has "
+            f"{source.index.digest}. Give the data set that was extracted. Nothing was computed."
         )
-    policies = tuple(p for p in POLICIES if dataset is not None or p.resolution == "network")
-    rules = _Rules(fold, chosen, protocol, policies, dataset, device)
-    planned = list(manifests) or of_protocol(protocol, index, fold, skipped)
-    plan = [block for one in planned for block in _blocks(one, index, skipped)]
-    total = sum(len(block.episodes) for block in plan)
-    images = {image for block in plan for one in block.episodes for image in (one.query, *one.supports)}
+    fusions = tuple(name for name in FUSIONS if name in {protocol.fusion, *plan.fusions})
+    rules = _Rules(plan.fold, fusions, protocol, dataset, plan.device)
+    skipped = sorted({*source.skipped, *plan.skipped})
+    manifests = list(plan.manifests) or of_protocol(protocol, index, plan.fold, skipped)
+    blocks = [block for planned in manifests for block in _blocks(planned, index, skipped)]
+    total = sum(len(block.episodes) for block in blocks)
+    images = {image for block in blocks for episode in block.episodes for image in (episode.query, *episode.supports)}
+    # Of the plan, workers are sent only what they need: not the source that is open here.
+    make_segmenter, make_source = plan.method.make, plan.make_source or (lambda: source)
+    resident, device = plan.resident, plan.device
 
     def make_worker() -> Callable[[Sequence[_Block]], tuple[list[dict[str, Any]], float]]:
         segmenter, source = make_segmenter(), keep(make_source(), images, resident, device)
         return lambda blocks: _rows(segmenter, source, blocks, rules)
 
     runner = runner or SerialRunner()
-    results: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     done, took = 0, [0.0]
     if on_event:
         on_event(0, total)  # so that the rate shown counts from here
-    groups = in_groups(plan, lambda: took[-1] or None, TASK_SECONDS, runner.workers)
-    for blocks, (rows, seconds) in runner.map(make_worker, groups):
-        results += rows
+    groups = in_groups(blocks, lambda: took[-1] or None, TASK_SECONDS, runner.workers)
+    for group, (group_rows, seconds) in runner.map(make_worker, groups):
+        rows += group_rows
         took.append(seconds)
-        done += sum(len(block.episodes) for block in blocks)
+        done += sum(len(block.episodes) for block in group)
         if on_event:
             on_event(done, total)
-    results.sort(  # blocks come in any order
+    rows.sort(  # blocks come in any order
         key=lambda row: (row["shots"], FUSIONS.index(row["fusion"]), row["seed"], row["episode"])
     )
-    class_ids = index.split(fold, protocol.role).class_ids
-    resolved = {
+    facts = _facts(plan, index, fusions, manifests)
+    import pyarrow as pa
+
+    same = {"store": facts["store"], "checkpoint": facts["checkpoint"]}
+    table = pa.Table.from_pylist([{**row, **same} for row in rows], schema=schema())
+    table = table.replace_schema_metadata({METADATA: json.dumps(facts, sort_keys=True)})
+    class_ids = index.split(plan.fold, protocol.role).class_ids
+    scores = tuple(score(table, k, class_ids, protocol.policy, protocol.fusion) for k in facts["shots"])
+    return Evaluation(table, scores, facts)
+
+
+def _facts(
+    plan: EvaluationPlan, index: DatasetIndex, fusions: Sequence[str], manifests: Sequence[PlannedTest]
+) -> dict[str, Any]:
+    """What was evaluated and how, as it is stored with the rows."""
+    source, protocol, method = plan.source, plan.protocol, plan.method
+    store = source.store if isinstance(source, StoreSource) else None
+    class_ids = index.split(plan.fold, protocol.role).class_ids
+    return {
         "data": index.digest,
         "dataset": index.name,
-        "fold": fold,
+        "fold": plan.fold,
         "role": protocol.role,
-        "shots": sorted({k for one in planned for k in one.shots}),
-        "seeds": sorted({one.seed for one in planned}),
-        "fusions": list(chosen),
+        "shots": sorted({k for planned in manifests for k in planned.shots}),
+        "seeds": sorted({planned.seed for planned in manifests}),
+        "fusions": list(fusions),
         "classes": {str(class_id): index.classes[class_id] for class_id in class_ids},
         "manifests": {
-            one.manifest.first(k).digest: {"shots": k, "seed": one.seed, **one.manifest.made}
-            for one in planned
-            for k in one.shots
+            planned.manifest.first(k).digest: {"shots": k, "seed": planned.seed, **planned.manifest.made}
+            for planned in manifests
+            for k in planned.shots
         },
         "protocol": protocol.to_dict(),
         "protocol_digest": protocol.digest,
         "ignore": "boundary pixels count for nothing" if index.has_ignore else "no ignore label",
-        "store": store,
-        "checkpoint": checkpoint,
+        "store": store.identity if store else "",
+        "checkpoint": method.checkpoint,
         "environment": environment(),
-        **(facts or {}),
+        "method": method.facts,
+        "recipe": source.recipe.to_dict(),
+        "notes": protocol.departures(
+            dataset=index.name, image_size=source.recipe.image_size, has_ignore=index.has_ignore
+        ),
+        # Where a report may look for photos and head; what they are is said by the digests.
+        "paths": {
+            "store": store and store.path,
+            "checkpoint": method.path and str(method.path),
+            "data_root": plan.data_root and str(plan.data_root),
+        },
     }
-    import pyarrow as pa
-
-    same = {"store": store, "checkpoint": checkpoint}
-    table = pa.Table.from_pylist([{**_named(row, index), **same} for row in results], schema=schema())
-    table = table.replace_schema_metadata({METADATA: json.dumps(resolved, sort_keys=True)})
-    scores = tuple(score(table, k, class_ids, protocol.policy, protocol.fusion) for k in resolved["shots"])
-    return Evaluation(table, scores, resolved)
 
 
 def score(
-    rows: pa.Table, shots: int, class_ids: Sequence[int], policy: Policy = POLICIES[0], fusion: str = "vote"
+    rows: pa.Table, shots: int, class_ids: Sequence[int], policy: Policy = HEADLINE, fusion: str = "vote"
 ) -> Scores:
     """mIoU, FB-IoU and class IoUs from the rows of one number of shots and one way to combine them."""
     names = count_columns(policy)
@@ -240,14 +244,8 @@ def score(
     )
 
 
-def count_one_shot(answers: Answers, batch: EpisodeBatch) -> Tensor:
-    """Counts of the first support's answers, (B, 2, 2) int64, ignored pixels left out."""
-    size = (batch.target.shape[1], batch.target.shape[2])
-    return count(answers.masks(size)[0], batch.target, batch.ignore)
-
-
-def _blocks(planned: Planned, index: DatasetIndex, skipped: Sequence[int]) -> list[_Block]:
-    drawn = resolve_manifest(planned.manifest, index, skipped)
+def _blocks(planned: PlannedTest, index: DatasetIndex, skipped: Sequence[int]) -> list[_Block]:
+    drawn = episodes_in(planned.manifest, index, skipped)
     digests = {k: planned.manifest.first(k).digest for k in planned.shots}
     return [
         _Block(first, tuple(drawn[first : first + BLOCK]), planned.shots, planned.seed, digests)
@@ -267,35 +265,40 @@ def _rows(
     with closing(prefetch(source, reads, READ_AHEAD)) as loaded:
         for (block, start), (episodes, batch) in zip(parts, loaded, strict=True):
             began = time.monotonic()
-            made = _part_rows(segmenter, batch.to(rules.device), episodes, block, rules)
+            part = _part_rows(segmenter, batch.to(rules.device), episodes, block, rules, source.index)
             seconds = (time.monotonic() - began) / len(episodes)
-            for row in made:
+            for row in part:
                 rows.append({**row, "episode": block.first + start + row["episode"], "seconds": seconds})
     return rows, (time.monotonic() - started) / len(blocks)
 
 
 def _part_rows(
-    segmenter: Segmenter, batch: EpisodeBatch, episodes: Sequence[Episode], block: _Block, rules: _Rules
+    segmenter: Segmenter,
+    batch: EpisodeBatch,
+    episodes: Sequence[Episode],
+    block: _Block,
+    rules: _Rules,
+    index: DatasetIndex,
 ) -> list[dict[str, Any]]:
     """Rows of episodes that are predicted together, numbered from 0."""
+    size = (batch.target.shape[1], batch.target.shape[2])
     joint = tuple(k for k in block.shots if k > 1) if "joint" in rules.fusions else ()
     answers = segmenter.answer(batch, joint)
-    counts = {
-        (shots, fusion): _network_counts(answers, batch, shots, fusion, rules)
-        for shots in block.shots
-        for fusion in rules.fusions
-    }
+    counts = {}
+    for shots, fusion in itertools.product(block.shots, rules.fusions):
+        masks = _combined(answers, slice(None), size, shots, fusion, rules)
+        counts[shots, fusion] = _counts("network", masks, batch.target, batch.ignore)
     pixels = batch.target.flatten(1).sum(1).tolist()
     rows = []
     for number, episode in enumerate(episodes):
         original = _original(episode, rules)
-        for (shots, fusion), (kept, everything) in counts.items():
-            values = {POLICIES[0]: kept[number], POLICIES[1]: everything[number]}
+        for (shots, fusion), policies in counts.items():
+            values = {policy: four[number] for policy, four in policies.items()}
             if original is not None:
                 target, ignore = original
                 size = (target.shape[1], target.shape[2])
                 mask = _combined(answers, slice(number, number + 1), size, shots, fusion, rules)
-                values[POLICIES[2]], values[POLICIES[3]] = count(mask, target, ignore)[0], count(mask, target)[0]
+                values |= {policy: four[0] for policy, four in _counts("original", mask, target, ignore).items()}
             columns = {
                 name: value
                 for policy, four in values.items()
@@ -309,8 +312,9 @@ def _part_rows(
                     "shots": shots,
                     "fusion": fusion,
                     "class_id": episode.class_id,
-                    "query": episode.query,
-                    "supports": list(episode.supports[:shots]),
+                    "class_name": index.classes[episode.class_id],
+                    "query": index.images[episode.query],
+                    "supports": [index.images[image] for image in episode.supports[:shots]],
                     "object_pixels": pixels[number],
                     "manifest": block.manifests[shots],
                     **columns,
@@ -319,14 +323,11 @@ def _part_rows(
     return rows
 
 
-def _network_counts(
-    answers: Answers, batch: EpisodeBatch, shots: int, fusion: str, rules: _Rules
-) -> tuple[Tensor, Tensor]:
-    """Counts without and with ignored pixels, each (B, 2, 2) int64."""
-    size = (batch.target.shape[1], batch.target.shape[2])
-    masks = _combined(answers, slice(None), size, shots, fusion, rules)
-    everything = count(masks, batch.target).cpu()
-    return (everything if batch.ignore is None else count(masks, batch.target, batch.ignore).cpu()), everything
+def _counts(resolution: str, masks: Tensor, target: Tensor, ignore: Tensor | None) -> dict[Policy, Tensor]:
+    """Counts (B, 2, 2) int64 by both policies of a resolution; masks and target (B, H, W)."""
+    everything = count(masks, target).cpu()
+    kept = everything if ignore is None else count(masks, target, ignore).cpu()
+    return {Policy(resolution, ignore=True): kept, Policy(resolution, ignore=False): everything}
 
 
 def _combined(answers: Answers, chosen: slice, size: tuple[int, int], shots: int, fusion: str, rules: _Rules) -> Tensor:
@@ -351,12 +352,3 @@ def _original(episode: Episode, rules: _Rules) -> tuple[Tensor, Tensor | None] |
 def _step(block: _Block) -> int:
     """Episodes read and predicted together: fewer at many shots, which bounds memory."""
     return max(1, BLOCK // len(block.episodes[0].supports))
-
-
-def _named(row: Mapping[str, Any], index: DatasetIndex) -> dict[str, Any]:
-    return {
-        **row,
-        "class_name": index.classes[row["class_id"]],
-        "query": index.images[row["query"]],
-        "supports": [index.images[image] for image in row["supports"]],
-    }

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from hsnet.errors import ConfigError, DataError
+from hsnet.fusion import vote
 from hsnet.model import HSNet
-from hsnet.vote import vote
 from pipeline.common.files import require_writable, write_table
 from pipeline.episodes.protocols import Protocol, resolve
 from pipeline.episodes.stream import EpisodeStream
-from pipeline.evaluate import evaluate, score
+from pipeline.evaluate.plan import EvaluationPlan
+from pipeline.evaluate.stage import evaluate, score
+from pipeline.heads.catalogue import Method
 from pipeline.heads.segmenters import (
     Answers,
     CosineSegmenter,
@@ -48,10 +50,12 @@ class Truthful:
 
 
 def run(source, make=lambda: LearnedSegmenter(learner()), **options):
-    """Choices of the protocol by name; what else there is goes to `evaluate`."""
+    """Choices of the protocol by name; what else there is goes into the plan, a runner to `evaluate`."""
     names = [field.name for field in fields(Protocol)]
     choices = {"shots": (1,), "episodes": 30} | {name: options.pop(name) for name in names if name in options}
-    return evaluate(make, lambda: source, source.index, protocol=resolve(**choices), **{"fold": 0, **options})
+    runner, method = options.pop("runner", None), Method(make, {"name": "a test"})
+    plan = EvaluationPlan(method=method, source=source, protocol=resolve(**choices), **{"fold": 0, **options})
+    return evaluate(plan, runner=runner)
 
 
 def counted(rows):
@@ -163,11 +167,11 @@ def test_ignored_pixels_are_counted_in_their_own_columns(tiny_source):
 
 
 def test_scores_come_from_the_rows_alone(tiny_source, tmp_path):
-    result = run(tiny_source, shots=(1, 2), store="sha256:abc")
+    result = run(tiny_source, shots=(1, 2))
     write_table(tmp_path / "rows.parquet", result.rows)
     table = pq.read_table(tmp_path / "rows.parquet")
     stored = json.loads(table.schema.metadata[b"hsnet"])
-    assert stored["store"] == "sha256:abc"
+    assert stored["method"] == {"name": "a test"}
     assert stored["data"] == tiny_source.index.digest
     class_ids = tiny_source.index.split(0, "test").class_ids
     assert tuple(score(table, k, class_ids) for k in (1, 2)) == result.scores

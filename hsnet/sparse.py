@@ -2,10 +2,10 @@
 
 The support mask empties most of a hypercorrelation: five in six support positions of a typical object correlate 0
 with everything. After the first centre-pivot convolution those positions hold its bias, after the normalisation one
-number per channel: still nothing that has to be written, read or multiplied. `Rows` keeps the positions that differ.
-From the second convolution on every position is written down; the layout stays. A row is a (C, H, W) picture over the
-query grid, so the query side of a convolution is a plain 2D convolution of rows and the support side matrix products
-over the rows that a window meets. Nothing is permuted, and nothing is multiplied with padding.
+number per channel: still nothing that has to be written, read or multiplied. `SparseActivations` keeps the positions
+that differ. From the second convolution on every position is written down; the layout stays. A row is a (C, H, W)
+picture over the query grid, so the query side of a convolution is a plain 2D convolution of rows and the support side
+matrix products over the rows that a window meets. Nothing is permuted, and nothing is multiplied with padding.
 
 The functions equal the layers of `hsnet.model` up to rounding, in gradients too.
 
@@ -28,7 +28,7 @@ from hsnet.conv4d import CenterPivotConv4d, support_matrix
 
 
 @dataclass(frozen=True)
-class Rows:
+class SparseActivations:
     """A (B, C, U, V, H, W) tensor that in most support positions of a pair holds one number per channel."""
 
     values: Tensor
@@ -45,7 +45,7 @@ class Rows:
     """(B, C): the value at all other positions; None is 0."""
 
     @classmethod
-    def complete(cls, values: Tensor, count: int, grid: tuple[int, int]) -> Rows:
+    def complete(cls, values: Tensor, count: int, grid: tuple[int, int]) -> SparseActivations:
         """Rows with every position of B pairs written down."""
         pairs, positions = _divide(torch.arange(len(values), device=values.device), grid[0] * grid[1])
         return cls(values, pairs, positions, count, grid)
@@ -60,7 +60,7 @@ class Rows:
         table[self.pairs, self.positions] = torch.arange(len(self.values), device=self.pairs.device)
         return table
 
-    def completed(self) -> Rows:
+    def completed(self) -> SparseActivations:
         """The same with every position written down."""
         if self.is_complete:
             return self
@@ -68,12 +68,12 @@ class Rows:
         size, shape = self.grid[0] * self.grid[1], self.values.shape[1:]
         everything = fill[:, None, :, None, None].expand(-1, size, *shape).flatten(0, 1)
         values = everything.index_copy(0, self.pairs * size + self.positions, self.values)
-        return Rows.complete(values, self.count, self.grid)
+        return SparseActivations.complete(values, self.count, self.grid)
 
 
 @dataclass(frozen=True)
 class Windows:
-    """What a zero-padded k x k kernel meets at each of its P' steps over the support grids of some `Rows`."""
+    """What a zero-padded k x k kernel meets at each of its P' steps over the support grids of activations."""
 
     grid: tuple[int, int]
     """(U', V') of the output, P' = U' V'."""
@@ -87,7 +87,7 @@ class Windows:
     """(B P',) int64: the row under the kernel's centre, or n where there is none."""
 
     @classmethod
-    def over(cls, rows: Rows, kernel_size: int, stride: int) -> Windows:
+    def over(cls, rows: SparseActivations, kernel_size: int, stride: int) -> Windows:
         count, pad = len(rows.values), kernel_size // 2
         with_border = F.pad(rows.numbers().unflatten(1, rows.grid), (pad, pad, pad, pad), value=count + 1)
         steps = with_border.unfold(1, kernel_size, stride).unfold(2, kernel_size, stride)
@@ -103,7 +103,7 @@ class Windows:
         )
 
 
-def convolve(conv: CenterPivotConv4d, rows: Rows) -> Rows:
+def convolve(conv: CenterPivotConv4d, rows: SparseActivations) -> SparseActivations:
     """The centre-pivot convolution.
 
     Rows that are 0 elsewhere give rows that are the bias elsewhere. Rows with another fill give all positions: near
@@ -140,15 +140,17 @@ def convolve(conv: CenterPivotConv4d, rows: Rows) -> Rows:
         [windows.offsets[step] for step in kept],
     )
     new_fill = weights.bias.expand(rows.count, -1) if rows.fill is None else None
-    return Rows(values, pairs, positions, rows.count, windows.grid, new_fill)
+    return SparseActivations(values, pairs, positions, rows.count, windows.grid, new_fill)
 
 
-def normalise(norm: nn.GroupNorm, rows: Rows) -> Rows:
+def normalise(norm: nn.GroupNorm, rows: SparseActivations) -> SparseActivations:
     """GroupNorm of each pair over its whole grid, what is not written down included, then ReLU."""
     fill = rows.values.new_zeros(rows.count, rows.values.shape[1]) if rows.fill is None else rows.fill
     size = rows.grid[0] * rows.grid[1]
     values, fill = _NormaliseRelu.apply(rows.values, fill, norm.weight, norm.bias, rows.pairs, size, norm)
-    return Rows(values, rows.pairs, rows.positions, rows.count, rows.grid, None if rows.is_complete else fill)
+    return SparseActivations(
+        values, rows.pairs, rows.positions, rows.count, rows.grid, None if rows.is_complete else fill
+    )
 
 
 def _divide(numbers: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -182,7 +184,7 @@ class _Weights:
         return F.conv2d(values, self.query, bias, padding=self.query.shape[-1] // 2)
 
 
-def _convolve_small_grid(conv: CenterPivotConv4d, rows: Rows) -> Rows:
+def _convolve_small_grid(conv: CenterPivotConv4d, rows: SparseActivations) -> SparseActivations:
     """All positions written down and a kernel larger than the grid: the support side is one matrix."""
     weights, stride = _Weights.of(conv, rows.values.dtype), conv.support_stride
     numbers = rows.numbers().unflatten(1, rows.grid)[:, ::stride, ::stride]
@@ -195,7 +197,7 @@ def _convolve_small_grid(conv: CenterPivotConv4d, rows: Rows) -> Rows:
         matrix.expand(rows.count, -1, -1),
         rows.values.reshape(rows.count, -1, values[0, 0].numel()),
     )
-    return Rows.complete(flat.view_as(values), rows.count, (numbers.shape[1], numbers.shape[2]))
+    return SparseActivations.complete(flat.view_as(values), rows.count, (numbers.shape[1], numbers.shape[2]))
 
 
 class _AddSupportSide(torch.autograd.Function):
@@ -209,9 +211,9 @@ class _AddSupportSide(torch.autograd.Function):
         ctx.save_for_backward(values, weight)
         ctx.rows, ctx.offsets = rows, offsets
         flat, kernel = values.flatten(2), _by_offset(weight)
-        for place, met, where in zip(out.flatten(2), rows, offsets, strict=True):
+        for target, met, where in zip(out.flatten(2), rows, offsets, strict=True):
             if len(met):
-                place.addmm_(kernel[:, where].flatten(1), flat.index_select(0, met).flatten(0, 1))
+                target.addmm_(kernel[:, where].flatten(1), flat.index_select(0, met).flatten(0, 1))
         return out
 
     @staticmethod
@@ -221,13 +223,13 @@ class _AddSupportSide(torch.autograd.Function):
         flat, kernel = values.flatten(2), _by_offset(weight)
         for_values = torch.zeros_like(flat) if ctx.needs_input_grad[1] else None
         for_kernel = torch.zeros_like(kernel)
-        for place, met, where in zip(gradients[0].flatten(2), ctx.rows, ctx.offsets, strict=True):
+        for gradient, met, where in zip(gradients[0].flatten(2), ctx.rows, ctx.offsets, strict=True):
             if not len(met):
                 continue
             gathered = flat.index_select(0, met).flatten(0, 1)
-            for_kernel.index_add_(1, where, (place @ gathered.t()).unflatten(1, (len(met), -1)))
+            for_kernel.index_add_(1, where, (gradient @ gathered.t()).unflatten(1, (len(met), -1)))
             if for_values is not None:
-                back = kernel[:, where].flatten(1).t() @ place
+                back = kernel[:, where].flatten(1).t() @ gradient
                 for_values.index_add_(0, met, back.unflatten(0, (len(met), -1)))
         return (
             gradients[0],
@@ -329,4 +331,4 @@ def _moments(
 
 
 _TINY = 1e-20
-"""In place of GroupNorm's own eps, which is added to the combined variance; keeps a constant row's variance finite."""
+"""Replaces GroupNorm's own eps, which is added to the combined variance; keeps a constant row's variance finite."""

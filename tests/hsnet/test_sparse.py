@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hsnet.conv4d import CenterPivotConv4d
-from hsnet.rows import Rows, Windows, convolve, normalise
+from hsnet.sparse import SparseActivations, Windows, convolve, normalise
 
 cases = st.fixed_dictionaries(
     {
@@ -28,7 +28,7 @@ def rows_of(grid, query, shares, filled, channels=3):
     pairs, positions = written.nonzero().unbind(1)
     values = torch.randn(len(positions), channels, *query, dtype=torch.float64, requires_grad=True)
     fill = torch.randn(len(shares), channels, dtype=torch.float64, requires_grad=True) if filled else None
-    return Rows(values, pairs, positions, len(shares), grid, fill)
+    return SparseActivations(values, pairs, positions, len(shares), grid, fill)
 
 
 def whole(rows):
@@ -79,7 +79,7 @@ def test_normalisation_in_float32_stands_a_large_mean(offset):
     """Statistics from sums of squares would lose all digits here."""
     torch.manual_seed(0)
     values = torch.randn(5, 8, 6, 6) + offset
-    rows = Rows(values, torch.zeros(5, dtype=int), torch.arange(5), 1, (1, 9), torch.full((1, 8), offset))
+    rows = SparseActivations(values, torch.zeros(5, dtype=int), torch.arange(5), 1, (1, 9), torch.full((1, 8), offset))
     norm = nn.GroupNorm(4, 8)
     exact = torch.relu(norm.double()(whole(rows).double())).float()
     torch.testing.assert_close(whole(normalise(norm.float(), rows)), exact, rtol=0, atol=1e-3 if offset else 1e-5)
@@ -87,14 +87,14 @@ def test_normalisation_in_float32_stands_a_large_mean(offset):
 
 def test_rows_outside_the_object_are_neither_kept_nor_computed():
     """A single object position under a 3 x 3 kernel of stride 2 reaches at most four outputs of sixteen."""
-    rows = Rows(torch.randn(1, 2, 3, 3), torch.tensor([1]), torch.tensor([3 * 7 + 3]), 2, (7, 7))
+    rows = SparseActivations(torch.randn(1, 2, 3, 3), torch.tensor([1]), torch.tensor([3 * 7 + 3]), 2, (7, 7))
     out = convolve(CenterPivotConv4d(2, 4, 3, 2), rows)
     assert (out.grid, out.pairs.tolist(), out.positions.tolist()) == ((4, 4), [1] * 4, [5, 6, 9, 10])
     assert len(out.values) == 4
 
 
 def test_windows_know_rows_gaps_and_borders_apart():
-    rows = Rows(torch.zeros(2, 1, 1, 1), torch.zeros(2, dtype=int), torch.tensor([0, 3]), 1, (2, 2))
+    rows = SparseActivations(torch.zeros(2, 1, 1, 1), torch.zeros(2, dtype=int), torch.tensor([0, 3]), 1, (2, 2))
     windows = Windows.over(rows, 3, 1)
     assert windows.grid == (2, 2)
     assert [met.tolist() for met in windows.rows] == [[0, 1]] * 4
@@ -106,9 +106,9 @@ def test_windows_know_rows_gaps_and_borders_apart():
 def test_bfloat16_rows_stay_bfloat16_and_near():
     torch.manual_seed(3)
     conv, norm = CenterPivotConv4d(3, 8, 3, 2), nn.GroupNorm(4, 8)
-    rows = Rows(torch.rand(9, 3, 5, 5), torch.zeros(9, dtype=int), torch.arange(0, 18, 2), 1, (5, 5))
+    rows = SparseActivations(torch.rand(9, 3, 5, 5), torch.zeros(9, dtype=int), torch.arange(0, 18, 2), 1, (5, 5))
     exact = normalise(norm, convolve(conv, rows))
-    small = Rows(rows.values.bfloat16().requires_grad_(), rows.pairs, rows.positions, 1, rows.grid)
+    small = SparseActivations(rows.values.bfloat16().requires_grad_(), rows.pairs, rows.positions, 1, rows.grid)
     near = normalise(norm, convolve(conv, small))
     assert near.values.dtype == torch.bfloat16
     torch.testing.assert_close(near.values.float(), exact.values, rtol=0, atol=0.1)

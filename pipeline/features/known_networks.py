@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from hsnet.backbone import BACKBONES
 from hsnet.errors import ConfigError, ShapeError
-from pipeline.features.backbones import Reading, is_timm, new_recipe
+from pipeline.features.backbones import Reading, new_recipe
 from pipeline.features.recipe import TIMM
+from pipeline.features.weight_names import is_timm
 from pipeline.features.weights import PACKAGED, PUBLISHED
 
 TRIED = (
@@ -70,7 +71,7 @@ def backbone_facts(backbone: str, image_size: int, reading: Reading = Reading())
     )
 
 
-def catalogue(image_size: int, with_timm: bool = True) -> list[BackboneFacts]:
+def known_networks(image_size: int, with_timm: bool = True) -> list[BackboneFacts]:
     """Facts of all built-in networks and of those of timm's that were tried."""
     names = [*BACKBONES, *(f"{TIMM}{name}" for name in TRIED if with_timm)]
     return [backbone_facts(name, image_size) for name in names]

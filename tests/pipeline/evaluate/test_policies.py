@@ -1,6 +1,7 @@
 """One pass gives every policy, fewer shots and every fusion; a protocol says which is the headline."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,16 +11,16 @@ from hsnet.errors import ConfigError, DataError
 from hsnet.fused import FusedHSNet
 from hsnet.fusion import foreground, fuse
 from hsnet.model import HSNet, resize_logits
-from pipeline.datasets.coco import COCO_CLASSES
-from pipeline.datasets.index import DatasetIndex, Split
-from pipeline.datasets.pascal import VOC_CLASSES
-from pipeline.datasets.unseen import canonical_name, unseen_classes
-from pipeline.episodes.manifest import Planned, make, of_protocol
-from pipeline.episodes.manifest import resolve as resolve_manifest
+from pipeline.datasets.unseen import unseen_classes
+from pipeline.episodes.drawing import PlannedTest, make, of_protocol
+from pipeline.episodes.manifest import episodes_in
 from pipeline.episodes.protocols import FUSIONS, POLICIES, Policy, resolve
-from pipeline.evaluate import evaluate, score
+from pipeline.evaluate.plan import EvaluationPlan
+from pipeline.evaluate.stage import evaluate, score
+from pipeline.heads.catalogue import Method
 from pipeline.heads.segmenters import CosineSegmenter, LearnedSegmenter
 from pipeline.loading.batch import load_batch
+from pipeline.loading.source import StoreSource
 from pipeline.scores.rows import COUNTS, count_columns
 
 
@@ -32,18 +33,20 @@ def learner():
     return LearnedSegmenter(model)
 
 
-def run(source, make_segmenter=learner, *, fold=0, fusions=(), dataset=None, manifests=(), **choices):
-    choices = {"shots": (1,), "episodes": 12, **choices}
-    return evaluate(
-        make_segmenter,
-        lambda: source,
-        source.index,
-        fold=fold,
-        protocol=resolve(**choices),
-        fusions=fusions,
-        dataset=dataset,
-        manifests=manifests,
+NOT_CHOICES = ("fusions", "dataset", "manifests", "resident", "index")
+
+
+def run(source, make_segmenter=learner, **options):
+    """Choices of the protocol by name; what else there is goes into the plan."""
+    others = {name: options.pop(name) for name in NOT_CHOICES if name in options}
+    plan = EvaluationPlan(
+        method=Method(make_segmenter, {"checkpoint": "sha256:c"}),
+        source=source,
+        fold=0,
+        protocol=resolve(**{"shots": (1,), "episodes": 12, **options}),
+        **others,
     )
+    return evaluate(plan)
 
 
 class Stretched:
@@ -105,7 +108,7 @@ def test_an_original_size_count_by_hand(with_ignore):
     data = Stretched(with_ignore)
     result = run(with_ignore, dataset=data, shots=(2,), episodes=3, resolution="original")
     planned = of_protocol(resolve(shots=(2,), episodes=3), with_ignore.index, 0)[0]
-    episode = resolve_manifest(planned.manifest, with_ignore.index)[1]
+    episode = episodes_in(planned.manifest, with_ignore.index)[1]
     batch = load_batch(with_ignore, [episode])
     logits = FusedHSNet(learner().model)(batch.query, batch.support, batch.support_mask)
     mask = fuse(logits[:, None], (90, 120))[0].numpy()
@@ -123,10 +126,20 @@ def test_an_original_size_count_by_hand(with_ignore):
     )
 
 
+def test_classes_of_other_data_are_scored_at_original_size_too(with_ignore):
+    """The lists are narrowed, the photos are the data set's all the same."""
+    seen = with_ignore.index.split(0, "test").class_ids[0]
+    index = unseen_classes(with_ignore.index, [with_ignore.index.classes[seen]]).index
+    rows = run(with_ignore, dataset=Stretched(with_ignore), index=index).rows.to_pylist()
+    assert len(rows) == 12
+    assert seen not in {row["class_id"] for row in rows}
+    assert all(row["union_original"] > 0 for row in rows)
+
+
 def test_every_fusion_is_the_one_it_says(tiny_source):
     result = run(tiny_source, shots=(1, 2, 3), episodes=4, fusions=FUSIONS)
     planned = of_protocol(resolve(shots=(1, 2, 3), episodes=4), tiny_source.index, 0)[0]
-    episode = resolve_manifest(planned.manifest, tiny_source.index)[2]
+    episode = episodes_in(planned.manifest, tiny_source.index)[2]
     batch = load_batch(tiny_source, [episode])
     fused = FusedHSNet(learner().model)
     contexts = fused.encode(batch.query, batch.support, batch.support_mask)
@@ -172,36 +185,32 @@ def test_several_seeds_are_several_sets_of_episodes(tiny_source):
 
 def test_a_manifest_gives_the_rows_of_its_protocol(tiny_source):
     manifest = make(tiny_source.index, 0, 3, episodes=12, seed=4)
-    from_file = run(tiny_source, manifests=[Planned((1, 3), 4, manifest)])
+    from_file = run(tiny_source, manifests=[PlannedTest((1, 3), 4, manifest)])
     drawn = run(tiny_source, shots=(1, 3), seeds=(4,))
     assert from_file.rows.drop_columns(["seconds"]) == drawn.rows.drop_columns(["seconds"])
     assert {manifest.first(k).digest for k in (1, 3)} == set(from_file.rows["manifest"].to_pylist())
     other = replace(manifest, data="sha256:" + "0" * 64)
     with pytest.raises(DataError, match="manifest is of another data set"):
-        run(tiny_source, manifests=[Planned((3,), 4, other)])
+        run(tiny_source, manifests=[PlannedTest((3,), 4, other)])
 
 
 def test_images_in_memory_change_no_row(tiny_source):
-    protocol = resolve(episodes=8)
-    rows = [
-        evaluate(learner, lambda: tiny_source, tiny_source.index, fold=0, protocol=protocol, resident=where).rows
-        for where in ("off", "host", "device")
-    ]
+    rows = [run(tiny_source, episodes=8, resident=where).rows for where in ("off", "host", "device")]
     assert rows[0].drop_columns(["seconds"]) == rows[1].drop_columns(["seconds"]) == rows[2].drop_columns(["seconds"])
 
 
 def test_rows_carry_the_digests(tiny_source):
-    result = evaluate(
-        learner,
-        lambda: tiny_source,
-        tiny_source.index,
-        fold=0,
-        protocol=resolve(episodes=3),
-        store="sha256:s",
-        checkpoint="c",
-    )
-    assert {(row["store"], row["checkpoint"]) for row in result.rows.to_pylist()} == {("sha256:s", "c")}
-    assert all(row["seconds"] > 0 for row in result.rows.to_pylist())
+    class Stored(StoreSource):
+        def __init__(self):
+            self.store = SimpleNamespace(identity="sha256:s", path="s.zarr", skipped=(), codec=None)
+
+        index, recipe = tiny_source.index, tiny_source.recipe
+        features, labels = tiny_source.features, tiny_source.labels
+
+    rows = run(Stored(), episodes=3).rows.to_pylist()
+    assert {(row["store"], row["checkpoint"]) for row in rows} == {("sha256:s", "sha256:c")}
+    assert all(row["seconds"] > 0 for row in rows)
+    assert {row["store"] for row in run(tiny_source, episodes=3).rows.to_pylist()} == {""}, "features made on the fly"
 
 
 def test_what_cannot_be_scored_is_refused_before_work(tiny_source, with_ignore):
@@ -219,55 +228,9 @@ def test_what_cannot_be_scored_is_refused_before_work(tiny_source, with_ignore):
 def test_other_episodes_in_a_pass_hardly_matter(tiny_source, monkeypatch, step):
     """The rule is fixed (so rows repeat to the pixel); what it is moves only pixels whose logits tie to rounding."""
     usual = run(tiny_source, shots=(1, 2)).rows.to_pylist()
-    monkeypatch.setattr("pipeline.evaluate._step", lambda block: step)
+    monkeypatch.setattr("pipeline.evaluate.stage._step", lambda block: step)
     for mine, other in zip(usual, run(tiny_source, shots=(1, 2)).rows.to_pylist(), strict=True):
         assert all(abs(mine[name] - other[name]) <= 2 for name in COUNTS)
         assert {name: mine[name] for name in ("episode", "query", "supports", "object_pixels", "manifest")} == {
             name: other[name] for name in ("episode", "query", "supports", "object_pixels", "manifest")
         }
-
-
-def test_names_of_pascal_and_coco_are_matched():
-    for pascal, coco in (
-        ("aeroplane", "airplane"),
-        ("motorbike", "motorcycle"),
-        ("sofa", "couch"),
-        ("tvmonitor", "tv"),
-        ("diningtable", "dining table"),
-        ("pottedplant", "potted plant"),
-    ):
-        assert canonical_name(pascal) == canonical_name(coco)
-    assert canonical_name("cow") != canonical_name("dog")
-
-
-def test_only_unseen_classes_are_tested(tiny_source):
-    index = tiny_source.index
-    names = list(index.classes.values())
-    found = unseen_classes(index, [names[0].upper(), "zebra"], fold=3)
-    assert names[0] in found.left_out
-    assert names[0] not in found.tested
-    split = found.index.split(3, "test")
-    assert split.entries, "photos of every fold's test list"
-    assert {index.classes[c] for c in split.class_ids} == set(found.tested)
-    listed = {entry for fold in index.folds for entry in index.split(fold, "test").entries}
-    assert set(split.entries) == {entry for entry in listed if index.classes[entry[1]] != names[0]}
-    assert found.index.digest != index.digest
-    assert unseen_classes(index, [names[0]], 3).index.digest == found.index.digest
-    with pytest.raises(ConfigError, match=r"No class of .* is new to this head"):
-        unseen_classes(index, names)
-
-
-def test_every_pascal_class_is_new_to_exactly_one_coco_fold():
-    """The paper's Table 4: a head of COCO fold i is tested on PASCAL's classes among the twenty it held out."""
-    tests = {fold: {"test": Split(tuple((c, c) for c in range(5 * fold, 5 * fold + 5)))} for fold in range(4)}
-    pascal = DatasetIndex("pascal", dict(enumerate(VOC_CLASSES)), tuple(map(str, range(20))), tests)
-    found = []
-    for fold in range(4):
-        trained = [name for number, name in enumerate(COCO_CLASSES) if number % 4 != fold]
-        transfer = unseen_classes(pascal, trained, fold)
-        assert set(transfer.tested).isdisjoint(transfer.left_out)
-        assert len(transfer.tested) + len(transfer.left_out) == 20
-        found.append(transfer.tested)
-    assert sorted(name for names in found for name in names) == sorted(VOC_CLASSES)
-    assert "person" in found[0], "class 0 of COCO, held out by its fold 0"
-    assert "tv monitor" in found[2], "COCO's tv, class 62"

@@ -1,0 +1,123 @@
+"""Manifests drawn by the rules of a protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from hsnet.errors import DataError
+from pipeline.datasets.index import DatasetIndex
+from pipeline.episodes.manifest import Manifest, of_episodes, require_there
+from pipeline.episodes.protocols import DRAWS, Protocol
+from pipeline.episodes.published import reference_episodes
+from pipeline.episodes.stream import EpisodeStream
+
+
+@dataclass(frozen=True)
+class PlannedTest:
+    """A manifest and the numbers of shots that are evaluated on it, the largest being the manifest's own."""
+
+    shots: tuple[int, ...]
+    seed: int
+    manifest: Manifest
+
+
+def make(
+    index: DatasetIndex,
+    fold: int,
+    shots: int,
+    *,
+    episodes: int = 1000,
+    seed: int = 0,
+    role: str = "test",
+    draw: str = "stream",
+    balance: str = "listed",
+    repeat_supports: bool = True,
+    skipped: Collection[int] = (),
+) -> Manifest:
+    """Draw episodes: counter-based ("stream"), or the published code's own ("reference").
+
+    Args:
+        skipped: images that cannot be used, such as those that could not be read at extraction.
+
+    Raises:
+        ConfigError: no such fold, a class with too few images, or "reference" drawing a skipped image.
+    """
+    # The protocol knows which choices go together.
+    rules = Protocol(
+        name="made",
+        episodes=episodes,
+        shots=(shots,),
+        seeds=(seed,),
+        draw=draw,
+        balance=balance,
+        repeat_supports=repeat_supports,
+        role=role,
+    )
+    if rules.draw == "reference":
+        drawn = reference_episodes(index, fold, shots, episodes, seed, role)
+        require_there(index, drawn, skipped)
+    else:
+        stream = EpisodeStream(
+            index,
+            fold,
+            role,
+            shots,
+            seed,
+            repeat_supports=repeat_supports,
+            exclude=frozenset(skipped),
+            balance=balance,
+        )
+        drawn = [stream[number] for number in range(episodes)]
+    origin = {
+        "draw": draw,
+        "episodes": episodes,
+        "seed": seed,
+        "balance": balance,
+        "repeat_supports": repeat_supports,
+        "skipped": sorted(index.images[image] for image in skipped),
+    }
+    return of_episodes(index, fold, role, drawn, origin)
+
+
+def of_protocol(protocol: Protocol, index: DatasetIndex, fold: int, skipped: Collection[int] = ()) -> list[PlannedTest]:
+    """All manifests that a protocol asks for: one per seed, and for "reference" one per number of shots."""
+    groups = [(k,) for k in protocol.shots] if protocol.draw == "reference" else [protocol.shots]
+    return [
+        PlannedTest(
+            shots,
+            seed,
+            make(
+                index,
+                fold,
+                max(shots),
+                episodes=protocol.episodes,
+                seed=seed,
+                role=protocol.role,
+                draw=protocol.draw,
+                balance=protocol.balance,
+                repeat_supports=protocol.repeat_supports,
+                skipped=skipped,
+            ),
+        )
+        for seed in protocol.seeds
+        for shots in groups
+    ]
+
+
+def redraw(manifest: Manifest, index: DatasetIndex) -> Manifest | None:
+    """Draw a manifest again as it says it was made; None if it was not drawn here.
+
+    Raises:
+        ConfigError, DataError: what it says cannot be done with this index.
+    """
+    origin = manifest.made
+    if origin.get("draw") not in DRAWS:
+        return None
+    numbers = {image_id: number for number, image_id in enumerate(index.images)}
+    try:
+        skipped = [numbers[image] for image in origin["skipped"]]
+        choices = {name: origin[name] for name in ("episodes", "seed", "draw", "balance", "repeat_supports")}
+    except (KeyError, TypeError) as error:
+        raise DataError(f"The manifest does not say how it was made: {error}. It cannot be drawn again.") from error
+    return make(index, manifest.fold, manifest.shots, role=manifest.role, skipped=skipped, **choices)

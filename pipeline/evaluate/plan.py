@@ -1,0 +1,171 @@
+"""What an evaluation will do: the method, its fold, the episodes and the masks, found before anything is computed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hsnet.errors import ConfigError
+from pipeline.datasets import DATASETS, open_dataset, reader_of
+from pipeline.datasets.index import DatasetIndex
+from pipeline.datasets.unseen import unseen_classes
+from pipeline.episodes.drawing import PlannedTest
+from pipeline.episodes.manifest import Manifest
+from pipeline.episodes.protocols import Protocol
+from pipeline.heads.catalogue import BASELINES, Method, trained
+from pipeline.loading.source import FeatureSource
+from pipeline.store.feature_store import FeatureStore
+
+if TYPE_CHECKING:
+    from pipeline.datasets import Dataset
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationPlan:
+    """One method, the episodes it is tested on, and the rules it is scored by."""
+
+    method: Method
+    source: FeatureSource
+    make_source: Callable[[], FeatureSource] | None = None
+    """Opens the source in a worker process, so it must be picklable for Ray; None if all work is done in this one."""
+    fold: int
+    protocol: Protocol
+    manifests: Sequence[PlannedTest] = ()
+    """Instead of the protocol's own episodes; see `pipeline.episodes.manifest`."""
+    index: DatasetIndex | None = None
+    """The source's index with other lists (`pipeline.datasets.unseen`); None takes the source's own."""
+    skipped: Collection[int] = ()
+    """Images that must not be drawn, beside those that the source lacks."""
+    fusions: Sequence[str] = ()
+    """Ways to combine supports that get rows beside the protocol's own."""
+    dataset: Dataset | None = None
+    """The photos behind the source, for scores at original size; only masks are read. Needed if the protocol's
+    headline is at original size."""
+    data_root: Path | None = None
+    """Folder of `dataset`, for the results: a report may look for photos there."""
+    resident: str = "off"
+    """Keep the episodes' images in memory, in every worker process (`pipeline.loading.resident.keep`)."""
+    device: str = "cpu"
+
+
+def plan_evaluation(
+    make_source: Callable[[], FeatureSource],
+    protocol: Protocol,
+    *,
+    checkpoint: Path | None = None,
+    baseline: str | None = None,
+    fold: int | None = None,
+    transfer: bool = False,
+    trained_on: str | Path | None = None,
+    manifest: Manifest | None = None,
+    shots: Sequence[int] = (),
+    fusions: Sequence[str] = (),
+    reader: str | None = None,
+    data_root: Path | None = None,
+    splits: Path | None = None,
+    data_options: Mapping[str, Any] | None = None,
+    resident: str = "off",
+    arithmetic: str = "float32",
+    device: str = "cpu",
+) -> EvaluationPlan:
+    """Find out what is to be evaluated: the method, its fold, the episodes and the masks at the photos' own size.
+
+    Args:
+        make_source: opens the features, here and once per worker process; must be picklable for Ray.
+        checkpoint, baseline: what answers: a checkpoint (or a run directory), or a name of
+            `pipeline.heads.catalogue.BASELINES`; one of them.
+        fold: whose classes are tested; None is the one that the head held out, or 0.
+        transfer: test on all classes that the head was not trained on instead.
+        trained_on: with `transfer`, the store it was trained on, for heads that do not say.
+        manifest: its episodes, fold and role instead of the protocol's; the protocol is changed to match.
+        shots: with `manifest`, the numbers of shots; none takes the manifest's.
+        reader, data_root, splits, data_options: the data set behind the features, as `pipeline.datasets.open_dataset`
+            takes it, for scores at original size. By default only shapes, which need no folder, are opened.
+
+    Raises:
+        ConfigError: a data set whose reader is not known, or what `open_dataset` and `trained` refuse.
+        CheckpointError, CheckpointMismatch, DataError, StoreError: what was named is not there or does not fit.
+    """
+    source = make_source()
+    data_root = data_root and data_root.absolute()  # a worker on another machine has another working directory
+    dataset = _full_size(source.index, reader, data_root, splits and splits.absolute(), data_options or {})
+    index = None
+    if checkpoint is not None:
+        method = trained(checkpoint, source, device, arithmetic)
+        if transfer:
+            index, fold = _transfer(method, source.index, trained_on, fold)
+        else:
+            fold = _tested_fold(method, source.index, fold)
+    else:
+        fold = fold or 0
+        method = BASELINES[str(baseline)](source, fold=fold, seed=protocol.seeds[0], device=device)
+    manifests: tuple[PlannedTest, ...] = ()
+    if manifest is not None:
+        fold, wanted = manifest.fold, tuple(sorted(shots or (manifest.shots,)))
+        drawn = {name: manifest.made[name] for name in ("draw", "balance", "repeat_supports") if name in manifest.made}
+        seed = int(manifest.made.get("seed", 0))
+        manifests = (PlannedTest(wanted, seed, manifest.first(wanted[-1])),)
+        protocol = replace(protocol, episodes=len(manifest), shots=wanted, seeds=(seed,), role=manifest.role, **drawn)
+    return EvaluationPlan(
+        method=method,
+        source=source,
+        make_source=make_source,
+        fold=fold,
+        protocol=protocol,
+        manifests=manifests,
+        index=index,
+        fusions=fusions,
+        dataset=dataset,
+        data_root=data_root,
+        resident=resident,
+        device=device,
+    )
+
+
+def _full_size(
+    index: DatasetIndex, reader: str | None, root: Path | None, splits: Path | None, options: Mapping[str, Any]
+) -> Dataset | None:
+    """The data set behind an index, opened for its masks; None if there is none to open."""
+    name = reader or reader_of(index.name)
+    asked_for = root is not None or reader is not None
+    if not asked_for and name != "shapes":
+        return None
+    if name not in DATASETS:
+        raise ConfigError("--data-root needs --dataset: the store does not say which reader made it.")
+    dataset = open_dataset(name, root, splits, **options)
+    for note in dataset.index.notes:
+        log.info("Note: %s", note)
+    # Shapes of other options than the store's: nobody asked for scores at their size.
+    return dataset if asked_for or dataset.index.digest == index.digest else None
+
+
+def _transfer(
+    method: Method, index: DatasetIndex, trained_on: str | Path | None, fold: int | None
+) -> tuple[DatasetIndex, int]:
+    """The index narrowed to what the head has not seen, and its fold. Says which classes that are."""
+    training = FeatureStore.open(trained_on, require_complete=False).index if trained_on else None
+    held_out = fold if method.held_out is None else method.held_out
+    unseen = unseen_classes(index, method.names_seen(training, held_out), held_out or 0)
+    log.info("Tested on %d classes the head has not seen: %s.", len(unseen.tested), ", ".join(unseen.tested))
+    log.info("Left out, trained on: %s.", ", ".join(unseen.left_out) or "none")
+    return unseen.index, unseen.fold
+
+
+def _tested_fold(method: Method, index: DatasetIndex, fold: int | None) -> int:
+    """The fold to test a trained head on: its own unless another is asked for. Warns if it knows the classes."""
+    fold = (method.held_out or 0) if fold is None else fold
+    if seen := [index.classes[class_id] for class_id in method.classes_seen(index, fold)]:
+        log.warning(
+            "the head was trained on %d of the classes tested here (%s): it held out fold %s, not fold %d. This is no "
+            "few-shot result.",
+            len(seen),
+            ", ".join(seen[:5]),
+            method.held_out,
+            fold,
+        )
+    return fold

@@ -1,0 +1,44 @@
+"""What an evaluation will do: the head's own fold, the episodes of a manifest, the masks that are at hand."""
+
+from dataclasses import replace
+
+import pytest
+
+from hsnet.errors import ConfigError
+from pipeline.datasets.shapes import Shapes
+from pipeline.episodes.drawing import make
+from pipeline.episodes.protocols import resolve
+from pipeline.evaluate.plan import plan_evaluation
+
+
+def plan(source, **options):
+    return plan_evaluation(lambda: source, resolve(), **{"baseline": "untrained", **options})
+
+
+def test_a_manifest_decides_fold_role_seed_and_shots(tiny_source):
+    manifest = make(tiny_source.index, 2, 3, episodes=5, seed=4, role="val", balance="class")
+    made = plan(tiny_source, manifest=manifest, shots=(2, 1), fold=0)
+    protocol = made.protocol
+    assert (made.fold, protocol.role, protocol.seeds, protocol.shots) == (2, "val", (4,), (1, 2))
+    assert (protocol.episodes, protocol.balance) == (5, "class")
+    assert [planned.manifest.digest for planned in made.manifests] == [manifest.first(2).digest]
+    assert plan(tiny_source, manifest=manifest).protocol.shots == (3,)
+
+
+def test_masks_are_opened_where_somebody_said_where_or_they_are_drawn(tiny_source, tmp_path):
+    """The store's shapes have options of their own: those of the defaults are other photos."""
+    assert plan(tiny_source).dataset is None
+    options = {"size": 64, "trn_per_class": 3, "val_per_class": 4}
+    assert plan(tiny_source, data_options=options).dataset.index.digest == tiny_source.index.digest
+    asked = plan(tiny_source, reader="shapes").dataset
+    assert asked.index.digest == Shapes().index.digest, "refused by evaluate, which names both"
+
+    class OfNobody:
+        index = replace(tiny_source.index, name="mine, 3 classes")
+
+        def __getattr__(self, name):
+            return getattr(tiny_source, name)
+
+    assert plan(OfNobody()).dataset is None
+    with pytest.raises(ConfigError, match="does not say which reader made it"):
+        plan(OfNobody(), data_root=tmp_path)
