@@ -18,10 +18,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SLOW = {
     ".": "packaging python_api",
-    "benchmarks": "measuring pipeline published_way run store_benchmark",
-    "cli": "analyze compression demo episodes growing main_job report store_commands sweep",
+    "benchmarks": "backbones measuring pipeline published_way run store_benchmark",
+    "cli": "analyze backbones compression demo episodes growing main_job report store_commands sweep",
     "cluster": "crash_matrix grow",
-    "pipeline": "compare plan report report_gallery sweep",
+    "pipeline": "any_backbone compare plan report report_gallery sweep",
     "pipeline/features": "fitting",
     "pipeline/loading": "source",
     "pipeline/store": "export growth recompute",
