@@ -16,9 +16,6 @@ from torch import Tensor
 from hsnet.errors import ConfigError
 from pipeline.common.machine import memory
 from pipeline.common.text import size_text
-from pipeline.datasets.index import DatasetIndex
-from pipeline.features.budgeted import TransformCodec
-from pipeline.features.recipe import Recipe
 from pipeline.loading.source import FeatureSource
 
 RESIDENT = ("off", "auto", "host", "device")
@@ -37,6 +34,8 @@ class ResidentSource:
 
     def __init__(self, source: FeatureSource, images: Sequence[int], device: str | torch.device) -> None:
         self.source, self.device = source, torch.device(device)
+        self.index, self.recipe, self.skipped, self.codec = source.index, source.recipe, source.skipped, source.codec
+        self.classes_present = source.classes_present
         self.rows = {image: row for row, image in enumerate(images)}
         self._levels: list[Tensor] = []
         for first in range(0, len(images), _AT_ONCE):
@@ -47,25 +46,6 @@ class ResidentSource:
                 self._labels = labels.new_empty(len(images), *labels.shape[1:], device=device)
             for kept, level in zip([*self._levels, self._labels], [*levels, labels], strict=True):
                 kept[first : first + len(part)] = level.to(device)
-
-    @property
-    def index(self) -> DatasetIndex:
-        return self.source.index
-
-    @property
-    def recipe(self) -> Recipe:
-        return self.source.recipe
-
-    @property
-    def skipped(self) -> Collection[int]:
-        return self.source.skipped
-
-    @property
-    def codec(self) -> TransformCodec | None:
-        return self.source.codec
-
-    def classes_present(self, image: int) -> Sequence[int]:
-        return self.source.classes_present(image)
 
     def features(self, images: Sequence[int]) -> list[Tensor]:
         rows = self._rows(images)
