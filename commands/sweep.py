@@ -74,13 +74,12 @@ def sweep(
     out: Path,
     protocol: str,
     choices: tuple[tuple[str, Any], ...],
-    shots: tuple[int, ...] | None,
-    episodes: int | None,
     workers: int,
     address: str | None,
     device: str,
     as_json: bool,
     quiet: bool,
+    **tested: Any,
 ) -> Any:
     """Train a head for every store, fold and value of the varied choices, test each on its held-out classes, and print
     the means over folds with their intervals.
@@ -98,7 +97,7 @@ def sweep(
     from pipeline.sweep import sweep as stage
     from pipeline.train import Event, StepDone
 
-    rules = resolve(protocol, **{**dict(choices), **({"shots": shots} if shots else {}), "episodes": episodes})
+    rules = resolve(protocol, **dict(choices) | {name: value for name, value in tested.items() if value})
     device = pick_device(device, address)
     sources = {str(store): store_source(store) for store in stores}
     there = [set(make().index.folds) for make in sources.values()]
