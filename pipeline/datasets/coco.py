@@ -23,7 +23,7 @@ from PIL import Image
 
 from hsnet.errors import ConfigError, DataError
 from pipeline.datasets.images import class_label, image_size, read_image, read_index_mask, require_same_size
-from pipeline.datasets.index import DatasetIndex, label_dtype
+from pipeline.datasets.index import DatasetIndex
 from pipeline.datasets.instances import InstanceMasks
 from pipeline.datasets.listing import MIN_OBJECT_SHARE, listed_classes, require_files, require_share
 from pipeline.datasets.splits import Lists, coco_lists, fold_index
@@ -100,7 +100,7 @@ class Coco:
             side, _, file = name.partition("/")
             if side not in self.instances:
                 raise DataError(f"{name} is not in {' or '.join(self.instances)}: no annotations for it.")
-            return self.instances[side].label(file).astype(label_dtype(self.classes))
+            return self.instances[side].label(file)
         path = self.root / _png(name)
         return class_label(read_index_mask(path), path, self.classes, ignore=False, as_background=(255,))
 
