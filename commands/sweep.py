@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,7 @@ from pipeline.common.text import printable
 from pipeline.scores.tables import interval_text
 
 if TYPE_CHECKING:
-    from pipeline.loading.source import StoreSource
+    pass
 
 
 class Folds(click.ParamType):
@@ -131,7 +130,7 @@ def sweep(
         progress.update(0, len(cases))
         result = stage(
             cases,
-            partial(_open, sources),
+            lambda store: sources[store](),
             out,
             rules,
             runner=runner,
@@ -162,11 +161,6 @@ def sweep(
         reasons = "\n".join(f"  {failed.case.name}: {failed.error}" for failed in result.failed)
         raise Failure(f"{len(result.failed)} of {len(cases)} cases failed; the others are done:\n{reasons}")
     return printed
-
-
-def _open(sources: Any, store: str) -> StoreSource:
-    opened: StoreSource = sources[store]()
-    return opened
 
 
 def _single(name: str, values: tuple[Any, ...]) -> Any:

@@ -12,6 +12,7 @@ Dimension key: B images, L layers of a level, H W grid, C channels, R directions
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,7 +62,7 @@ class LayerCode:
             and bool(((self.places.diff() == 0) | (self.places.diff() == 1)).all())
             and bool((torch.isfinite(self.levels) == (torch.arange(LEVELS) < self.counts[:, None])).all())
         )
-        if not fits or any(_product(run) > LEVELS for run in self.runs):
+        if not fits or any(math.prod(run) > LEVELS for run in self.runs):
             raise StoreError("The fit of a coded store is damaged: its parts do not fit each other.")
 
     @property
@@ -98,7 +99,7 @@ class LayerCode:
     @cached_property
     def strides(self) -> Tensor:
         """(R,) int32: what a level of a direction counts in its byte."""
-        strides = [_product(run[:i]) for run in self.runs for i in range(len(run))]
+        strides = [math.prod(run[:i]) for run in self.runs for i in range(len(run))]
         return torch.tensor(strides, dtype=torch.int32)
 
     @cached_property
@@ -314,7 +315,7 @@ def _place(sample: Tensor, basis: Tensor, runs: Sequence[Run]) -> LayerCode:
     counts = torch.tensor([count for place in order for count in runs[place]], dtype=torch.int32)
     places = torch.tensor([new for new, place in enumerate(order) for _ in runs[place]], dtype=torch.int32)
     # A byte that is never 255 tells written data from absent data (the store's fill value).
-    counts[0] -= int(_product(runs[order[0]]) == LEVELS)
+    counts[0] -= int(math.prod(runs[order[0]]) == LEVELS)
     chosen = basis[:, directions].contiguous()
     return LayerCode(chosen, counts, places, place_levels((sample.float() @ chosen).t().contiguous(), counts))
 
@@ -358,10 +359,3 @@ def _place_levels(values: Tensor, counts: Tensor, most: int) -> Tensor:
         means = (sums.gather(1, stops) - sums.gather(1, starts)) / members.clamp(min=1)
         levels = torch.where(inside & (members > 0), means, levels)
     return levels.float().sort(dim=1).values
-
-
-def _product(run: Sequence[int]) -> int:
-    product = 1
-    for count in run:
-        product *= count
-    return product
