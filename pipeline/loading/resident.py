@@ -89,7 +89,7 @@ def keep(
     wanted = sorted(set(images) - set(source.skipped))
     if where == "off" or not wanted or (where == "auto" and torch.device(device).type == "cpu"):
         return source
-    needed = len(wanted) * _nbytes(source, wanted[0])
+    needed = len(wanted) * sum(part.nbytes for part in [*source.features(wanted[:1]), source.labels(wanted[:1])])
     on_device = where != "host"
     room = int(SHARE * (free_on(device) if on_device else free_on("cpu")))
     if needed > room:
@@ -116,7 +116,3 @@ def free_on(device: str | torch.device) -> int:
         return max(0, int(torch.cuda.mem_get_info(device)[0]) - RESERVED)
     readable = memory()
     return readable[0] if readable else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _nbytes(source: FeatureSource, image: int) -> int:
-    return sum(level.nbytes for level in source.features([image])) + source.labels([image]).nbytes
