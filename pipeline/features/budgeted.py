@@ -16,6 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -78,23 +79,12 @@ class LayerCode:
     @cached_property
     def runs(self) -> list[Run]:
         """Levels of the directions of every byte."""
-        runs: list[list[int]] = []
-        for place, count in zip(self.places.tolist(), self.counts.tolist(), strict=True):
-            if place == len(runs):
-                runs.append([])
-            runs[place].append(count)
-        return [tuple(run) for run in runs]
+        return [tuple(run.tolist()) for run in self.counts.split(self.places.bincount().tolist())]
 
     @cached_property
     def groups(self) -> list[tuple[int, int]]:
         """(bytes, directions in each) of the bytes that are alike, in order."""
-        groups: list[tuple[int, int]] = []
-        for run in self.runs:
-            if groups and groups[-1][1] == len(run):
-                groups[-1] = (groups[-1][0] + 1, len(run))
-            else:
-                groups.append((1, len(run)))
-        return groups
+        return [(len(list(alike)), width) for width, alike in groupby(map(len, self.runs))]
 
     @cached_property
     def strides(self) -> Tensor:
