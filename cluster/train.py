@@ -91,55 +91,35 @@ def fit_on_ray(
     check_run(config, make_source())
     run_dir = run_dir.absolute()
     RunDir(run_dir, config)
+    options = {"micro_batch": micro_batch, "resident": resident}
+    given = {"config": config, "make_source": make_source, "run_dir": run_dir, "options": options}
     with session(address or "local", num_cpus=max(workers, os.cpu_count() or 1)):
-        return _fit_in_session(
-            config,
-            make_source,
-            run_dir,
-            workers=workers,
-            device=device,
-            micro_batch=micro_batch,
-            resident=resident,
-            stop=stop,
-            on_event=on_event,
-        )
+        return _fit_in_session(given, workers, device.startswith("cuda"), stop, on_event)
 
 
 def _fit_in_session(
-    config: RunConfig,
-    make_source: Callable[[], FeatureSource],
-    run_dir: Path,
-    *,
+    given: dict[str, Any],
     workers: int,
-    device: str,
-    micro_batch: int | None,
-    resident: str,
+    on_gpu: bool,
     stop: Callable[[], bool],
     on_event: Callable[[Event], None] | None,
 ) -> FitSummary:
+    """Train what `_worker_loop` is given, with Ray being there."""
     import ray
     from ray.train import FailureConfig, ScalingConfig, TrainingFailedError
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
-    on_gpu = device.startswith("cuda")
     workers = workers or (int(ray.cluster_resources().get("GPU", 0)) if on_gpu else 0) or 1
     cpus = _cpus_each(workers, on_gpu)
     mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
     # Ray Train keeps notes of its own beside the run; they are of no use once it has ended.
+    run_dir = given["run_dir"]
     notes = run_dir.with_name(f".{run_dir.name}.ray-{uuid.uuid4().hex[:8]}")
     trainer = TorchTrainer(
         _worker_loop,
-        train_loop_config={
-            "config": config,
-            "make_source": make_source,
-            "run_dir": run_dir,
-            "micro_batch": micro_batch,
-            "resident": resident,
-            "threads": cpus,
-            "mailbox": mailbox,
-        },
+        train_loop_config={**given, "threads": cpus, "mailbox": mailbox},
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=on_gpu,
@@ -266,10 +246,9 @@ def _worker_loop(given: dict[str, Any]) -> None:
             given["run_dir"],
             ranks=ranks,
             device=str(device),
-            micro_batch=given["micro_batch"],
-            resident=given["resident"],
             stop=stop,
             on_event=mailbox.post.remote,
+            **given["options"],
         )
     except HSNetError as error:
         ray.get(mailbox.finish.remote(error))

@@ -36,7 +36,10 @@ PARTS = ("class", "size", "support", "seed")
     help="Ways to combine supports. May be repeated. [default: all there are]",
 )
 @click.option(
-    "--against-fusion", type=click.Choice(FUSIONS), help="Compare with this way, of the same rows or --against."
+    "--against-fusion",
+    "fusion_against",
+    type=click.Choice(FUSIONS),
+    help="Compare with this way, of the same rows or --against.",
 )
 @click.option(
     "--by",
@@ -46,6 +49,7 @@ PARTS = ("class", "size", "support", "seed")
 )
 @click.option(
     "--resample",
+    "unit",
     type=click.Choice(("episode", "query")),
     default="episode",
     show_default=True,
@@ -61,15 +65,12 @@ def analyze(
     rows: tuple[Path, ...],
     against: tuple[Path, ...],
     policies: tuple[str, ...],
-    fusions: tuple[str, ...],
-    against_fusion: str | None,
     by: tuple[str, ...],
-    resample: str,
-    seed: int,
     as_csv: bool,
     as_markdown: bool,
     as_json: bool,
     quiet: bool,
+    **chosen: Any,
 ) -> Any:
     """Make scores of the ROWS that `hsnet evaluate --out` wrote: mIoU and FB-IoU with 95 % intervals, and how many
     episodes would make them plus and minus half a point.
@@ -93,11 +94,8 @@ def analyze(
         [read_results(path) for path in rows],
         [read_results(path) for path in against],
         policies=POLICIES if "all" in policies else [POLICY_NAMES[name] for name in policies],
-        fusions=fusions,
-        fusion_against=against_fusion,
         sections=sections,
-        unit=resample,
-        seed=seed,
+        **chosen,
     )
     if as_csv:
         click.echo(csv_text(analysis), nl=False)

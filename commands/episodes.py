@@ -39,7 +39,7 @@ dataset_options = options(
     splits_option,
     data_option,
 )
-"""A data set, given as other commands take it or as the store that holds its lists."""
+"""A data set, given as other commands take it or as the store that holds its lists; read by `_index`."""
 
 manifest_argument = click.argument("path", type=ANY_PATH, metavar="M.parquet")
 
@@ -72,11 +72,6 @@ def episodes() -> None:
 @click.option("--out", type=ANY_PATH, metavar="M.parquet", required=True, help="Where to write them.")
 @common_options
 def make(
-    dataset: str | None,
-    store: str | Path | None,
-    data_root: Path | None,
-    splits: Path | None,
-    data_options: Sequence[str],
     protocol: str,
     fold: int,
     shots: tuple[int, ...] | None,
@@ -88,7 +83,7 @@ def make(
     distinct: bool | None,
     out: Path,
     as_json: bool,
-    quiet: bool,
+    **lists: Any,
 ) -> Any:
     """Draw the episodes of a protocol and write them to a manifest.
 
@@ -113,7 +108,7 @@ def make(
         balance=balance,
         repeat_supports=None if distinct is None else not distinct,
     )
-    index, skipped = _index(dataset, store, data_root, splits, data_options, quiet)
+    index, skipped = _index(**lists)
     planned = of_protocol(rules, index, fold, skipped)
     results, texts = [], []
     for test in planned:
@@ -152,17 +147,7 @@ def show(path: Path, rows: int, as_json: bool) -> None:
 @dataset_options
 @common_options
 @click.pass_context
-def verify(
-    ctx: click.Context,
-    path: Path,
-    dataset: str | None,
-    store: str | Path | None,
-    data_root: Path | None,
-    splits: Path | None,
-    data_options: Sequence[str],
-    as_json: bool,
-    quiet: bool,
-) -> None:
+def verify(ctx: click.Context, path: Path, as_json: bool, **lists: Any) -> None:
     """Check that a manifest is as it was written, is of these data, and comes out again when drawn again.
 
     Exit code 1 if not.
@@ -176,7 +161,7 @@ def verify(
     from pipeline.episodes.manifest_file import read
 
     manifest = read(path)
-    index, skipped = _index(dataset, store, data_root, splits, data_options, quiet, manifest.data)
+    index, skipped = _index(**lists, digest=manifest.data)
     episodes_in(manifest, index, skipped)
     again = redraw(manifest, index)
     first_difference = None if again is None else difference(manifest, again)
@@ -203,20 +188,7 @@ def verify(
 )
 @click.option("--out", type=ANY_PATH, metavar="M.parquet", required=True, help="Where to write them.")
 @common_options
-def import_(
-    source: Path,
-    dataset: str | None,
-    store: str | Path | None,
-    data_root: Path | None,
-    splits: Path | None,
-    data_options: Sequence[str],
-    fold: int,
-    role: str,
-    first_class: int,
-    out: Path,
-    as_json: bool,
-    quiet: bool,
-) -> Any:
+def import_(source: Path, fold: int, role: str, first_class: int, out: Path, as_json: bool, **lists: Any) -> Any:
     """Turn a list of episodes (LIST, .csv or .jsonl) into a manifest; or a manifest made for other lists (.parquet).
 
     A CSV file has the columns query, supports (separated by spaces or semicolons) and class (a name or a number);
@@ -230,7 +202,7 @@ def import_(
     from pipeline.episodes.imported import import_episodes
     from pipeline.episodes.manifest_file import write
 
-    index, _ = _index(dataset, store, data_root, splits, data_options, quiet)
+    index, _ = _index(**lists)
     manifest = import_episodes(source, index, fold, role, first_class=first_class)
     write(out, manifest)
     return emit(_facts(out, manifest), _text(out, manifest), as_json)

@@ -41,7 +41,7 @@ from pipeline.common.text import size_text, time_text
 @click.option(
     "--store", type=STORE, metavar="S.zarr", default=Path("store.zarr"), help="Where it would lie. [default: here]"
 )
-@click.option("--photos", type=Whole(), default=4, show_default=True, help="How many to measure with.")
+@click.option("--photos", "sample", type=Whole(), default=4, show_default=True, help="How many to measure with.")
 @options(workers_option, device_option, json_option, quiet_option)
 def plan(
     dataset: str,
@@ -50,17 +50,14 @@ def plan(
     data_options: tuple[str, ...],
     backbone: str,
     weights: str | None,
-    image_size: int,
     taps: str | None,
     autocast: str | None,
-    precision: str,
-    bytes_per_image: int | None,
     store: str | Path,
-    photos: int,
     workers: int,
     device: str,
     as_json: bool,
     quiet: bool,
+    **measured: Any,
 ) -> Any:
     """Say what DATASET will take: bytes of its store, seconds of extraction, training and evaluation, and what fits.
 
@@ -84,14 +81,11 @@ def plan(
     costs = measure_costs(
         data,
         load_weights(backbone, weights),
-        image_size,
-        precision,
-        bytes_per_image,
         folder=folder,
         workers=workers,
         device=pick_device(device, None),
-        sample=photos,
         reading=Reading(taps, autocast or ""),
+        **measured,
     )
     each = ", ".join(f"{name} {1000 * value:.0f}" for name, value in costs.seconds_per_image.items())
     room = {"disk": costs.disk_free, "memory": costs.memory_free, "device": costs.device_free}

@@ -56,12 +56,11 @@ def predict(
     supports: tuple[str, ...],
     queries: tuple[Path, ...],
     out: Path,
-    fusion: str,
-    tau: float,
     weights: str | None,
     device: str,
     as_json: bool,
     quiet: bool,
+    **fused: Any,
 ) -> Any:
     """Find the supports' object in new photos: a mask (PNG) and an overlay of each. No store is needed.
 
@@ -89,10 +88,9 @@ def predict(
             pairs,
             photos,
             out,
-            fusion=fusion,
-            tau=tau,
             device=pick_device(device),
             on_event=progress.update,
+            **fused,
         )
     lines = [
         f"{printable(item.mask)}  {100 * item.object_share:.1f} % of {printable(item.query)}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +53,7 @@ def prepare_voc(voc: Path, sbd: Path, out: Path | None, counts: str, as_json: bo
     """
     from pipeline.prepare import prepare_voc as stage
 
-    set_up_logging(quiet)
-    on_interrupt("Masks that are there are whole: run the same command again to go on.")
-    with Progress("prepare", "masks", quiet) as progress:
-        summary = stage(voc, sbd, out, counts=counts, on_event=progress.update)
-    return emit(summary, _prepared_text(summary), as_json)
+    return _prepare(partial(stage, voc, sbd, out, counts=counts), as_json, quiet)
 
 
 @prepare.command("coco", short_help="Class-number masks from COCO's instances JSON.")
@@ -74,17 +72,18 @@ def prepare_coco(annotations: Path, photos: Path, out: Path, counts: str, as_jso
     """
     from pipeline.prepare import prepare_coco as stage
 
+    return _prepare(partial(stage, annotations, photos, out, counts=counts), as_json, quiet)
+
+
+def _prepare(stage: Callable[..., Any], as_json: bool, quiet: bool) -> Any:
     set_up_logging(quiet)
     on_interrupt("Masks that are there are whole: run the same command again to go on.")
     with Progress("prepare", "masks", quiet) as progress:
-        summary = stage(annotations, photos, out, counts=counts, on_event=progress.update)
-    return emit(summary, _prepared_text(summary), as_json)
-
-
-def _prepared_text(summary: Any) -> str:
+        summary = stage(on_event=progress.update)
     lines = [
         f"{printable(summary.masks)}: {summary.written} masks written, {summary.kept} were there, "
         f"{time_text(summary.seconds)}"
     ]
     lines += [f"{name}: {count} (published: {wanted})" for name, (count, wanted) in summary.counts.items()]
-    return "\n".join([*lines, *(f"Note: {note}" for note in summary.notes)])
+    lines += [f"Note: {note}" for note in summary.notes]
+    return emit(summary, "\n".join(lines), as_json)

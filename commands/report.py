@@ -36,6 +36,7 @@ from pipeline.common.text import printable, size_text
 @options(data_root_option, splits_option, data_option)
 @click.option(
     "--resample",
+    "unit",
     type=click.Choice(("episode", "query")),
     default="episode",
     show_default=True,
@@ -47,19 +48,16 @@ from pipeline.common.text import printable, size_text
 def report(
     runs: tuple[Path, ...],
     out: Path,
-    title: str | None,
     gallery: int,
-    gallery_shots: int | None,
     store: str | Path | None,
     checkpoint: Path | None,
     data_root: Path | None,
     splits: Path | None,
     data_options: tuple[str, ...],
-    resample: str,
-    seed: int,
     device: str,
     as_json: bool,
     quiet: bool,
+    **shown: Any,
 ) -> Any:
     """Make one page that opens in any browser without a network: results with intervals beside the paper's numbers,
     learning curves, scores by class and object size, pictures of episodes, cost, protocol and digests.
@@ -80,14 +78,11 @@ def report(
         summary = stage(
             runs,
             out,
-            title=title,
             gallery=gallery,
-            gallery_shots=gallery_shots,
             origins=Origins(store, checkpoint, data_root, splits, tuple(parse_data_options(data_options).items())),
-            unit=resample,
-            seed=seed,
             device=pick_device(device) if gallery else "cpu",
             on_event=progress.update,
+            **shown,
         )
     lines = {
         "page": f"{printable(summary.path)} ({size_text(summary.bytes)})",

@@ -262,15 +262,13 @@ def store_compare(
     weights: str | None,
     pairs: int,
     checkpoint_path: Path | None,
-    fold: int | None,
-    shots: int,
-    episodes: int,
     seed: int,
     workers: int,
     address: str | None,
     device: str,
     as_json: bool,
     quiet: bool,
+    **tested: Any,
 ) -> Any:
     """Say what a store's codec costs: errors of correlations, bytes, rates, and with a head its mIoU on both.
 
@@ -304,13 +302,11 @@ def store_compare(
                 checkpoint_path,
                 make_source,
                 make_against,
-                fold=fold,
-                shots=shots,
-                episodes=episodes,
                 seed=seed,
                 runner=runner,
                 device=device,
                 on_event=progress.update,
+                **tested,
             )
     result = compare(source, make_against(), pairs=pairs, seed=seed, score=score)
     return emit(result, _comparison_text(result), as_json)
@@ -350,14 +346,12 @@ def _comparison_text(result: Any) -> str:
 def store_export_sample(
     path: str | Path,
     target: Path,
-    images: int,
     ids: tuple[str, ...],
     classes: tuple[str, ...],
     fold: int | None,
-    shots: int,
-    seed: int,
     as_json: bool,
     quiet: bool,
+    **drawn: Any,
 ) -> Any:
     """Write a small, whole store of some of a store's images, for a bug report, a test or a notebook.
 
@@ -376,7 +370,7 @@ def store_export_sample(
     from pipeline.store.feature_store import FeatureStore
 
     opened = FeatureStore.open(path, require_complete=False)
-    result = export_sample(opened, target, images, ids=ids, classes=classes, fold=fold, shots=shots, seed=seed)
+    result = export_sample(opened, target, ids=ids, classes=classes, fold=fold, **drawn)
     rows = [
         [
             f"fold {one.fold}, {one.role}",

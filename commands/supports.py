@@ -39,17 +39,14 @@ def supports(
     checkpoint_path: Path,
     store: str | Path,
     fold: int | None,
-    classes: tuple[str, ...],
-    candidates: int,
-    queries: int,
     out: Path | None,
-    seed: int,
     arithmetic: str,
     workers: int,
     address: str | None,
     device: str,
     as_json: bool,
     quiet: bool,
+    **drawn: Any,
 ) -> Any:
     """Try many supports on the same queries: how much the choice matters per class, and which support to take.
 
@@ -78,14 +75,11 @@ def supports(
             make_source,
             source.index,
             fold=fold,
-            classes=classes,
-            candidates=candidates,
-            queries=queries,
-            seed=seed,
             skipped=tuple(source.skipped),
             runner=runner,
             device=device,
             on_event=progress.update,
+            **drawn,
         )
     lines = [
         [
@@ -101,8 +95,9 @@ def supports(
     head = ["class", "mean IoU", "spread", "best support", "worst support", "gain"]
     text = (
         f"{table(lines, head)}\n\n"
-        f"{candidates} supports on {queries} queries a class, where there are so many. spread: standard deviation over "
-        f"supports. gain: of the best support over the mean one, on queries it was not chosen on."
+        f"{drawn['candidates']} supports on {drawn['queries']} queries a class, where there are so many. spread: "
+        f"standard deviation over supports. gain: of the best support over the mean one, on queries it was not chosen "
+        f"on."
     )
     result = emit({"fold": fold, "classes": choice.classes, "pairs": out}, text, as_json)
     if out is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,7 @@ from pipeline.common.text import printable
 from pipeline.scores.tables import interval_text
 
 if TYPE_CHECKING:
-    from pipeline.loading.source import StoreSource
+    pass
 
 
 class Folds(click.ParamType):
@@ -74,13 +73,12 @@ def sweep(
     out: Path,
     protocol: str,
     choices: tuple[tuple[str, Any], ...],
-    shots: tuple[int, ...] | None,
-    episodes: int | None,
     workers: int,
     address: str | None,
     device: str,
     as_json: bool,
     quiet: bool,
+    **tested: Any,
 ) -> Any:
     """Train a head for every store, fold and value of the varied choices, test each on its held-out classes, and print
     the means over folds with their intervals.
@@ -98,7 +96,7 @@ def sweep(
     from pipeline.sweep import sweep as stage
     from pipeline.train import Event, StepDone
 
-    rules = resolve(protocol, **{**dict(choices), **({"shots": shots} if shots else {}), "episodes": episodes})
+    rules = resolve(protocol, **dict(choices) | {name: value for name, value in tested.items() if value})
     device = pick_device(device, address)
     sources = {str(store): store_source(store) for store in stores}
     there = [set(make().index.folds) for make in sources.values()]
@@ -132,7 +130,7 @@ def sweep(
         progress.update(0, len(cases))
         result = stage(
             cases,
-            partial(_open, sources),
+            lambda store: sources[store](),
             out,
             rules,
             runner=runner,
@@ -163,11 +161,6 @@ def sweep(
         reasons = "\n".join(f"  {failed.case.name}: {failed.error}" for failed in result.failed)
         raise Failure(f"{len(result.failed)} of {len(cases)} cases failed; the others are done:\n{reasons}")
     return printed
-
-
-def _open(sources: Any, store: str) -> StoreSource:
-    opened: StoreSource = sources[store]()
-    return opened
 
 
 def _single(name: str, values: tuple[Any, ...]) -> Any:

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 @click.option("--epochs", type=Whole(), help="Instead of --steps: passes over the training list.")
 @click.option("--batch-size", type=Whole(), default=20, show_default=True, help="Episodes per step, in all.")
 @click.option("--micro-batch", type=Whole(), help="Episodes per forward pass; less takes less memory.")
-@click.option("--lr", type=float, default=1e-3, show_default=True, help="Adam's learning rate.")
+@click.option("--lr", "learning_rate", type=float, default=1e-3, show_default=True, help="Adam's learning rate.")
 @seed_option
 @click.option("--validate-every", type=Whole(), default=500, show_default=True, help="Steps in between.")
 @click.option("--validate-episodes", type=Whole(), default=200, show_default=True, help="Episodes of each.")
@@ -83,21 +83,11 @@ if TYPE_CHECKING:
 @common_options
 def train(
     store: str | Path | None,
-    fold: int,
     run_dir: Path,
     steps: int | None,
     epochs: int | None,
-    batch_size: int,
     micro_batch: int | None,
-    lr: float,
-    seed: int,
-    validate_every: int,
-    validate_episodes: int,
-    select_on: str,
-    drop_novel_images: bool,
-    boundary: str,
     resident: str,
-    arithmetic: str,
     workers: int,
     address: str | None,
     device: str,
@@ -113,6 +103,7 @@ def train(
     autocast: str | None,
     as_json: bool,
     quiet: bool,
+    **choices: Any,
 ) -> Any:
     """Train a head on a store's features; a run that was interrupted goes on where it stopped.
 
@@ -148,22 +139,9 @@ def train(
         recipe.require_trainable()
         make_source = online_source(data, loaded, recipe, device)
     source = make_source()
-    config = RunConfig.of(
-        source,
-        fold=fold,
-        steps=steps or 10_000,
-        batch_size=batch_size,
-        learning_rate=lr,
-        seed=seed,
-        drop_novel_images=drop_novel_images,
-        boundary=boundary,
-        arithmetic=arithmetic,
-        select_on=select_on,
-        validate_every=validate_every,
-        validate_episodes=validate_episodes,
-    )
+    config = RunConfig.of(source, steps=steps or 10_000, **choices)
     if epochs:
-        per_epoch = steps_per_epoch(batch_size, training_stream(config, source).epoch_length)
+        per_epoch = steps_per_epoch(config.batch_size, training_stream(config, source).epoch_length)
         config = dataclasses.replace(config, steps=epochs * per_epoch)
 
     with Progress("train", "steps", quiet) as progress, stop_on_interrupt() as stop:

@@ -106,7 +106,7 @@ def compare(
     first: list[list[list[Tensor]]] = [[[] for _ in range(count)] for count in layers]
     second: list[list[list[Tensor]]] = [[[] for _ in range(count)] for count in layers]
     for number, pair in enumerate(drawn):
-        ours, theirs = ([unit_levels(each, [image]) for image in pair] for each in (source, against))
+        ours, theirs = ([_unit(each, each.features([image])) for image in pair] for each in (source, against))
         for level, count in enumerate(layers):
             places = [_positions(grids[level], (seed, number, level, side)) for side in range(2)]
             for layer in range(count):
@@ -206,11 +206,6 @@ def require_comparable(source: FeatureSource, against: FeatureSource) -> None:
         )
 
 
-def unit_levels(source: FeatureSource, images: Sequence[int]) -> list[Tensor]:
-    """Levels (n, L, H, W, C) float32 whose inner products are the source's correlations before they are cut at 0."""
-    return _unit(source, source.features(images))
-
-
 def feature_bytes(source: FeatureSource) -> float | None:
     """Bytes of an image's stored features; None if they are not stored."""
     if not isinstance(source, StoreSource):
@@ -219,6 +214,7 @@ def feature_bytes(source: FeatureSource) -> float | None:
 
 
 def _unit(source: FeatureSource, levels: Sequence[Tensor]) -> list[Tensor]:
+    """Levels (n, L, H, W, C) float32 whose inner products are the source's correlations before they are cut at 0."""
     if source.codec is not None:
         return source.codec.decode(levels)
     return [unit_vectors(level).view(level.shape) for level in levels]

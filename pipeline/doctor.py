@@ -50,6 +50,10 @@ class Finding:
     todo: str = ""
 
 
+def _judged(name: str, good: bool, detail: str, todo: str, otherwise: Status = "warn") -> Finding:
+    return Finding(name, "ok", detail) if good else Finding(name, otherwise, detail, todo)
+
+
 def examine(folder: Path = Path()) -> list[Finding]:
     """Run every check. A check that itself breaks is reported as failed and does not stop the others.
 
@@ -162,12 +166,8 @@ def _devices() -> Iterator[Finding]:
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             free, total = torch.cuda.mem_get_info(index)
-            yield Finding(
-                f"cuda:{index}",
-                "ok" if free > 2 * GIB else "warn",
-                f"{properties.name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free",
-                "" if free > 2 * GIB else "another process holds its memory",
-            )
+            detail = f"{properties.name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
+            yield _judged(f"cuda:{index}", free > 2 * GIB, detail, "another process holds its memory")
     else:
         why = f"torch {torch.__version__} sees no GPU" if torch.version.cuda else "torch is a CPU build"
         yield Finding("gpu", "warn", why, "everything works on the CPU; training at 400 px takes days there")
@@ -179,10 +179,9 @@ def _threads() -> Iterator[Finding]:
 
     threads, usable = torch.get_num_threads(), cores()
     detail = f"torch uses {threads}, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')}"
-    if threads > usable:
-        yield Finding("threads", "warn", f"{detail}, for {usable:g} cores", f"set OMP_NUM_THREADS={int(usable) or 1}")
-    else:
-        yield Finding("threads", "ok", detail)
+    fits = threads <= usable
+    detail += "" if fits else f", for {usable:g} cores"
+    yield _judged("threads", fits, detail, f"set OMP_NUM_THREADS={int(usable) or 1}")
 
 
 def _memory() -> Iterator[Finding]:
@@ -192,11 +191,8 @@ def _memory() -> Iterator[Finding]:
         return
     available, total = readable
     detail = f"{available / GIB:.1f} of {total / GIB:.1f} GiB available"
-    if available < MEMORY_WANTED:
-        todo = "use fewer --workers, a smaller --batch-size with --micro-batch, or a smaller --image-size"
-        yield Finding("memory", "warn", detail, todo)
-    else:
-        yield Finding("memory", "ok", detail)
+    todo = "use fewer --workers, a smaller --batch-size with --micro-batch, or a smaller --image-size"
+    yield _judged("memory", available >= MEMORY_WANTED, detail, todo)
 
 
 def _disk(folder: Path) -> Iterator[Finding]:
@@ -206,10 +202,9 @@ def _disk(folder: Path) -> Iterator[Finding]:
         detail = f"{free / GIB:.1f} GiB free at {existing}"
         if not os.access(existing, os.W_OK):
             yield Finding(name, "fail", f"{existing} is not writable", "run from a folder that you may write to")
-        elif free < DISK_WANTED:
-            yield Finding(name, "warn", detail, "a ResNet-50 store at 400 px takes 10 MB an image (int8)")
         else:
-            yield Finding(name, "ok", detail)
+            todo = "a ResNet-50 store at 400 px takes 10 MB an image (int8)"
+            yield _judged(name, free >= DISK_WANTED, detail, todo)
 
 
 def _shared_memory() -> Iterator[Finding]:
@@ -219,11 +214,8 @@ def _shared_memory() -> Iterator[Finding]:
         return
     free = shutil.disk_usage(shm).free
     detail = f"{free / GIB:.2f} GiB free at /dev/shm"
-    if free < SHM_WANTED:
-        todo = "in a container: docker run --shm-size=1g; or use --workers 0, which needs no Ray"
-        yield Finding("shared memory", "warn", detail, todo)
-    else:
-        yield Finding("shared memory", "ok", detail)
+    todo = "in a container: docker run --shm-size=1g; or use --workers 0, which needs no Ray"
+    yield _judged("shared memory", free >= SHM_WANTED, detail, todo)
 
 
 def _store() -> Iterator[Finding]:

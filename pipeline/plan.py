@@ -20,7 +20,7 @@ from torch import Tensor
 from hsnet.errors import ConfigError, DataError
 from hsnet.fused import FusedHSNet
 from hsnet.loss import episode_losses
-from hsnet.model import HSNet, predict_mask, resize_logits
+from hsnet.model import HSNet
 from pipeline.common.runner import one_torch_thread
 from pipeline.datasets import Dataset
 from pipeline.datasets.images import resize_label
@@ -31,6 +31,8 @@ from pipeline.features.forward import PhotoNetwork
 from pipeline.features.precision import encode
 from pipeline.features.recipe import Recipe
 from pipeline.features.weights import Weights
+from pipeline.heads.segmenters import LearnedSegmenter
+from pipeline.loading.batch import EpisodeBatch
 from pipeline.loading.resident import SHARE, free_on
 from pipeline.store.arrays import image_nbytes
 
@@ -182,37 +184,36 @@ class _Calibration:
         return {name: value / len(masks) for name, value in clock.items()}
 
     def evaluation(self) -> Callable[[], object]:
-        learner, size = self._learner(), self.recipe.image_size
+        segmenter = LearnedSegmenter(self._head())
 
-        @torch.no_grad()
         def run() -> object:
-            query, support = self._features([0]), self._features([-1])
-            logits = learner(query, support, self.masks[-1:], self.codec is not None)
-            return predict_mask(resize_logits(logits, (size, size)))
+            batch = self._batch([0], [-1])
+            return segmenter.answer(batch).count(batch)
 
         return run
 
     def training(self) -> Callable[[], object]:
-        learner = self._learner()
+        learner = FusedHSNet(self._head())
         optimiser = torch.optim.Adam(learner.parameters())
         queries = [number % len(self.masks) for number in range(_TRAINED_AT_ONCE)]
-        supports = queries[::-1]
 
         def run() -> object:
             optimiser.zero_grad(set_to_none=True)
-            query, support = self._features(queries), self._features(supports)
-            logits = learner(query, support, self.masks[supports], self.codec is not None)
-            episode_losses(logits, self.masks[queries]).mean().backward()
+            batch = self._batch(queries, queries[::-1])
+            logits = learner(batch.query, batch.support, batch.support_mask, batch.unit)
+            episode_losses(logits, batch.target).mean().backward()
             return optimiser.step()
 
         return run
 
-    def _features(self, photos: list[int]) -> list[Tensor]:
-        levels = [level[photos] for level in self.levels]
-        return self.codec.on(levels[0].device).decode(levels) if self.codec else levels
+    def _batch(self, queries: list[int], supports: list[int]) -> EpisodeBatch:
+        """One-shot episodes of these photos, decoded."""
+        query, support = ([level[photos] for level in self.levels] for photos in (queries, supports))
+        masks, unit = self.masks, self.codec is not None
+        return EpisodeBatch(query, support, masks[supports], masks[queries], None, 1, unit, self.codec).to(masks.device)
 
-    def _learner(self) -> FusedHSNet:
-        return FusedHSNet(HSNet(**self.recipe.learner_arguments()).to(self.masks.device))
+    def _head(self) -> HSNet:
+        return HSNet(**self.recipe.learner_arguments()).to(self.masks.device)
 
 
 def _fit(features: list[Tensor], nbytes: int) -> TransformCodec:

@@ -76,15 +76,6 @@ class SupportChoice:
         return pa.Table.from_pylist(list(self.pairs))
 
 
-@dataclass(frozen=True)
-class _Work:
-    """One query with its supports, by image number."""
-
-    class_id: int
-    query: int
-    supports: tuple[int, ...]
-
-
 def choose_supports(
     make_segmenter: Callable[[], Segmenter],
     make_source: Callable[[], FeatureSource],
@@ -122,7 +113,7 @@ def choose_supports(
     if min(candidates, queries) < 1:
         raise ConfigError(f"There must be at least 1 candidate and 1 query, got {candidates} and {queries}.")
     left_out = set(skipped)
-    work: list[_Work] = []
+    work: list[Episode] = []  # a query with all its candidates, not the shots of one task
     for class_id in sorted(names[name] for name in (classes or names)):
         images = [image for image in dict.fromkeys(split.by_class[class_id]) if image not in left_out]
         drawn = _shuffled(images, index.digest, fold, role, seed, class_id)
@@ -130,11 +121,11 @@ def choose_supports(
         supports = drawn[:candidates]
         for query in drawn[::-1][:queries]:
             if others := tuple(image for image in supports if image != query):
-                work.append(_Work(class_id, query, others))
+                work.append(Episode(query, others, class_id))
     if not work:
         raise ConfigError(f"No class of fold {fold} has two photos: there is nothing to choose.")
 
-    def make_worker() -> Callable[[_Work], list[list[int]]]:
+    def make_worker() -> Callable[[Episode], list[list[int]]]:
         segmenter, source = make_segmenter(), make_source()
         return lambda pairs: _counts(segmenter, source, pairs, device)
 
@@ -167,7 +158,7 @@ def _shuffled(images: Sequence[int], *key: object) -> list[int]:
     return [images[i] for i in order]
 
 
-def _counts(segmenter: Segmenter, source: FeatureSource, work: _Work, device: str) -> list[list[int]]:
+def _counts(segmenter: Segmenter, source: FeatureSource, work: Episode, device: str) -> list[list[int]]:
     """[intersection, union] of the query under every support."""
     totals: list[list[int]] = []
     for first in range(0, len(work.supports), SUPPORTS_AT_ONCE):

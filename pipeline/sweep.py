@@ -156,9 +156,9 @@ def sweep(
             "or choose another protocol (--protocol, or --set resolution=network). Nothing was trained."
         )
     runner = runner or SerialRunner()
-    make_worker = partial(_worker, open_source, out, protocol, device, stop=stop, on_step=on_step)
+    run = partial(_run_case, open_source, out, protocol, device, stop, on_step)
     done: list[CaseDone] = []
-    for case, result in runner.map(make_worker, cases):
+    for case, result in runner.map(lambda: run, cases):
         assert case == result.case
         done.append(result)
         if on_case:
@@ -169,46 +169,30 @@ def sweep(
     return Sweep(tuple(done), tuple(_configurations(done)))
 
 
-def _worker(
+def _run_case(
     open_source: Callable[[str], StoreSource],
     out: Path,
     protocol: Protocol,
     device: str,
-    *,
     stop: Callable[[], bool],
     on_step: Callable[[Case, Event], None] | None,
-) -> Callable[[Case], CaseDone]:
-    def run(case: Case) -> CaseDone:
-        run_dir = out / case.name
-        try:
-            return _run_case(case, open_source(case.store), run_dir, protocol, device, stop=stop, on_step=on_step)
-        except HSNetError as error:
-            return CaseDone(case, run_dir, None, 0, False, str(error))
-
-    return run
-
-
-def _run_case(
     case: Case,
-    source: StoreSource,
-    run_dir: Path,
-    protocol: Protocol,
-    device: str,
-    *,
-    stop: Callable[[], bool],
-    on_step: Callable[[Case, Event], None] | None,
 ) -> CaseDone:
-    config = RunConfig.of(source, fold=case.fold, **{"steps": 10_000, **case.choices})
-    fitted = fit(config, source, run_dir, device=device, stop=stop, on_event=on_step and partial(on_step, case))
-    is_new = fitted.resumed_at < fitted.steps
-    if not fitted.finished:
-        return CaseDone(case, run_dir, None, fitted.steps, is_new, "interrupted; the same command goes on")
-    rows = run_dir.with_name(f"{case.name}.parquet")
-    method = trained(run_dir, source, device)
-    if not _tested(rows, method.checkpoint, source.store.identity, protocol):
-        plan = EvaluationPlan(method=method, source=source, fold=case.fold, protocol=protocol, device=device)
-        write_table(rows, evaluate(plan).rows)
-    return CaseDone(case, run_dir, rows, fitted.steps, is_new)
+    run_dir, rows = out / case.name, out / f"{case.name}.parquet"
+    try:
+        source = open_source(case.store)
+        config = RunConfig.of(source, fold=case.fold, **{"steps": 10_000, **case.choices})
+        fitted = fit(config, source, run_dir, device=device, stop=stop, on_event=on_step and partial(on_step, case))
+        is_new = fitted.resumed_at < fitted.steps
+        if not fitted.finished:
+            return CaseDone(case, run_dir, None, fitted.steps, is_new, "interrupted; the same command goes on")
+        method = trained(run_dir, source, device)
+        if not _tested(rows, method.checkpoint, source.store.identity, protocol):
+            plan = EvaluationPlan(method=method, source=source, fold=case.fold, protocol=protocol, device=device)
+            write_table(rows, evaluate(plan).rows)
+        return CaseDone(case, run_dir, rows, fitted.steps, is_new)
+    except HSNetError as error:
+        return CaseDone(case, run_dir, None, 0, False, str(error))
 
 
 def _tested(rows: Path, checkpoint: str, store: str, protocol: Protocol) -> bool:

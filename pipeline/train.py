@@ -291,6 +291,9 @@ class _Trainer:
     def _step(self, step: int, loaded: Iterator) -> tuple[float, float, float]:
         started, waited = time.perf_counter(), 0.0
         mine, batch_size = self._mine(step)
+        # The group averages gradients over ranks; what is wanted is the mean over all episodes of the batch, also
+        # when ranks have unequal shares of a short last one.
+        weight = self.ranks.world_size / batch_size if mine else 0.0
         self.optimiser.zero_grad(set_to_none=True)
         total = torch.zeros((), dtype=torch.float64)
         count = max(1, -(-len(mine) // self.micro_batch))
@@ -299,7 +302,7 @@ class _Trainer:
             _, batch = next(loaded)
             batch = batch.to(self.device)
             waited += time.perf_counter() - before
-            losses = self._losses(batch, sync=number == count - 1, weight=self._weight(mine, batch_size))
+            losses = self._losses(batch, sync=number == count - 1, weight=weight)
             if mine:
                 total += losses.sum().double().cpu()
         loss = float(self.ranks.sum(total)) / batch_size
@@ -311,11 +314,6 @@ class _Trainer:
             )
         self.optimiser.step()
         return loss, time.perf_counter() - started, waited
-
-    def _weight(self, mine: Sequence[Episode], batch_size: int) -> float:
-        # The group averages gradients over ranks; what is wanted is the mean over all episodes of the batch, also
-        # when ranks have unequal shares of a short last one.
-        return self.ranks.world_size / batch_size if mine else 0.0
 
     def _losses(self, batch: EpisodeBatch, sync: bool, weight: float) -> Tensor:
         with nullcontext() if sync else self.ranks.no_sync(self.wrapped):

@@ -15,6 +15,7 @@ masks its visible pixels are counted; from JSON its annotated areas are summed, 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,10 @@ from PIL import Image
 
 from hsnet.errors import ConfigError, DataError
 from pipeline.datasets.images import class_label, image_size, read_image, read_index_mask, require_same_size
-from pipeline.datasets.index import DatasetIndex, label_dtype, small_class_notes
+from pipeline.datasets.index import DatasetIndex
 from pipeline.datasets.instances import InstanceMasks
 from pipeline.datasets.listing import MIN_OBJECT_SHARE, listed_classes, require_files, require_share
-from pipeline.datasets.splits import Lists, coco_lists, fold_splits, missing_notes
+from pipeline.datasets.splits import Lists, coco_lists, fold_index
 
 FOLDS = 4
 SIDES = {"trn": "train2014", "val": "val2014"}
@@ -99,7 +100,7 @@ class Coco:
             side, _, file = name.partition("/")
             if side not in self.instances:
                 raise DataError(f"{name} is not in {' or '.join(self.instances)}: no annotations for it.")
-            return self.instances[side].label(file).astype(label_dtype(self.classes))
+            return self.instances[side].label(file)
         path = self.root / _png(name)
         return class_label(read_index_mask(path), path, self.classes, ignore=False, as_background=(255,))
 
@@ -184,17 +185,7 @@ def _png(name: str) -> str:
 
 
 def _index(trn: Lists, val: Lists, classes: Mapping[int, str], notes: tuple[str, ...]) -> DatasetIndex:
-    images = tuple(sorted({name for lists in (trn, val) for listed in lists.values() for name, _ in listed}))
-    train = {fold: trn.get(fold) for fold in range(FOLDS)}
-    test = {fold: val.get(fold) for fold in range(FOLDS)}
-    number = {name: i for i, name in enumerate(images)}
-    splits = fold_splits(train, test, lambda fold: _novel(fold, classes), classes, number)
-    splits = {fold: roles for fold, roles in splits.items() if (train[fold], test[fold]) != (None, None)}
-    return DatasetIndex(
-        name="coco",
-        classes=dict(classes),
-        images=images,
-        splits=splits,
-        query_order="class",
-        notes=(*notes, *missing_notes(train, test, "fold{}.pkl"), *small_class_notes(splits, classes)),
-    )
+    images = {name for lists in (trn, val) for listed in lists.values() for name, _ in listed}
+    train, test = ({fold: lists.get(fold) for fold in range(FOLDS)} for lists in (trn, val))
+    novel = partial(_novel, classes=classes)
+    return fold_index("coco", train, test, novel, classes, images, "fold{}.pkl", notes, query_order="class")

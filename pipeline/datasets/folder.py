@@ -321,7 +321,8 @@ def _folds(classes: dict[int, str], description: Description, root: Path) -> lis
 def _test_images(layout: _Layout, description: Description, root: Path) -> frozenset[int]:
     if isinstance(description.val_images, str):
         return _listed_in(root / description.val_images, layout.ids)
-    order = sorted(range(len(layout.ids)), key=lambda i: hashlib.sha256(_bytes(layout.ids[i])).digest())
+    names = [image_id.encode("utf-8", "surrogateescape") for image_id in layout.ids]
+    order = sorted(range(len(names)), key=lambda i: hashlib.sha256(names[i]).digest())
     images: dict[int, list[int]] = {class_id: [] for class_id in layout.classes}
     for i in order:
         for class_id in layout.listed[i]:
@@ -329,9 +330,9 @@ def _test_images(layout: _Layout, description: Description, root: Path) -> froze
     tests: set[int] = set()
     for class_id in sorted(images, key=lambda c: (len(images[c]), c)):
         wanted = max(2, math.ceil(description.val_images * len(images[class_id])))
-        chosen = [i for i in images[class_id] if i in tests]
         others = [i for i in images[class_id] if i not in tests]
-        tests.update(others[: max(0, wanted - len(chosen))])
+        there = len(images[class_id]) - len(others)
+        tests.update(others[: max(0, wanted - there)])
     return frozenset(tests)
 
 
@@ -394,7 +395,3 @@ def _left_out(what: str, names: Sequence[str]) -> tuple[str, ...]:
     if not names:
         return ()
     return (f"Left out {len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}.",)
-
-
-def _bytes(image_id: str) -> bytes:
-    return image_id.encode("utf-8", "surrogateescape")

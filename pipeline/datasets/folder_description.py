@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -62,76 +62,61 @@ def read_description(path: Path) -> Description:
     odd = [key for key in raw if key not in known]
     if odd:
         raise DataError(f"{path}: unknown key {str(odd[0])[:60]!r}; keys are {', '.join(known)}.")
-    return Description(**{key: _CHECKS[key](path, key, value) for key, value in raw.items()})
+    return Description(**{key: _read(path, key, value) for key, value in raw.items()})
 
 
-def _layout(path: Path, key: str, value: object) -> str:
-    if value not in LAYOUTS:
-        raise _wrong(path, key, f"one of {', '.join(LAYOUTS)}")
-    return str(value)
+def _read(path: Path, key: str, value: object) -> Any:
+    read, wanted = _KEYS[key]
+    result = read(value)
+    if result is None:
+        raise DataError(f"{path}: {key} must be {wanted}.")
+    return result
 
 
-def _inside(path: Path, key: str, value: object) -> str:
-    if image_id_problem(value):
-        raise _wrong(path, key, "a path inside the folder, with forward slashes")
-    return str(value)
+def _inside(value: object) -> str | None:
+    return None if image_id_problem(value) else str(value)
 
 
-def _classes(path: Path, key: str, value: object) -> dict[int, str]:
+def _classes(value: object) -> dict[int, str] | None:
     items = (
         list(value.items()) if isinstance(value, dict) else list(enumerate(value, 1)) if isinstance(value, list) else []
     )
     names = [name for _, name in items]
     whole = all(type(v) is int and 1 <= v <= MAX_CLASS_ID + 1 for v, _ in items)
-    if not items or not whole or not _are_names(names) or len(set(names)) != len(names):
-        raise _wrong(path, key, "a list of different names, or {mask value from 1: name}")
-    return dict(sorted(items))
+    return dict(sorted(items)) if items and whole and _are_names(names) and len(set(names)) == len(names) else None
 
 
-def _folds(path: Path, key: str, value: object) -> int | tuple[tuple[str, ...], ...]:
+def _folds(value: object) -> int | tuple[tuple[str, ...], ...] | None:
     if type(value) is int and value >= 2:
         return value
     if isinstance(value, list) and value and all(isinstance(f, list) and f and _are_names(f) for f in value):
         return tuple(tuple(dict.fromkeys(fold)) for fold in value)
-    raise _wrong(path, key, "a number from 2, or a list with the held-out class names of each fold")
+    return None
 
 
-def _val_images(path: Path, key: str, value: object) -> float | str:
-    if isinstance(value, str):
-        return _inside(path, key, value)
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1:
-        return float(value)
-    raise _wrong(path, key, "a share above 0 and below 1, or a text file with one image a line")
+def _val_images(value: object) -> float | str | None:
+    return _inside(value) if isinstance(value, str) else _share(value) or None
 
 
-def _yes_no(path: Path, key: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise _wrong(path, key, "true or false")
-    return value
-
-
-def _share(path: Path, key: str, value: object) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
-        raise _wrong(path, key, "a share from 0 to below 1")
-    return float(value)
+def _share(value: Any) -> float | None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if number and 0 <= value < 1 else None
 
 
 def _are_names(names: list[Any]) -> bool:
     return all(isinstance(name, str) and name for name in names)
 
 
-def _wrong(path: Path, key: str, wanted: str) -> DataError:
-    return DataError(f"{path}: {key} must be {wanted}.")
-
-
-_CHECKS: dict[str, Any] = {
-    "layout": _layout,
-    "images": _inside,
-    "masks": _inside,
-    "annotations": _inside,
-    "classes": _classes,
-    "folds": _folds,
-    "val_images": _val_images,
-    "ignore": _yes_no,
-    "min_object_share": _share,
+_PATH = "a path inside the folder, with forward slashes"
+_KEYS: dict[str, tuple[Callable[[Any], object], str]] = {
+    "layout": (lambda value: value if value in LAYOUTS else None, f"one of {', '.join(LAYOUTS)}"),
+    "images": (_inside, _PATH),
+    "masks": (_inside, _PATH),
+    "annotations": (_inside, _PATH),
+    "classes": (_classes, "a list of different names, or {mask value from 1: name}"),
+    "folds": (_folds, "a number from 2, or a list with the held-out class names of each fold"),
+    "val_images": (_val_images, "a share above 0 and below 1, or a text file with one image a line"),
+    "ignore": (lambda value: value if isinstance(value, bool) else None, "true or false"),
+    "min_object_share": (_share, "a share from 0 to below 1"),
 }
+"""Key -> what reads its value, None if it cannot be one, and what it must be."""

@@ -277,13 +277,9 @@ def _object(value: object, what: str) -> dict[str, Any]:
 
 
 def _list(value: object, what: str, kind: type) -> list[Any]:
-    if not isinstance(value, list) or not _all_are(value, kind):
+    if not isinstance(value, list) or not all(type(item) is kind for item in value):  # a bool is no int here
         raise DataError(f"In the data-set index, {what} must be a list of {kind.__name__}.")
     return value
-
-
-def _all_are(values: Iterable[object], kind: type) -> bool:
-    return all(type(value) is kind for value in values)  # type(): a bool is no int here
 
 
 def _number(text: str, what: str) -> int:

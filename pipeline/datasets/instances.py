@@ -23,7 +23,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from hsnet.errors import DataError
-from pipeline.datasets.index import MAX_CLASS_ID, image_id_problem
+from pipeline.datasets.index import MAX_CLASS_ID, image_id_problem, label_dtype
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class InstanceMasks:
         height, width, instances = self._image(file)
         shapes = [(instance, _drawn(instance, height, width)) for instance in instances]
         shapes.sort(key=lambda pair: (not pair[0].crowd, -int(pair[1].sum()), pair[0].id))
-        label = np.zeros((height, width), np.uint8 if len(self.classes) < 255 else np.uint16)
+        label = np.zeros((height, width), label_dtype(self.classes))
         for instance, shape in shapes:
             label[shape] = instance.class_id + 1
         return label

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,9 @@ from PIL import Image
 
 from hsnet.errors import DataError
 from pipeline.datasets.images import class_label, image_size, read_image, read_index_mask, require_same_size
-from pipeline.datasets.index import DatasetIndex, label_dtype, small_class_notes
+from pipeline.datasets.index import DatasetIndex, label_dtype
 from pipeline.datasets.listing import MIN_OBJECT_SHARE, listed_classes, read_image_names, require_files
-from pipeline.datasets.splits import Lists, fold_splits, missing_notes, pascal_lists
+from pipeline.datasets.splits import Lists, fold_index, pascal_lists
 
 FOLDS = 4
 VOC_CLASSES = (
@@ -187,22 +188,12 @@ def _require_fold_classes(
 
 
 def _index(trn: Lists, val: Lists, classes: Mapping[int, str], notes: tuple[str, ...]) -> DatasetIndex:
-    images = tuple(sorted({name for lists in (trn, val) for listed in lists.values() for name, _ in listed}))
+    images = {name for lists in (trn, val) for listed in lists.values() for name, _ in listed}
     train: dict[int, list[tuple[str, int]] | None] = {}
     for fold in range(FOLDS):
         others = [trn.get(g) for g in range(FOLDS) if g != fold]
         parts = [part for part in others if part is not None]
         train[fold] = [entry for part in parts for entry in part] if len(parts) == len(others) else None
     test = {fold: val.get(fold) for fold in range(FOLDS)}
-    number = {name: i for i, name in enumerate(images)}
-    splits = fold_splits(train, test, lambda fold: _novel(fold, classes), classes, number)
-    splits = {fold: roles for fold, roles in splits.items() if (train[fold], test[fold]) != (None, None)}
-    return DatasetIndex(
-        name="pascal",
-        classes=dict(classes),
-        images=images,
-        splits=splits,
-        query_order="list",
-        has_ignore=True,
-        notes=(*notes, *missing_notes(train, test, "fold{}.txt"), *small_class_notes(splits, classes)),
-    )
+    novel = partial(_novel, classes=classes)
+    return fold_index("pascal", train, test, novel, classes, images, "fold{}.txt", notes, has_ignore=True)

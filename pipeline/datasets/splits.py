@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from hsnet.errors import DataError
-from pipeline.datasets.index import Entry, Split, image_id_problem
+from pipeline.datasets.index import DatasetIndex, Entry, Split, image_id_problem, small_class_notes
 
 Lists = dict[int, list[tuple[str, int]]]
 """Fold -> (image id, class id) in file order."""
@@ -129,25 +129,34 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError("refused to load a persistent object")
 
 
-def fold_splits(
+def fold_index(
+    name: str,
     trn: Mapping[int, list[tuple[str, int]] | None],
     val: Mapping[int, list[tuple[str, int]] | None],
     novel: Callable[[int], tuple[int, ...]],
-    classes: Collection[int],
-    number: Mapping[str, int],
-) -> dict[int, dict[str, Split]]:
-    """Lists of every fold: its training entries, and from the validation side "test" and "val".
+    classes: Mapping[int, str],
+    images: Collection[str],
+    files: str,
+    notes: tuple[str, ...],
+    **facts: Any,
+) -> DatasetIndex:
+    """An index with the lists of every fold: its training entries, and from the validation side "test" and "val".
 
     "test" is the published `val`: images of the fold's novel classes. "val", for choosing a model, is what the
-    same side lists for the classes of the *other* folds, so that no test episode takes part in the choice.
+    same side lists for the classes of the *other* folds, so that no test episode takes part in the choice. A fold
+    without any list is left out.
 
     Args:
         trn: fold -> what it trains on; None where that is not known.
         val: fold -> images of its novel classes; None where not known. Same folds as `trn`.
         novel: fold -> its novel classes.
-        classes: all class ids.
-        number: image id -> its number in the index.
+        images: all that are listed.
+        files: "fold{}.txt" or "fold{}.pkl", to name what is missing.
+        notes: others than those on what is missing.
+        facts: `query_order` and `has_ignore` of the index.
     """
+    images = tuple(sorted(images))
+    number = {image: i for i, image in enumerate(images)}
     pairs: dict[Entry, Entry] = {}
 
     def entries(listed: Iterable[tuple[str, int]]) -> tuple[Entry, ...]:
@@ -160,18 +169,20 @@ def fold_splits(
         others = [val[g] for g in sorted(val) if g != fold]
         known = [listed for listed in others if listed is not None]
         whole = len(known) == len(others)
-        splits[fold] = {
-            "trn": Split(entries(trn[fold] or ()), base),
-            "val": Split(entries(entry for listed in known for entry in listed) if whole else (), base),
-            "test": Split(entries(val[fold] or ()), novel(fold)),
-        }
-    return splits
+        if (trn[fold], val[fold]) != (None, None):
+            splits[fold] = {
+                "trn": Split(entries(trn[fold] or ()), base),
+                "val": Split(entries(entry for listed in known for entry in listed) if whole else (), base),
+                "test": Split(entries(val[fold] or ()), novel(fold)),
+            }
+    notes = (*notes, *_missing_notes(trn, val, files), *small_class_notes(splits, classes))
+    return DatasetIndex(name=name, classes=dict(classes), images=images, splits=splits, notes=notes, **facts)
 
 
-def missing_notes(
+def _missing_notes(
     trn: Mapping[int, list[tuple[str, int]] | None], val: Mapping[int, list[tuple[str, int]] | None], names: str
 ) -> tuple[str, ...]:
-    """What cannot be done because split files are missing. `names` is "fold{}.txt" or "fold{}.pkl"."""
+    """What cannot be done because split files are missing."""
     notes = []
     no_val = [fold for fold in sorted(val) if val[fold] is None]
     no_trn = [fold for fold in sorted(trn) if trn[fold] is None]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from hsnet.errors import DataError
 from pipeline.datasets.index import DatasetIndex
@@ -23,86 +24,57 @@ class PlannedTest:
 
 
 def make(
-    index: DatasetIndex,
-    fold: int,
-    shots: int,
-    *,
-    episodes: int = 1000,
-    seed: int = 0,
-    role: str = "test",
-    draw: str = "stream",
-    balance: str = "listed",
-    repeat_supports: bool = True,
-    skipped: Collection[int] = (),
+    index: DatasetIndex, fold: int, shots: int, *, seed: int = 0, skipped: Collection[int] = (), **choices: Any
 ) -> Manifest:
     """Draw episodes: counter-based ("stream"), or the published code's own ("reference").
 
     Args:
         skipped: images that cannot be used, such as those that could not be read at extraction.
+        choices: `episodes`, `role`, `draw`, `balance` and `repeat_supports`, as in a `Protocol`.
 
     Raises:
         ConfigError: no such fold, a class with too few images, or "reference" drawing a skipped image.
     """
-    # The protocol knows which choices go together.
-    rules = Protocol(
-        name="made",
-        episodes=episodes,
-        shots=(shots,),
-        seeds=(seed,),
-        draw=draw,
-        balance=balance,
-        repeat_supports=repeat_supports,
-        role=role,
-    )
-    if rules.draw == "reference":
-        drawn = reference_episodes(index, fold, shots, episodes, seed, role)
-        require_there(index, drawn, skipped)
-    else:
-        stream = EpisodeStream(
-            index,
-            fold,
-            role,
-            shots,
-            seed,
-            repeat_supports=repeat_supports,
-            exclude=frozenset(skipped),
-            balance=balance,
-        )
-        drawn = [stream[number] for number in range(episodes)]
-    origin = {
-        "draw": draw,
-        "episodes": episodes,
-        "seed": seed,
-        "balance": balance,
-        "repeat_supports": repeat_supports,
-        "skipped": sorted(index.images[image] for image in skipped),
-    }
-    return of_episodes(index, fold, role, drawn, origin)
+    return _draw(Protocol(name="made", shots=(shots,), seeds=(seed,), **choices), index, fold, skipped)
 
 
 def of_protocol(protocol: Protocol, index: DatasetIndex, fold: int, skipped: Collection[int] = ()) -> list[PlannedTest]:
     """All manifests that a protocol asks for: one per seed, and for "reference" one per number of shots."""
     groups = [(k,) for k in protocol.shots] if protocol.draw == "reference" else [protocol.shots]
     return [
-        PlannedTest(
-            shots,
-            seed,
-            make(
-                index,
-                fold,
-                max(shots),
-                episodes=protocol.episodes,
-                seed=seed,
-                role=protocol.role,
-                draw=protocol.draw,
-                balance=protocol.balance,
-                repeat_supports=protocol.repeat_supports,
-                skipped=skipped,
-            ),
-        )
+        PlannedTest(shots, seed, _draw(replace(protocol, shots=shots, seeds=(seed,)), index, fold, skipped))
         for seed in protocol.seeds
         for shots in groups
     ]
+
+
+def _draw(rules: Protocol, index: DatasetIndex, fold: int, skipped: Collection[int]) -> Manifest:
+    """The episodes of rules with a single seed, with as many supports as the most shots need."""
+    (seed,), shots = rules.seeds, max(rules.shots)
+    if rules.draw == "reference":
+        drawn = reference_episodes(index, fold, shots, rules.episodes, seed, rules.role)
+        require_there(index, drawn, skipped)
+    else:
+        stream = EpisodeStream(
+            index,
+            fold,
+            rules.role,
+            shots,
+            seed,
+            repeat_supports=rules.repeat_supports,
+            exclude=frozenset(skipped),
+            balance=rules.balance,
+        )
+        drawn = [stream[number] for number in range(rules.episodes)]
+    origin = {
+        "draw": rules.draw,
+        "episodes": rules.episodes,
+        "seed": seed,
+        "balance": rules.balance,
+        "repeat_supports": rules.repeat_supports,
+        "skipped": sorted(index.images[image] for image in skipped),
+    }
+    return of_episodes(index, fold, rules.role, drawn, origin)
 
 
 def redraw(manifest: Manifest, index: DatasetIndex) -> Manifest | None:

@@ -18,7 +18,6 @@ from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.episodes.manifest import Manifest, of_episodes
 from pipeline.episodes.stream import Episode
 
-FIELDS = ("query", "supports", "class")
 MAX_BYTES = 200_000_000
 """Largest list that is read; 20,000 ten-shot episodes take about 10 MB."""
 

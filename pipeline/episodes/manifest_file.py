@@ -16,7 +16,6 @@ from pipeline.common.files import read_table, write_table
 from pipeline.episodes.manifest import MANIFEST_FORMAT, ListedEpisode, Manifest, canonical, row_content, row_text
 
 _KEY = b"hsnet_manifest"
-_COLUMNS = ("episode", "class_id", "class_name", "query", "supports", "check")
 
 
 def write(path: Path, manifest: Manifest) -> None:
@@ -99,26 +98,18 @@ def _read_parquet(path: Path) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     wrong = [name for name, kind in {**kinds, "episodes": int}.items() if type(header.get(name)) is not kind]
     if wrong or not all(key.isdecimal() and isinstance(name, str) for key, name in header["classes"].items()):
         raise DataError(f"{path}: its header lacks {', '.join(wrong) or 'proper classes'}.")
-    wanted = dict(zip(_COLUMNS, (pa.int32(), pa.int32(), pa.string(), pa.string(), None, pa.string()), strict=True))
-    wanted["supports"] = pa.list_(pa.string())
+    wanted = dict.fromkeys(("episode", "class_id"), pa.int32())
+    wanted |= dict.fromkeys(("class_name", "query", "check"), pa.string()) | {"supports": pa.list_(pa.string())}
+    columns = {}
     for name, kind in wanted.items():
-        # Names of the list's element differ between writers and mean nothing.
-        if name not in table.column_names or not _alike(table.schema.field(name).type, kind):
-            raise DataError(f"{path} has no column '{name}' of type {kind}: it is no manifest of episodes.")
-    columns = {name: table[name].to_pylist() for name in wanted}
-    if any(value is None for values in columns.values() for value in values) or any(
-        image is None for supports in columns["supports"] for image in supports
-    ):
+        try:
+            columns[name] = table[name].cast(kind).to_pylist()
+        except (KeyError, pa.ArrowException) as error:
+            message = f"{path} has no column '{name}' of type {kind}: it is no manifest of episodes."
+            raise DataError(message) from error
+    if any(None in values for values in [*columns.values(), *filter(None, columns["supports"])]):
         raise DataError(f"{path} has empty fields. Make or fetch the manifest again.")
     return columns, header
-
-
-def _alike(found: Any, wanted: Any) -> bool:
-    import pyarrow as pa
-
-    if pa.types.is_list(wanted):
-        return bool(pa.types.is_list(found) and found.value_type == wanted.value_type)
-    return bool(found == wanted)
 
 
 def _header(manifest: Manifest) -> dict[str, Any]:

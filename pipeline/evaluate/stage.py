@@ -36,7 +36,7 @@ from pipeline.loading.batch import EpisodeBatch, prefetch
 from pipeline.loading.resident import keep
 from pipeline.loading.source import FeatureSource, StoreSource
 from pipeline.scores.bootstrap import Interval, interval, resample
-from pipeline.scores.rows import METADATA, count_columns, schema
+from pipeline.scores.rows import METADATA, count_columns, episode_counts, schema
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -221,16 +221,12 @@ def score(
     rows: pa.Table, shots: int, class_ids: Sequence[int], policy: Policy = HEADLINE, fusion: str = "vote"
 ) -> Scores:
     """mIoU, FB-IoU and class IoUs from the rows of one number of shots and one way to combine them."""
-    names = count_columns(policy)
-    chosen = [
-        row
-        for row in rows.select(["shots", "fusion", "class_id", *names]).to_pylist()
-        if row["shots"] == shots and row["fusion"] == fusion
-    ]
-    classes = [row["class_id"] for row in chosen]
-    counts = torch.tensor([[row[name] for name in names] for row in chosen], dtype=torch.int64).view(-1, 2, 2)
-    totals = sum_by_class(counts, classes, class_ids)
-    drawn_again = resample(counts[None].numpy(), classes, class_ids)
+    import pyarrow.compute as pc
+
+    chosen = rows.filter(pc.and_(pc.equal(rows["shots"], shots), pc.equal(rows["fusion"], fusion)))
+    classes, counts = chosen["class_id"].to_pylist(), episode_counts(chosen, policy)
+    totals = sum_by_class(torch.from_numpy(counts), classes, class_ids)
+    drawn_again = resample(counts[None], classes, class_ids)
     miou, fb_iou = mean_iou(totals), foreground_background_iou(totals)
     return Scores(
         shots,

@@ -12,9 +12,11 @@ Dimension key: B images, L layers of a level, H W grid, C channels, R directions
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -61,7 +63,7 @@ class LayerCode:
             and bool(((self.places.diff() == 0) | (self.places.diff() == 1)).all())
             and bool((torch.isfinite(self.levels) == (torch.arange(LEVELS) < self.counts[:, None])).all())
         )
-        if not fits or any(_product(run) > LEVELS for run in self.runs):
+        if not fits or any(math.prod(run) > LEVELS for run in self.runs):
             raise StoreError("The fit of a coded store is damaged: its parts do not fit each other.")
 
     @property
@@ -77,28 +79,17 @@ class LayerCode:
     @cached_property
     def runs(self) -> list[Run]:
         """Levels of the directions of every byte."""
-        runs: list[list[int]] = []
-        for place, count in zip(self.places.tolist(), self.counts.tolist(), strict=True):
-            if place == len(runs):
-                runs.append([])
-            runs[place].append(count)
-        return [tuple(run) for run in runs]
+        return [tuple(run.tolist()) for run in self.counts.split(self.places.bincount().tolist())]
 
     @cached_property
     def groups(self) -> list[tuple[int, int]]:
         """(bytes, directions in each) of the bytes that are alike, in order."""
-        groups: list[tuple[int, int]] = []
-        for run in self.runs:
-            if groups and groups[-1][1] == len(run):
-                groups[-1] = (groups[-1][0] + 1, len(run))
-            else:
-                groups.append((1, len(run)))
-        return groups
+        return [(len(list(alike)), width) for width, alike in groupby(map(len, self.runs))]
 
     @cached_property
     def strides(self) -> Tensor:
         """(R,) int32: what a level of a direction counts in its byte."""
-        strides = [_product(run[:i]) for run in self.runs for i in range(len(run))]
+        strides = [math.prod(run[:i]) for run in self.runs for i in range(len(run))]
         return torch.tensor(strides, dtype=torch.int32)
 
     @cached_property
@@ -314,7 +305,7 @@ def _place(sample: Tensor, basis: Tensor, runs: Sequence[Run]) -> LayerCode:
     counts = torch.tensor([count for place in order for count in runs[place]], dtype=torch.int32)
     places = torch.tensor([new for new, place in enumerate(order) for _ in runs[place]], dtype=torch.int32)
     # A byte that is never 255 tells written data from absent data (the store's fill value).
-    counts[0] -= int(_product(runs[order[0]]) == LEVELS)
+    counts[0] -= int(math.prod(runs[order[0]]) == LEVELS)
     chosen = basis[:, directions].contiguous()
     return LayerCode(chosen, counts, places, place_levels((sample.float() @ chosen).t().contiguous(), counts))
 
@@ -358,10 +349,3 @@ def _place_levels(values: Tensor, counts: Tensor, most: int) -> Tensor:
         means = (sums.gather(1, stops) - sums.gather(1, starts)) / members.clamp(min=1)
         levels = torch.where(inside & (members > 0), means, levels)
     return levels.float().sort(dim=1).values
-
-
-def _product(run: Sequence[int]) -> int:
-    product = 1
-    for count in run:
-        product *= count
-    return product

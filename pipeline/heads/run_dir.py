@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hsnet.errors import CheckpointError, ConfigError
 from pipeline.common.files import PARTIAL, replace_text
@@ -86,8 +86,9 @@ class RunDir:
         try:
             position = Position(**json.loads(metadata["progress"]))
             model.load_state_dict({n: tensors[f"model.{n}"] for n, _ in model.named_parameters()})
-            if position.step:
-                _load_moments(model, optimiser, tensors, position.step)
+            for name, parameter in model.named_parameters() if position.step else ():
+                moments = {m: tensors[f"{m}.{name}"].to(parameter.device) for m in _MOMENTS}
+                optimiser.state[parameter] = {"step": torch.tensor(float(position.step)), **moments}
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"{file} is damaged ({error}). Nothing was changed; delete it to start anew."
@@ -182,9 +183,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         with suppress(ValueError, RecursionError):
             lines.append(json.loads(text))
     return [line for line in lines if isinstance(line, dict) and type(line.get("step")) is int]
-
-
-def _load_moments(model: nn.Module, optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor], step: int) -> None:
-    for name, parameter in model.named_parameters():
-        moments = {m: tensors[f"{m}.{name}"].to(parameter.device) for m in _MOMENTS}
-        optimiser.state[parameter] = {"step": torch.tensor(float(step)), **moments}

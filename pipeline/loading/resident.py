@@ -16,9 +16,6 @@ from torch import Tensor
 from hsnet.errors import ConfigError
 from pipeline.common.machine import memory
 from pipeline.common.text import size_text
-from pipeline.datasets.index import DatasetIndex
-from pipeline.features.budgeted import TransformCodec
-from pipeline.features.recipe import Recipe
 from pipeline.loading.source import FeatureSource
 
 RESIDENT = ("off", "auto", "host", "device")
@@ -37,6 +34,8 @@ class ResidentSource:
 
     def __init__(self, source: FeatureSource, images: Sequence[int], device: str | torch.device) -> None:
         self.source, self.device = source, torch.device(device)
+        self.index, self.recipe, self.skipped, self.codec = source.index, source.recipe, source.skipped, source.codec
+        self.classes_present = source.classes_present
         self.rows = {image: row for row, image in enumerate(images)}
         self._levels: list[Tensor] = []
         for first in range(0, len(images), _AT_ONCE):
@@ -47,25 +46,6 @@ class ResidentSource:
                 self._labels = labels.new_empty(len(images), *labels.shape[1:], device=device)
             for kept, level in zip([*self._levels, self._labels], [*levels, labels], strict=True):
                 kept[first : first + len(part)] = level.to(device)
-
-    @property
-    def index(self) -> DatasetIndex:
-        return self.source.index
-
-    @property
-    def recipe(self) -> Recipe:
-        return self.source.recipe
-
-    @property
-    def skipped(self) -> Collection[int]:
-        return self.source.skipped
-
-    @property
-    def codec(self) -> TransformCodec | None:
-        return self.source.codec
-
-    def classes_present(self, image: int) -> Sequence[int]:
-        return self.source.classes_present(image)
 
     def features(self, images: Sequence[int]) -> list[Tensor]:
         rows = self._rows(images)
@@ -109,7 +89,7 @@ def keep(
     wanted = sorted(set(images) - set(source.skipped))
     if where == "off" or not wanted or (where == "auto" and torch.device(device).type == "cpu"):
         return source
-    needed = len(wanted) * _nbytes(source, wanted[0])
+    needed = len(wanted) * sum(part.nbytes for part in [*source.features(wanted[:1]), source.labels(wanted[:1])])
     on_device = where != "host"
     room = int(SHARE * (free_on(device) if on_device else free_on("cpu")))
     if needed > room:
@@ -136,7 +116,3 @@ def free_on(device: str | torch.device) -> int:
         return max(0, int(torch.cuda.mem_get_info(device)[0]) - RESERVED)
     readable = memory()
     return readable[0] if readable else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _nbytes(source: FeatureSource, image: int) -> int:
-    return sum(level.nbytes for level in source.features([image])) + source.labels([image]).nbytes

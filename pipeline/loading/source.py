@@ -59,25 +59,12 @@ class StoreSource:
 
     def __init__(self, store: FeatureStore) -> None:
         self.store = store
-
-    @property
-    def index(self) -> DatasetIndex:
-        return self.store.index
-
-    @property
-    def recipe(self) -> Recipe:
-        return self.store.recipe
-
-    @property
-    def skipped(self) -> Collection[int]:
-        return self.store.skipped
+        self.index, self.recipe, self.skipped = store.index, store.recipe, store.skipped
+        self.classes_present = store.classes_present
 
     @property
     def codec(self) -> TransformCodec | None:
         return self.store.codec
-
-    def classes_present(self, image: int) -> Sequence[int]:
-        return self.store.classes_present(image)
 
     def features(self, images: Sequence[int]) -> list[Tensor]:
         return [torch.from_numpy(level) for level in self.store.features(images)]
@@ -99,17 +86,8 @@ class OnlineSource:
     def __init__(self, dataset: Dataset, backbone: Backbone, recipe: Recipe, device: str = "cpu") -> None:
         if recipe.coding is not None:
             raise ConfigError("Features made on the fly are exact: a recipe of coded features needs their store.")
-        self.dataset = dataset
+        self.dataset, self.index, self.recipe = dataset, dataset.index, recipe
         self.network = PhotoNetwork(backbone, recipe.image_size, device)
-        self._recipe = recipe
-
-    @property
-    def index(self) -> DatasetIndex:
-        return self.dataset.index
-
-    @property
-    def recipe(self) -> Recipe:
-        return self._recipe
 
     def classes_present(self, image: int) -> Sequence[int]:
         return list(object_pixels(self.dataset.label(image), self.index.ignore_label))

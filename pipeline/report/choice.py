@@ -21,7 +21,7 @@ def choose(episodes: ScoredEpisodes, wanted: int, seed: int = 0) -> list[tuple[s
         (heading, how they were chosen, their positions in `episodes`); a part without an episode is left out.
     """
     each = max(1, wanted // 4)
-    iou = ious(episodes)
+    iou = episodes.iou
     visible = [number for number in range(len(episodes)) if episodes.object_pixels[number] > 0]
     taken: set[int] = set()
     parts = []
@@ -40,12 +40,6 @@ def choose(episodes: ScoredEpisodes, wanted: int, seed: int = 0) -> list[tuple[s
     how = "Episodes in order of their object's size, cut into groups of one length: the median IoU of each."
     parts.append(("By object size", how, chosen))
     return [part for part in parts if part[2]]
-
-
-def ious(episodes: ScoredEpisodes) -> NDArray[np.float64]:
-    """(n,) IoU of each episode's object, percent."""
-    values: NDArray[np.float64] = 100 * episodes.counts[:, 0, 1] / np.maximum(episodes.counts[:, 1, 1], 1)
-    return values
 
 
 def _different(episodes: ScoredEpisodes, order: Sequence[int], wanted: int, taken: set[int]) -> list[int]:

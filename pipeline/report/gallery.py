@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from hsnet.errors import ConfigError, DataError, HSNetError
-from pipeline.report.choice import choose, ious
+from pipeline.report.choice import choose
 from pipeline.report.inputs import ResultSet
 from pipeline.report.origins import Origins, open_photos
 from pipeline.scores.rows import ScoredEpisodes, scored_episodes
@@ -154,7 +154,7 @@ def _show(
         supports,
         int(episodes.numbers[number]),
         int(episodes.seeds[number]),
-        float(ious(episodes)[number]),
+        float(episodes.iou[number]),
         100 * float(episodes.object_pixels[number]) / prediction.truth.size,
         pictures,
         prediction.equal,

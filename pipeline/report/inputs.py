@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def read_inputs(paths: Sequence[Path]) -> tuple[list[ResultSet], list[Run]]:
         else:
             raise DataError(f"{path} does not exist. Give rows of `hsnet evaluate --out`, or a run directory.")
     names = _distinct([run.path for run in runs])
-    return result_sets(files), [Run(**{**vars(run), "label": name}) for run, name in zip(runs, names, strict=True)]
+    return result_sets(files), [replace(run, label=name) for run, name in zip(runs, names, strict=True)]
 
 
 def result_sets(files: Sequence[Results]) -> list[ResultSet]:
@@ -158,17 +158,10 @@ def read_run(path: Path) -> Run:
 
     if not (path / CONFIG).is_file():
         raise DataError(f"{path} is a folder without {CONFIG}: give the --run-dir of `hsnet train`, or a rows file.")
-    config = read_config(path)
-    train: list[tuple[int, float, float | None]] = []
-    val: list[tuple[int, float]] = []
-    for line in read_metrics(path):
-        step = line["step"]
-        loss, waited = _number(line.get("train"), "loss"), _number(line.get("train"), "seconds")
-        if loss is not None:
-            train.append((step, loss, waited))
-        miou = _number(line.get("val"), "miou")
-        if miou is not None:
-            val.append((step, miou))
+    config, lines = read_config(path), read_metrics(path)
+    steps = [(line["step"], *(_number(line.get("train"), name) for name in ("loss", "seconds"))) for line in lines]
+    train = [(step, loss, seconds) for step, loss, seconds in steps if loss is not None]
+    val = [(line["step"], miou) for line in lines if (miou := _number(line.get("val"), "miou")) is not None]
     return Run(
         path,
         path.name,

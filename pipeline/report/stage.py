@@ -17,7 +17,7 @@ from pipeline.common.files import whole
 from pipeline.common.text import printable
 from pipeline.report import facts, plots, tables
 from pipeline.report.gallery import Gallery, make_gallery
-from pipeline.report.inputs import ResultSet, Run, read_inputs
+from pipeline.report.inputs import Run, read_inputs
 from pipeline.report.origins import Origins
 from pipeline.report.scores import SetDifference, SetScores, score_set, set_differences
 from pipeline.scores.tables import Table
@@ -77,8 +77,23 @@ def report(
     result_sets, runs = read_inputs(paths)
     sets = [score_set(results, unit=unit, seed=seed) for results in result_sets]
     apart = set_differences(result_sets, unit=unit, seed=seed) if len(result_sets) > 1 else []
-    shown, left_out = _gallery(result_sets, gallery, gallery_shots, origins or Origins(), seed, device, on_event)
-    stores, reasons = facts.store_table(result_sets, (origins or Origins()).store)
+    origins, shown, left_out = origins or Origins(), None, []
+    if gallery and not result_sets:
+        left_out.append("Gallery: no rows of an evaluation were given.")
+    elif gallery:
+        try:
+            shown = make_gallery(
+                result_sets[0],
+                wanted=gallery,
+                shots=gallery_shots,
+                origins=origins,
+                seed=seed,
+                device=device,
+                on_event=on_event,
+            )
+        except HSNetError as error:
+            left_out.append(f"Gallery: {error}")
+    stores, reasons = facts.store_table(result_sets, origins.store)
     left_out += reasons
     for reason in left_out:
         log.warning("Left out of the report: %s", reason)
@@ -152,28 +167,6 @@ def render_page(
         "environments": facts.environments(result_sets),
     }
     return environment.get_template("page.html").render(shown)
-
-
-def _gallery(
-    sets: Sequence[ResultSet],
-    wanted: int,
-    shots: int | None,
-    origins: Origins,
-    seed: int,
-    device: str,
-    on_event: Callable[[int, int], None] | None,
-) -> tuple[Gallery | None, list[str]]:
-    """The gallery of the first set, or None with the reason."""
-    if not wanted:
-        return None, []
-    if not sets:
-        return None, ["Gallery: no rows of an evaluation were given."]
-    try:
-        return make_gallery(
-            sets[0], wanted=wanted, shots=shots, origins=origins, seed=seed, device=device, on_event=on_event
-        ), []
-    except HSNetError as error:
-        return None, [f"Gallery: {error}"]
 
 
 def _episodes(file: Any) -> set[tuple[int, int]]:

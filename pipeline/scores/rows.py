@@ -142,6 +142,11 @@ class ScoredEpisodes:
     def __len__(self) -> int:
         return len(self.classes)
 
+    @property
+    def iou(self) -> NDArray[np.float64]:
+        """(n,) IoU of each episode's object, percent."""
+        return np.asarray(100 * self.counts[:, 0, 1] / np.maximum(self.counts[:, 1, 1], 1))
+
 
 def read_results(path: Path) -> Results:
     """Read the rows of one evaluation.

@@ -39,9 +39,8 @@ def spread_by_support(folds: Sequence[ScoredEpisodes], shots: int, seed: int) ->
     groups: dict[tuple[int, int, str], dict[tuple[str, ...], float]] = {}
     names = {class_id: name for episodes in folds for class_id, name in episodes.names.items()}
     for episodes in folds:
-        iou = 100 * episodes.counts[:, 0, 1] / np.maximum(episodes.counts[:, 1, 1], 1)
         for class_id, query, supports, value in zip(
-            episodes.classes.tolist(), episodes.queries, episodes.supports, iou.tolist(), strict=True
+            episodes.classes.tolist(), episodes.queries, episodes.supports, episodes.iou.tolist(), strict=True
         ):
             # The same supports again are the same episode again, not another support.
             groups.setdefault((episodes.fold, class_id, query), {})[tuple(sorted(supports))] = value

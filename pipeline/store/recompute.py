@@ -111,7 +111,7 @@ def recompute(
     """
     if not 0 < share <= 1:
         raise ConfigError(f"The share of images to recompute must be above 0 and at most 1, got {share}.")
-    recipe = expected_recipe(store.recipe, weights)
+    recipe = replace(store.recipe, backbone=weights.backbone, weights=weights.sha256)
     # Compares both: another data set or other weights say nothing about this store.
     FeatureStore.open(store.place, recipe, require_complete=False, index_digest=dataset.index.digest)
     images = sample(store, share, seed)
@@ -155,11 +155,6 @@ def sample(store: FeatureStore, share: float, seed: int = 0) -> list[int]:
         raise StoreError(f"{store.path} holds no image that could be read: nothing can be recomputed.")
     order = np.argsort(Draws(store.index.digest, "recompute", seed).array(len(there)), kind="stable")
     return sorted(there[number] for number in order[: max(1, math.ceil(share * len(there)))])
-
-
-def expected_recipe(stored: Recipe, weights: Weights) -> Recipe:
-    """The stored recipe with the backbone and the weights at hand."""
-    return replace(stored, backbone=weights.backbone, weights=weights.sha256)
 
 
 class _Checker:

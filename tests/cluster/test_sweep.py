@@ -44,6 +44,7 @@ def test_cases_side_by_side_equal_cases_one_after_the_other(store: Path, tmp_pat
         assert mine.scores[0].miou == theirs.scores[0].miou
 
 
+@pytest.mark.ray
 def test_the_first_ctrl_c_ends_a_sweep_on_ray(store: Path, tmp_path: Path) -> None:
     """Workers cannot hear of a wish to stop: cases are cancelled, and the same command goes on."""
     out = tmp_path / "out"

@@ -13,7 +13,7 @@ from PIL import Image
 
 from hsnet.errors import HSNetError
 from pipeline.episodes.protocols import POLICIES
-from pipeline.report.choice import choose, ious
+from pipeline.report.choice import choose
 from pipeline.report.drawing import LONGER_SIDE
 from pipeline.report.gallery import make_gallery
 from pipeline.report.inputs import result_sets
@@ -51,7 +51,7 @@ def test_the_choice(rows_by_hand, tmp_path):
     assert list(parts) == ["Best", "Worst", "Random", "By object size"]
     every = [place for chosen in parts.values() for place in chosen]
     assert len(set(every)) == 12
-    iou = np.where(own.object_pixels > 0, ious(own), np.nan)
+    iou = np.where(own.object_pixels > 0, own.iou, np.nan)
     assert iou[parts["Best"][0]] == np.nanmax(iou)
     assert iou[parts["Worst"][0]] == np.nanmin(iou)
     for name in ("Best", "Worst"):

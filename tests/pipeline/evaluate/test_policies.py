@@ -202,9 +202,9 @@ def test_images_in_memory_change_no_row(tiny_source):
 def test_rows_carry_the_digests(tiny_source):
     class Stored(StoreSource):
         def __init__(self):
-            self.store = SimpleNamespace(identity="sha256:s", path="s.zarr", skipped=(), codec=None)
+            self.store = SimpleNamespace(identity="sha256:s", path="s.zarr", codec=None)
 
-        index, recipe = tiny_source.index, tiny_source.recipe
+        index, recipe, skipped = tiny_source.index, tiny_source.recipe, ()
         features, labels = tiny_source.features, tiny_source.labels
 
     rows = run(Stored(), episodes=3).rows.to_pylist()
