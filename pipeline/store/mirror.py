@@ -144,7 +144,7 @@ class Mirror(Place):
                     self._write(ROOT, root)
             for path in (self.root / MARKERS).glob("*.json"):
                 if f"{MARKERS}/{path.name}" not in there:
-                    self._forget(int(path.stem))
+                    self._forget_absent(int(path.stem))
             self._write_etags({key: entry.etag for key, entry in there.items() if (self.root / key).is_file()})
         return True
 
@@ -153,7 +153,7 @@ class Mirror(Place):
         data = self._fetch(key)
         with self._lock("sync"):
             if data is None:
-                self._forget(number)
+                self._forget_absent(number)
             elif not self._holds(key, data):
                 self._write(key, data)
 
@@ -241,6 +241,12 @@ class Mirror(Place):
             os.replace(partial, path)
         except OSError as error:
             raise self._disk(error) from None
+
+    def _forget_absent(self, number: int) -> None:
+        """Forget a shard that the bucket does not have, unless a process of this machine is just making it."""
+        with self._lock(f"{number:06d}.write", wait=False) as free:
+            if free:
+                self._forget(number)
 
     def _forget(self, number: int) -> None:
         """Remove a marker here, after the files that it vouched for."""
@@ -365,7 +371,7 @@ class Mirror(Place):
     @contextmanager
     def writing_shard(self, number: int, nbytes: int) -> Iterator[None]:
         make_room(self.folder.parent, nbytes)
-        with self._use(number):
+        with self._use(number), self._lock(f"{number:06d}.write"):
             self.bucket.delete([self._marker_key(number)])
             yield
 

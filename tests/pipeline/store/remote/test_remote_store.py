@@ -91,6 +91,24 @@ def test_a_store_can_be_handed_to_another_process(s3, photos, run):
     same(store, copy)
 
 
+def test_a_process_that_looks_leaves_alone_what_another_of_the_machine_is_just_writing(
+    s3, photos, run, local, monkeypatch
+):
+    """Workers share the folder: one that opens the store must not clear away a shard that has no marker there yet."""
+    put = mirror_module.Bucket.put
+
+    def looked_at(self, key, data):
+        if key.startswith("level0/c"):
+            looking = mirror_module.Mirror(URL)
+            looking.sync()
+            looking.fetch_marker(0)
+        put(self, key, data)
+
+    monkeypatch.setattr(mirror_module.Bucket, "put", looked_at)
+    run(photos, URL)
+    assert objects(s3) == files(local)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_random_failures_and_slowness_end_well(s3, photos, run, local, seed, tmp_path, monkeypatch):
     s3.misbehave(seed)
