@@ -194,7 +194,7 @@ class Backbone(nn.Module):
 
     spec: TapLayout
     mean: tuple[float, ...] = IMAGENET_MEAN
-    """Of each colour, 0 to 1: photos are normalised with it before they come here."""
+    """Mean of each colour, 0 to 1: photos are normalised with it before they come here."""
     std: tuple[float, ...] = IMAGENET_STD
 
     def train(self, mode: bool = True) -> Self:

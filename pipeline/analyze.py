@@ -272,7 +272,7 @@ class _Pair(NamedTuple):
     """Two methods on the episodes of one fold."""
 
     episodes: ScoredEpisodes
-    """Of the first; the second has the same."""
+    """Episodes of the first; the second has the same."""
     drawn: bootstrap.Resampled
     """Both."""
     real: float
@@ -309,7 +309,7 @@ def _cases(files: Sequence[Results], fusions: Sequence[str]) -> list[tuple[int, 
 
 
 def _first_minus_second(values: Floats, samples: Floats) -> tuple[Floats, Floats]:
-    """Of two methods, as one method."""
+    """The difference of two methods, as one method."""
     return values[:1] - values[1:2], samples[:, :1] - samples[:, 1:2]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hsnet.errors import ConfigError, WeightsError
+from pipeline.common.files import whole
 from pipeline.features.weight_names import wanted_names
 from pipeline.features.weights import read_file, weights_of
 
@@ -29,7 +29,7 @@ class Converted:
     left_out: tuple[str, ...]
     """Names that the network does not have: heads, mask tokens, the rest of a larger model."""
     sha256: str
-    """Of the tensors, as a recipe has it."""
+    """Digest of the tensors, as a recipe has it."""
     bytes: int
 
 
@@ -72,15 +72,17 @@ def convert_weights(
     content = {name: value.contiguous() for name, value in used.items()}
     told = {"source": origin or source.name, **({"licence": licence} if licence else {})}
     data = save(content, told)
-    part = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        part.write_bytes(data)
-        os.replace(part, target)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise WeightsError(f"{target} cannot be written: {error.strerror}. Nothing was changed.") from error
+    _write(target, data)
     left_out = sorted({*given} - {start + name for name in used})
     return Converted(target, backbone, len(used), tuple(left_out), weights.sha256, len(data))
+
+
+def _write(target: Path, data: bytes) -> None:
+    try:
+        with whole(target) as partial:
+            partial.write_bytes(data)
+    except OSError as error:
+        raise WeightsError(f"{target} cannot be written: {error.strerror}. Nothing was changed.") from error
 
 
 def _inside(content: Mapping[str, object]) -> Mapping[str, object]:

@@ -29,18 +29,18 @@ class BackboneFacts:
     problem: str | None
     """Why it does not work at this size, or at all; None if it does. Then sizes are empty."""
     grids: tuple[tuple[int, int], ...]
-    """Of every level, finest first."""
+    """Grid of every level, finest first."""
     layers: tuple[int, ...]
-    """Of every level."""
+    """Layers of every level."""
     taps: tuple[str, ...]
     """Names of the layers, level by level."""
     bytes_per_photo: int
-    """Of its features as int8."""
+    """Bytes of its features as int8."""
     normalisation: str
     weights: str
     """Where the published weights come from; "" if there are none."""
     licence: str
-    """Of the published weights; "" if unknown."""
+    """Licence of the published weights; "" if unknown."""
 
 
 def backbone_facts(backbone: str, image_size: int, reading: Reading = Reading()) -> BackboneFacts:  # noqa: B008

@@ -51,7 +51,7 @@ class Network:
     levels: tuple[LevelLayout, ...]
     """Finest grid first; layers as in the recipe's taps."""
     mean: tuple[float, ...]
-    """Of red, green and blue, 0 to 1: subtracted from photos."""
+    """Mean of red, green and blue, 0 to 1: subtracted from photos."""
     std: tuple[float, ...]
     """Photos are divided by it."""
     patch: int = 1
@@ -61,7 +61,7 @@ class Network:
     source: str = field(default="", compare=False)
     """Where the weights came from, in words; "" if unknown. Told, not compared."""
     licence: str = field(default="", compare=False)
-    """Of the weights; "" if unknown. Told, not compared."""
+    """Licence of the weights; "" if unknown. Told, not compared."""
 
     def __post_init__(self) -> None:
         require_types(self, "The recipe's network")

@@ -28,12 +28,12 @@ from hsnet.backbone import Backbone, require_images
 from hsnet.errors import ConfigError, ShapeError
 from pipeline.features.network import LevelLayout, Network
 from pipeline.features.recipe import LARGEST_IMAGE, Recipe
-from pipeline.features.timm_registry import Entry, build, check_names, entry, stages
+from pipeline.features.timm_registry import RegistryEntry, build, check_names, entry, stages
 
 SHARE_OF_BLOCKS = 3
-"""Of a plain transformer, one block in so many is read: the last ones."""
+"""Share of a plain transformer's blocks that is read, one in so many: the last ones."""
 STRIDES = 3
-"""Of other networks, so many strides are read: the last ones."""
+"""Strides of other networks that are read: the last ones."""
 _TRIED_SIZES = 24
 
 
@@ -134,7 +134,7 @@ class TimmBackbone(Backbone):
 class _Model:
     """A network without numbers, asked for the shapes of its layers."""
 
-    def __init__(self, backbone: str, about: Entry) -> None:
+    def __init__(self, backbone: str, about: RegistryEntry) -> None:
         self.backbone, self.about = backbone, about
         self.network = build(backbone, meta=True)
         self.plain = _is_plain(self.network)

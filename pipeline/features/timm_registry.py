@@ -19,7 +19,7 @@ INSTALL = "pip install 'hsnet-pipeline[timm]'"
 
 
 @dataclass(frozen=True)
-class Entry:
+class RegistryEntry:
     """What timm's registry knows of a name without building anything."""
 
     name: str
@@ -27,11 +27,11 @@ class Entry:
     source: str
     """Where its published weights are; "" if there are none."""
     licence: str
-    """Of the published weights; "" if timm does not say."""
+    """Licence of the published weights; "" if timm does not say."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
     input_size: int
-    """Of its training, pixels."""
+    """Image size of its training, pixels."""
     classifier: tuple[str, ...]
     """Parts that no tap needs, by name."""
 
@@ -43,7 +43,7 @@ def available() -> bool:
     return find_spec("timm") is not None
 
 
-def entry(backbone: str) -> Entry:
+def entry(backbone: str) -> RegistryEntry:
     """The registry's entry of "timm:NAME".
 
     Raises:
@@ -66,7 +66,7 @@ def entry(backbone: str) -> Entry:
     values = {} if config is None else config.to_dict()
     source = values.get("hf_hub_id") or values.get("url") or ""
     classifier = values.get("classifier") or ()
-    return Entry(
+    return RegistryEntry(
         name=name,
         source=str(source) if timm.is_model_pretrained(name) else "",
         licence=str(values.get("license") or ""),
@@ -116,7 +116,7 @@ def random_state_dict(backbone: str, seed: int) -> dict[str, Tensor]:
         return dict(build(backbone).state_dict())
 
 
-def download(backbone: str) -> tuple[dict[str, Tensor], Entry]:
+def download(backbone: str) -> tuple[dict[str, Tensor], RegistryEntry]:
     """timm's published weights, from its cache or the network; files are checked by hash as timm's hub does.
 
     Raises:

@@ -18,7 +18,7 @@ from pipeline.common import render
 from pipeline.report.again import Prediction
 
 LONGER_SIDE = 224
-"""Of a picture, pixels."""
+"""Side of a picture, pixels."""
 PLAIN = (226, 226, 222)
 """What masks are drawn on where there is no photo."""
 MOST_SUPPORTS = 10

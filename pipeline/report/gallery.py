@@ -31,12 +31,12 @@ class ShownEpisode:
     query: str
     supports: tuple[str, ...]
     number: int
-    """Of the episode within its seed."""
+    """Number of the episode within its seed."""
     seed: int
     iou: float
     """Percent, from the row."""
     share: float
-    """Of the object in the squashed photo, percent."""
+    """Share of the object in the squashed photo, percent."""
     pictures: tuple[Picture, ...]
     equal: bool
     """Whether the prediction made again has exactly the counts of the row."""

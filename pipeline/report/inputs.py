@@ -55,7 +55,7 @@ class Run:
     losses: tuple[float, ...]
     """Training loss of each step."""
     seconds: tuple[float, ...]
-    """Of each step; empty if the run did not say."""
+    """Seconds of each step; empty if the run did not say."""
     validated: tuple[int, ...]
     """Steps after which the head was validated."""
     miou: tuple[float, ...]
@@ -108,7 +108,7 @@ def result_sets(files: Sequence[Results]) -> list[ResultSet]:
 
 
 def _belongs(file: Results, same: Sequence[Results]) -> bool:
-    """Of the configuration, and of the same head where the fold is there already."""
+    """Whether a file is of the configuration, and of the same head where the fold is there already."""
     if differences(same[0], file):
         return False
     rivals = [other for other in same if other.fold == file.fold]

@@ -30,7 +30,7 @@ from pipeline.store.arrays import read_small
 from pipeline.store.shard_file import require_little_endian
 
 GROWN_FORMAT = 2
-"""Of a store that grew: programs that know only the first format must not take image numbers for rows."""
+"""Format of a store that grew: programs that know only the first format must not take image numbers for rows."""
 LARGEST_INDEX = 256 << 20
 """Bytes."""
 

@@ -25,9 +25,9 @@ SCHEMES = ("s3", "gs", "az")
 """Only s3 is tested; the others go through the same library."""
 
 RETRIES = 8
-"""Of one request, by obstore: after refused and dropped connections and answers of 500 and more."""
+"""Repetitions of one request, by obstore: after refused and dropped connections and answers of 500 and more."""
 ATTEMPTS = 4
-"""Of one call here: for what obstore gives up, such as an answer that breaks off in its middle."""
+"""Attempts of one call here: for what obstore gives up, such as an answer that breaks off in its middle."""
 BACKOFF_S = 0.1
 """First pause before a request is repeated; the next ones are longer, up to 5 s."""
 _TIMEOUT = timedelta(minutes=5)

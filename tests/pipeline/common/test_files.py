@@ -80,6 +80,7 @@ WRITERS = {
     # Every function that calls `whole` or `whole_folder`, with arguments to write a version of something.
     "pipeline.common.files:replace_text": lambda write, path, version: write(path, text(version)),
     "pipeline.common.files:write_table": lambda write, path, version: write(path, pa.table({"x": [version]})),
+    "pipeline.features.convert:_write": lambda write, path, version: write(path, text(version).encode()),
     "pipeline.heads.checkpoint:write_tensors": lambda write, path, version: write(
         path, {"x": torch.full((9999,), version)}, {}
     ),
