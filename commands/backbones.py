@@ -73,4 +73,4 @@ def backbones(name: str | None, image_size: int, taps: str | None, as_json: bool
 def _normalisation_text(said: str) -> str:
     from pipeline.features.recipe import NORMALISATION
 
-    return "as ImageNet" if said == NORMALISATION else said.removeprefix("rgb/255, ")
+    return "as ImageNet" if said == NORMALISATION else "its own"

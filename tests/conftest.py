@@ -22,9 +22,10 @@ SLOW = {
     "cli": "analyze backbones compression demo episodes growing main_job report store_commands sweep",
     "cluster": "crash_matrix grow",
     "pipeline": "any_backbone compare plan report report_gallery sweep",
-    "pipeline/features": "fitting",
+    "pipeline/common": "files",
+    "pipeline/features": "convert fitting timm_backbone",
     "pipeline/loading": "source",
-    "pipeline/store": "export growth recompute",
+    "pipeline/store": "export growth hostile_store recompute",
 }
 """Files that have the mark slow as a whole, by folder."""
 
