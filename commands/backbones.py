@@ -33,41 +33,42 @@ def backbones(name: str | None, image_size: int, taps: str | None, as_json: bool
     from pipeline.features.timm_registry import INSTALL, available
 
     if name is not None:
-        one = backbone_facts(name, image_size, Reading(taps))
+        network = backbone_facts(name, image_size, Reading(taps))
+        levels = zip(network.grids, network.layers, strict=True)
         sizes = {
-            "levels": ", ".join(f"{h}x{w} of {n} layers" for (h, w), n in zip(one.grids, one.layers, strict=True)),
-            "layers": printable(", ".join(one.taps)),
-            "bytes": f"{size_text(one.bytes_per_photo)} per photo (int8)",
-            "normalisation": one.normalisation,
+            "levels": ", ".join(f"{h}x{w} of {n} layers" for (h, w), n in levels),
+            "layers": printable(", ".join(network.taps)),
+            "bytes": f"{size_text(network.bytes_per_photo)} per photo (int8)",
+            "normalisation": network.normalisation,
         }
         facts = {
-            "backbone": printable(one.backbone),
-            "image size": f"{one.image_size} px",
-            **({"does not fit": printable(one.problem)} if one.problem else sizes),
-            "weights": printable(one.weights or "none published: --weights FILE"),
-            "licence": printable(one.licence or "unknown"),
+            "backbone": printable(network.backbone),
+            "image size": f"{network.image_size} px",
+            **({"does not fit": printable(network.problem)} if network.problem else sizes),
+            "weights": printable(network.weights or "none published: --weights FILE"),
+            "licence": printable(network.licence or "unknown"),
         }
-        return emit(one, fact_lines(facts), as_json)
+        return emit(network, fact_lines(facts), as_json)
     if taps is not None:
         raise click.UsageError("--taps are layers of one network: give its NAME, too.")
-    found = known_networks(image_size, with_timm=available())
+    networks = known_networks(image_size, with_timm=available())
     rows = [
         [
-            one.backbone,
-            " ".join(f"{h}x{w}" for h, w in one.grids) or "does not fit",
-            " ".join(map(str, one.layers)),
-            size_text(one.bytes_per_photo) if one.bytes_per_photo else "",
-            _normalisation_text(one.normalisation),
-            one.weights,
-            one.licence or "unknown",
+            network.backbone,
+            " ".join(f"{h}x{w}" for h, w in network.grids) or "does not fit",
+            " ".join(map(str, network.layers)),
+            size_text(network.bytes_per_photo) if network.bytes_per_photo else "",
+            _normalisation_text(network.normalisation),
+            network.weights,
+            network.licence or "unknown",
         ]
-        for one in found
+        for network in networks
     ]
     text = table(rows, [f"at {image_size} px", "grids", "layers", "per photo", "normalised", "weights from", "licence"])
-    notes = [f"{one.backbone}: {one.problem}" for one in found if one.problem]
+    notes = [f"{network.backbone}: {network.problem}" for network in networks if network.problem]
     if not available():
         notes.append(f"timm is not installed; with it there are more: {INSTALL}")
-    return emit(found, "\n".join([text, *(("", *map(printable, notes)) if notes else ())]), as_json)
+    return emit(networks, "\n".join([text, *(("", *map(printable, notes)) if notes else ())]), as_json)
 
 
 def _normalisation_text(said: str) -> str:

@@ -6,6 +6,7 @@ learner input channels) follows from a network's `TapLayout`, whoever runs the n
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -189,7 +190,7 @@ def pack_levels(taps: Sequence[Tensor], spec: TapLayout, out: Sequence[Tensor] |
     return levels
 
 
-class Backbone(nn.Module):
+class Backbone(nn.Module, ABC):
     """A network that is read and never changes, whoever built it: photos in, pyramid levels out."""
 
     spec: TapLayout
@@ -201,9 +202,9 @@ class Backbone(nn.Module):
         """Stay in eval mode, also inside a model that is switched to training."""
         return super().train(False)
 
+    @abstractmethod
     def taps(self, images: Tensor) -> list[Tensor]:
         """Tap outputs, in the order of `spec`, each (B, C, H, W) float32, for normalised (B, 3, H, W) images."""
-        raise NotImplementedError
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Pyramid levels, finest first, each (B, layers, rows, columns, channels); see `pack_levels`."""

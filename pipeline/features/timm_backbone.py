@@ -57,11 +57,11 @@ def describe(
     names, groups = model.chosen(taps, image_size)
     shapes = model.shapes(names, image_size)
     if groups is None:  # finest grid first, in the network's order within one
-        order = sorted(range(len(names)), key=lambda place: -math.prod(shapes[place][1:]))
-        names, shapes = tuple(names[place] for place in order), [shapes[place] for place in order]
+        order = sorted(range(len(names)), key=lambda tap: -math.prod(shapes[tap][1:]))
+        names, shapes = tuple(names[tap] for tap in order), [shapes[tap] for tap in order]
         groups = []
-        for place, shape in enumerate(shapes):
-            if place and shape[1:] == shapes[place - 1][1:]:
+        for tap, shape in enumerate(shapes):
+            if tap and shape[1:] == shapes[tap - 1][1:]:
                 groups[-1] += 1
             else:
                 groups.append(1)
