@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from commands.learner_options import LEARNER_OPTIONS
 from commands.options import (
     ANY_PATH,
     BACKBONE_NAMES,
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="What boundary pixels are in the loss: background as in the published code, ignore as in the paper.",
 )
+@options(*LEARNER_OPTIONS)
 @options(resident_option, arithmetic_option, workers_option, address_option, device_option)
 @click.option(
     "--features",
@@ -123,6 +125,7 @@ def train(
     from pipeline.features.backbones import Reading, new_recipe
     from pipeline.features.weights import load_weights
     from pipeline.heads.config import RunConfig
+    from pipeline.heads.learner import LEARNER_CHOICES, learner_arguments
     from pipeline.heads.run_dir import run_data
     from pipeline.train import Event, Validated, fit, steps_per_epoch, training_stream
 
@@ -139,7 +142,8 @@ def train(
         recipe.require_trainable()
         make_source = online_source(data, loaded, recipe, device)
     source = make_source()
-    config = RunConfig.of(source, steps=steps or 10_000, **choices)
+    learner = learner_arguments(source.recipe, **{name: choices.pop(name) for name in LEARNER_CHOICES})
+    config = RunConfig.of(source, steps=steps or 10_000, learner=learner, **choices)
     if epochs:
         per_epoch = steps_per_epoch(config.batch_size, training_stream(config, source).epoch_length)
         config = dataclasses.replace(config, steps=epochs * per_epoch)

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from hsnet.contrast import contrast_maps
 from hsnet.conv4d import CenterPivotConv4d
 from hsnet.correlation import correlate_all, correlate_rows, interpolate_mask, prepare_query
 from hsnet.errors import ConfigError, ShapeError
-from hsnet.model import HSNet, require_same_grid, resize_logits
+from hsnet.model import KERNEL, HSNet, require_same_grid, resize_logits
 from hsnet.sparse import SparseActivations, convolve, normalise
 
 ARITHMETIC = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -27,11 +28,12 @@ class FusedHSNet(nn.Module):
         arithmetic: "float32", or "bfloat16" for activations and products of the learner. Norms, statistics of the
             normalisations, parameters and logits stay float32.
         sparse: leave out the support positions outside the object (`hsnet.sparse`), or compute all of them, without
-            ever asking which they are. By default the first on a CPU and the second elsewhere.
+            ever asking which they are. By default the first on a CPU and the second elsewhere. Only centre-pivot
+            kernels can leave them out; the others always compute all.
 
     `forward` takes levels of the queries, finest first, each (B, L, H, W, C), levels of their supports, each
     (B K, L, U, V, C) with all shots of the first query first, and the support masks (B K, S, S'); it returns float32
-    logits (B K, 2, 2 H, 2 W), those of `model(build_pyramid(query, support, mask, unit=unit))` up to rounding.
+    logits (B K, 2, 2 H, 2 W), those of `model.answer` up to rounding.
     """
 
     def __init__(self, model: HSNet, arithmetic: str = "float32", sparse: bool | None = None) -> None:
@@ -46,25 +48,21 @@ class FusedHSNet(nn.Module):
         return self.decode(self.encode(query, support, mask, unit))
 
     def encode(self, query: Sequence[Tensor], support: Sequence[Tensor], mask: Tensor, unit: bool = False) -> Tensor:
-        """What is left of every support, (B K, C, H, W) float32: `forward` up to the decoder."""
+        """What the decoder reads of every support: (B K, C, H, W) float32, contrast maps included."""
         queries, pairs = len(query[0]), len(mask)
         if pairs % queries or len(support[0]) != pairs:
             raise ShapeError(
                 f"{len(support[0])} supports with {pairs} masks cannot be shared evenly by {queries} queries."
             )
-        if not (mask.device.type == "cpu" if self.sparse is None else self.sparse):
-            return self._dense([level.repeat_interleave(pairs // queries, 0) for level in query], support, mask, unit)
-        squeezed = [
-            _run(block, _correlate(scenes, objects, mask, unit, ARITHMETIC[self.arithmetic]))
-            for block, scenes, objects in zip(self.model.squeeze, reversed(query), reversed(support), strict=True)
-        ]
-        mixed = squeezed[0]
-        for mix, finer in zip(self.model.mix, squeezed[1:], strict=True):
-            require_same_grid(mixed.grid, finer.grid)
-            height, width = finer.values.shape[2:]
-            coarse = resize_logits(mixed.values, (height, width))
-            mixed = _run(mix, SparseActivations.complete(coarse + finer.values, pairs, finer.grid))
-        return _exact(mixed.values).unflatten(0, (pairs, -1)).mean(1)
+        query, support = self.model.chosen(query), self.model.chosen(support)
+        on_cpu = mask.device.type == "cpu"
+        sparse = self.model.kernel == KERNEL and (on_cpu if self.sparse is None else self.sparse)
+        context = (self._sparse if sparse else self._dense)(query, support, self.model.seen(mask), unit)
+        if not self.model.background:
+            return context
+        # As the correlations: in full precision on a CPU, where half of it is no faster.
+        maps = contrast_maps(query, support, mask, unit, None if on_cpu else self._dtype)
+        return torch.cat([context, maps.to(context.dtype)], 1)
 
     def decode(self, context: Tensor) -> Tensor:
         """Logits (n, 2, 2 H, 2 W) float32 of `encode`'s (n, C, H, W)."""
@@ -80,16 +78,34 @@ class FusedHSNet(nn.Module):
         """
         return self.decode(contexts.mean(0))
 
-    def _dense(self, query: Sequence[Tensor], support: Sequence[Tensor], mask: Tensor, unit: bool) -> Tensor:
-        dtype = ARITHMETIC[self.arithmetic]
-        if dtype == torch.float32:
-            dtype = next(self.model.parameters()).dtype
-        pyramid = [
-            correlate_all(q, s, interpolate_mask(mask, (s.shape[2], s.shape[3])), dtype, unit=unit)
-            for q, s in zip(reversed(query), reversed(support), strict=True)
+    def _sparse(self, query: Sequence[Tensor], support: Sequence[Tensor], mask: Tensor, unit: bool) -> Tensor:
+        pairs = len(mask)
+        squeezed = [
+            _run(block, _correlate(scenes, objects, mask, unit, ARITHMETIC[self.arithmetic]))
+            for block, scenes, objects in zip(self.model.squeeze, reversed(query), reversed(support), strict=True)
         ]
+        mixed = squeezed[0]
+        for mix, finer in zip(self.model.mix, squeezed[1:], strict=True):
+            require_same_grid(mixed.grid, finer.grid)
+            height, width = finer.values.shape[2:]
+            coarse = resize_logits(mixed.values, (height, width))
+            mixed = _run(mix, SparseActivations.complete(coarse + finer.values, pairs, finer.grid))
+        return _exact(mixed.values).unflatten(0, (pairs, -1)).mean(1)
+
+    def _dense(self, query: Sequence[Tensor], support: Sequence[Tensor], mask: Tensor, unit: bool) -> Tensor:
+        shots, dtype = len(mask) // len(query[0]), self._dtype
+        pyramid = []
+        for scenes, objects in zip(reversed(query), reversed(support), strict=True):
+            masks = interpolate_mask(mask, (objects.shape[2], objects.shape[3]))
+            pyramid.append(correlate_all(scenes.repeat_interleave(shots, 0), objects, masks, dtype, unit=unit))
         with self._autocast(mask.device):
-            return _exact(self.model.encode(pyramid))
+            return _exact(self.model.squeezed_mean(pyramid))
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of activations and products: float32 is the parameters' own precision."""
+        dtype = ARITHMETIC[self.arithmetic]
+        return next(self.model.parameters()).dtype if dtype == torch.float32 else dtype
 
     def _autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, torch.bfloat16, enabled=self.arithmetic == "bfloat16")

@@ -16,6 +16,8 @@ from pipeline.features.recipe import Recipe
 if TYPE_CHECKING:
     from pipeline.loading.source import FeatureSource
 
+DEFAULT = "default"
+"""Stands for an argument of the learner that a configuration does not name, where two are compared."""
 SELECT_ON = ("val", "test", "none")
 
 
@@ -68,7 +70,7 @@ class RunConfig:
     """Steps between validations."""
     validate_episodes: int = 200
     learner: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments of `hsnet.model.HSNet` beside those that follow from the features."""
+    """Arguments of `hsnet.model.HSNet` beside those that follow from the features (`pipeline.heads.learner`)."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "validate_every", "validate_episodes"):
@@ -107,6 +109,10 @@ class RunConfig:
             mine, theirs = getattr(self, item.name), getattr(other, item.name)
             if item.name == "recipe":
                 differing |= mine.differences(theirs)
+            elif item.name == "learner":
+                for name in sorted({*mine, *theirs}):
+                    values = mine.get(name, DEFAULT), theirs.get(name, DEFAULT)
+                    differing |= {f"learner {name}": values} if values[0] != values[1] else {}
             elif item.name != "steps" and mine != theirs:
                 differing[item.name] = (mine, theirs)
         return differing

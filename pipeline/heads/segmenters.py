@@ -71,7 +71,7 @@ class LearnedSegmenter:
         parts: list[list[Tensor]] = []
         # A fixed number of pairs at a time: memory does not grow with the batch, and results do not depend on how
         # episodes were handed out.
-        pairs = pairs_per_pass(batch)
+        pairs = pairs_per_pass(batch, self.model)
         episodes, shots = max(1, pairs // batch.shots), min(batch.shots, pairs)
         for first in range(0, batch.size, episodes):
             chosen = slice(first, first + episodes)
@@ -134,11 +134,15 @@ def _require_no_joint(joint: Sequence[int], name: str) -> None:
         )
 
 
-def pairs_per_pass(batch: EpisodeBatch) -> int:
-    """Support-query pairs per forward pass: as many as fit PASS_ELEMENTS of the batch's device, at least one."""
+def pairs_per_pass(batch: EpisodeBatch, model: HSNet | None = None) -> int:
+    """Support-query pairs per forward pass: as many as fit PASS_ELEMENTS of the batch's device, at least one.
+
+    Args:
+        model: counts the layers that it uses; all without it.
+    """
+    query, support = ((model.chosen(side) if model else side) for side in (batch.query, batch.support))
     per_pair = sum(
-        q.shape[1] * math.prod(q.shape[2:4]) * math.prod(s.shape[2:4])
-        for q, s in zip(batch.query, batch.support, strict=True)
+        q.shape[1] * math.prod(q.shape[2:4]) * math.prod(s.shape[2:4]) for q, s in zip(query, support, strict=True)
     )
     return max(1, PASS_ELEMENTS["cpu" if batch.target.device.type == "cpu" else "cuda"] // per_pair)
 

@@ -186,7 +186,7 @@ def test_passes_are_split_without_changing_a_mask(tiny_source, monkeypatch, pair
     whole = LearnedSegmenter(learner()).answer(batch).masks((64, 64))
     assert whole.shape == (3, 3, 64, 64)
     assert whole.any()
-    monkeypatch.setattr("pipeline.heads.segmenters.pairs_per_pass", lambda batch: pairs)
+    monkeypatch.setattr("pipeline.heads.segmenters.pairs_per_pass", lambda batch, model: pairs)
     # Another batch size rounds differently; a pixel whose logits tie within 1e-6 may change sides.
     assert int((LearnedSegmenter(learner()).answer(batch).masks((64, 64)) != whole).sum()) <= 4
 

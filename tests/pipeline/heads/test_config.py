@@ -31,7 +31,7 @@ def test_more_steps_are_the_same_run_and_anything_else_is_not(tiny_config):
     for change in ({"seed": 1}, {"fold": 2}, {"batch_size": 5}, {"boundary": "ignore"}, {"learner": {}}):
         other = tiny_config(**change)
         assert other.digest != config.digest
-        assert set(config.differences(other)) == set(change)
+        assert {name.split()[0] for name in config.differences(other)} == set(change)
 
 
 @pytest.mark.parametrize(
