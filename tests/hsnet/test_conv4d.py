@@ -1,4 +1,4 @@
-"""The centre-pivot convolution: published values, and the dense kernel of Eq. 3-5."""
+"""The 4D convolutions: published values of the centre-pivot one, and each against loops over a dense kernel."""
 
 import itertools
 
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from hsnet.conv4d import CenterPivotConv4d
 from hsnet.errors import ShapeError
+from hsnet.kernels import KERNELS, DenseConv4d, SeparableConv4d
 
 
 def query_first(x):
@@ -85,18 +86,85 @@ def test_is_a_dense_convolution_that_is_zero_off_the_pivots(grids, batch, kernel
     torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_has_no_memory_of_an_earlier_size():
+def conv2d_of_pictures(x, kernel, bias, stride=1):
+    """A 2D convolution of (..., H, W) pictures, one (C, H, W) picture per (B, U, V)."""
+    batch, _, *grid = x.shape[:4]
+    pictures = x.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+    out = torch.nn.functional.conv2d(pictures, kernel, bias, stride=stride, padding=kernel.shape[-1] // 2)
+    return out.unflatten(0, (batch, *grid)).permute(0, 3, 1, 2, 4, 5)
+
+
+def separable_by_hand(layer, x):
+    """2D convolutions of the support's pictures, then of the query's; again after a ReLU; then the channels."""
+    for number, (support, query) in enumerate(zip(layer.support, layer.query, strict=True)):
+        x = query_first(x.relu() if number else x)
+        x = conv2d_of_pictures(x, support.weight[..., 0], support.bias, 1 if number else layer.support_stride)
+        x = conv2d_of_pictures(query_first(x), query.weight[:, :, 0], query.bias)
+    if isinstance(layer.widen, torch.nn.Conv3d):
+        x = torch.einsum("oi,biuvhw->bouvhw", layer.widen.weight[..., 0, 0, 0], x)
+        x = x + layer.widen.bias[:, None, None, None, None]
+    return x
+
+
+BY_HAND = {
+    "original": lambda layer, x: dense_conv4d(x, layer.weight, layer.bias, layer.support_stride),
+    "separable": separable_by_hand,
+}
+
+
+@pytest.mark.parametrize("kernel", BY_HAND)
+@settings(max_examples=25, deadline=None)
+@given(
+    grids=st.tuples(sides, sides, sides, sides),
+    batch=st.integers(1, 2),
+    side=st.sampled_from([1, 3, 5]),
+    stride=st.sampled_from([1, 2, 4, 8]),
+    widths=st.sampled_from([(2, 3), (2, 2), (1, 4)]),
+    seed=st.integers(0, 2**31),
+)
+def test_other_kernels_equal_the_loops_in_values_and_gradients(kernel, grids, batch, side, stride, widths, seed):
+    torch.manual_seed(seed)
+    layer = KERNELS[kernel](*widths, side, stride).double()
+    x = torch.randn(batch, widths[0], *grids, dtype=torch.float64, requires_grad=True)
+    ours, expected = layer(x), BY_HAND[kernel](layer, x)
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+    weights = torch.sin(torch.arange(ours.numel(), dtype=x.dtype)).view_as(ours)
+    inputs = [x, *layer.parameters()]
+    for mine, theirs in zip(
+        torch.autograd.grad((ours * weights).sum(), inputs),
+        torch.autograd.grad((expected * weights).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_the_original_kernel_begins_as_torchs_own_convolutions_do():
+    """Uniform within 1 / sqrt(inputs of an output): C k^4."""
+    torch.manual_seed(0)
+    layer, bound = DenseConv4d(4, 64, 3), (4 * 81) ** -0.5
+    for values in (layer.weight.detach(), layer.bias.detach()):
+        assert 0.9 * bound < float(values.abs().max()) <= bound
+
+
+def test_a_separable_kernel_of_equal_channels_has_four_2d_kernels():
+    assert sum(p.numel() for p in SeparableConv4d(8, 8, 3).parameters()) == 4 * (8 * 8 * 9 + 8)
+    assert sum(p.numel() for p in SeparableConv4d(8, 16, 3).parameters()) == 4 * (8 * 8 * 9 + 8) + 8 * 16 + 16
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_has_no_memory_of_an_earlier_size(kernel):
     """The published layer keeps the indices of its first input and returns garbage for 13 -> 14."""
-    layer = CenterPivotConv4d(1, 1, 3, support_stride=2)
+    layer = KERNELS[kernel](1, 1, 3, 2)
     x = torch.randn(1, 1, 14, 14, 2, 2)
     expected = layer(x)
     layer(torch.randn(1, 1, 13, 13, 2, 2))
     assert torch.equal(layer(x), expected)
 
 
-def test_refuses_what_it_cannot_read():
-    layer = CenterPivotConv4d(2, 3, 3)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_refuses_what_it_cannot_read(kernel):
+    layer = KERNELS[kernel](2, 3, 3, 1)
     with pytest.raises(ShapeError, match=r"Expected \(B, 2, U, V, H, W\), got \(1, 4, 5, 5, 5, 5\)"):
         layer(torch.zeros(1, 4, 5, 5, 5, 5))
     with pytest.raises(ShapeError, match="got 4"):
-        CenterPivotConv4d(1, 1, 4)
+        KERNELS[kernel](1, 1, 4, 1)

@@ -49,6 +49,38 @@ def test_strides_bring_any_levels_together(grids, strides, end):
     assert kernels == tuple(tuple(5 if stride == 4 else 3 for stride in steps) for steps in strides)
 
 
+@pytest.mark.parametrize(
+    ("depth", "grids", "strides", "end"),
+    [
+        (1, [(13, 13), (25, 25), (50, 50)], [(2,), (4,), (8,)], (7, 7)),
+        (2, [(13, 13), (25, 25), (50, 50)], [(4, 2), (4, 4), (8, 4)], (2, 2)),
+        (4, [(13, 13), (25, 25), (50, 50)], [(2, 2, 2, 1), (2, 2, 2, 2), (4, 2, 2, 2)], (2, 2)),
+        (1, [(16, 16)], [(8,)], (2, 2)),
+        (1, [(50, 50)], [(8,)], (7, 7)),
+        (2, [(3, 3)], [(2, 2)], (1, 1)),
+        (4, [(37, 37), (37, 37)], [(4, 2, 2, 2)] * 2, (2, 2)),
+        (2, [(14, 14), (28, 28)], [(4, 2), (4, 4)], (2, 2)),
+    ],
+)
+def test_blocks_of_other_depths_meet_too(depth, grids, strides, end):
+    kernels, found = squeeze_plan(grids, depth)
+    assert found == tuple(strides)
+    assert squeezed_grids(grids, found) == [end] * len(grids)
+    sides = {1: 3, 2: 3, 4: 5, 8: 9}
+    assert kernels == tuple(tuple(sides[stride] for stride in steps) for steps in strides)
+
+
+@pytest.mark.parametrize("depth", [0, 5])
+def test_depths_that_no_block_has_are_refused(depth):
+    with pytest.raises(ConfigError, match=f"1 to 4 convolutions, got a depth of {depth}"):
+        squeeze_plan([(13, 13)], depth)
+
+
+def test_a_depth_that_cannot_bring_levels_together_is_named():
+    with pytest.raises(ConfigError, match=r"4x4, 8x8, 16x16, 32x32 .* at depth 1: choose"):
+        squeeze_plan([(4, 4), (8, 8), (16, 16), (32, 32)], 1)
+
+
 def test_equal_grids_have_equal_strides_and_the_order_is_kept():
     for grids in itertools.permutations([(12, 12), (24, 24), (12, 12)]):
         _, strides = squeeze_plan(grids)
