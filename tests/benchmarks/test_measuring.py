@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import arithmetic, inputs, rounding, timing
+from benchmarks import arithmetic, inputs, kernels, rounding, timing
 from hsnet.backbone import backbone_spec
 from hsnet.model import HSNet
 
 
-@pytest.mark.parametrize("module", [arithmetic, inputs, timing], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [arithmetic, inputs, kernels, timing], ids=lambda module: module.__name__)
 def test_examples(module):
     results = doctest.testmod(module)
     assert results.attempted
@@ -114,3 +114,23 @@ def test_rounding_more_bits_less_error_more_bytes():
         assert few.mean > 8 * many.mean
         assert few.bytes_per_value < many.bytes_per_value
     assert found["float32, Quantize 1"].mean > 10 * found["float32, Quantize 3"].mean
+
+
+def test_kernels_are_counted_as_the_paper_counts_them():
+    """Table 5: parameters to the digit printed, multiply-adds to 1 % of two; the published kernel has 12 % fewer."""
+    for name, paper in kernels.PAPER.items():
+        with torch.device("meta"):
+            model = HSNet((3, 23, 4), kernel=name)
+        assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == paper.parameters
+    count = {name: kernels.multiply_adds(name, "resnet101", 400, name == "original") / 1e9 for name in kernels.PAPER}
+    assert count["original"] == pytest.approx(kernels.PAPER["original"].multiply_adds, rel=0.01)
+    assert count["separable"] == pytest.approx(kernels.PAPER["separable"].multiply_adds, rel=0.01)
+    assert count["center-pivot"] == pytest.approx(18.14, abs=0.005)
+    assert kernels.multiply_adds("original", "resnet101", 400) / 1e9 == pytest.approx(110.07, abs=0.005)
+
+
+def test_the_table_of_kernels_measures_all_three(capsys):
+    kernels.main(["--backbone", "squeezenet1_1", "--size", "48", "--device", "cpu", "--repeats", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].strip() for line in lines[4:7]] == ["center-pivot", "original", "separable"]
+    assert "at every support position" in lines[-1]
