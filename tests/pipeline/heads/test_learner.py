@@ -1,14 +1,25 @@
 """A user's words for the learner's switches: what they resolve to, what is refused, and what a run keeps of them."""
 
+from functools import partial
+
 import pytest
+import torch
+from click.testing import CliRunner
 
 from commands import learner_options
+from commands.train import train
 from hsnet.errors import ConfigError
 from hsnet.kernels import KERNELS
 from hsnet.model import HSNet
+from pipeline.episodes.stream import EpisodeStream
 from pipeline.features.network import LevelLayout, Network
 from pipeline.features.recipe import UNKNOWN, Recipe, normalisation_text
+from pipeline.heads import catalogue
+from pipeline.heads.checkpoint import load_checkpoint
 from pipeline.heads.learner import LEARNED_HEADS, LEARNER_CHOICES, learner_arguments, pick
+from pipeline.heads.run_dir import RunDir
+from pipeline.heads.segmenters import pairs_per_pass
+from pipeline.loading.batch import load_batch
 
 RESNET = Recipe.of("resnet50", UNKNOWN)  # 4, 6 and 3 layers on grids of 50, 25 and 13
 
@@ -142,3 +153,84 @@ def test_a_depth_that_does_not_fit_names_those_that_do():
 def test_the_commands_offer_what_there_is():
     assert tuple(KERNELS) == learner_options.KERNELS
     assert learner_options.HEADS == LEARNED_HEADS
+
+
+def of_batch(source, *switches):
+    """A batch of two shots, and learners with the switches of the words given."""
+    stream = EpisodeStream(source.index, 0, "test", 2, 0)
+    slim = {"channels": "4,8,16", "groups": 2}
+    arguments = [learner_arguments(source.recipe, **{**slim, **choices}) for choices in switches]
+    return load_batch(source, [stream[number] for number in range(2)]), [
+        HSNet(**{**source.recipe.learner_arguments(), **found}).eval() for found in arguments
+    ]
+
+
+def test_a_pass_holds_more_pairs_of_fewer_layers(tiny_source, monkeypatch):
+    monkeypatch.setattr("pipeline.heads.segmenters.PASS_ELEMENTS", {"cpu": 10**6})
+    batch, (every, deepest) = of_batch(tiny_source, {}, {"levels": "deepest"})
+    assert pairs_per_pass(batch, every) == pairs_per_pass(batch) < pairs_per_pass(batch, deepest)
+    sides = [level.shape[2] for level in batch.query]
+    assert pairs_per_pass(batch, deepest) == 10**6 // (batch.query[-1].shape[1] * sides[-1] ** 4)
+
+
+SWITCHED = ["--kernel", "separable", "--layers", "deep", "--levels", "2,3", "--depth", "2", "--channels", "4,8"]
+SWITCHED += ["--groups", "2", "--head", "hsnet+bg", "--no-support-mask"]
+
+
+@pytest.fixture(scope="module")
+def switched(tiny_source, tmp_path_factory):
+    """`hsnet train` with every switch, and the arguments that it resolved; more options may follow."""
+    run_dir = tmp_path_factory.mktemp("runs") / "switched"
+    few = ["--steps", "1", "--batch-size", "2", "--validate-every", "1", "--validate-episodes", "2"]
+
+    def run(*more):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("commands.train.store_source", lambda *_: lambda: tiny_source)
+            patched.setattr("commands.train.set_up_logging", lambda quiet: None)
+            line = ["--store", "tiny.zarr", "--run-dir", str(run_dir), *few, "--quiet", *more]
+            return CliRunner().invoke(train, line)
+
+    done = run(*SWITCHED)
+    assert done.exit_code == 0, done.output
+    return run_dir, run
+
+
+def test_a_run_keeps_its_switches_and_a_checkpoint_answers_with_them(switched, tiny_source):
+    run_dir, _ = switched
+    checkpoint = load_checkpoint(run_dir)
+    model = checkpoint.learner()
+    assert (model.kernel, model.background, model.support_mask) == ("separable", True, False)
+    counts = tiny_source.recipe.layout.layers
+    assert model.picked == ((counts[2] - 1,), (counts[1] - 1,), ())
+    assert checkpoint.info.config.learner["channels"] == [4, 8]
+    method = catalogue.trained(run_dir, tiny_source)
+    stream = EpisodeStream(tiny_source.index, 0, "test", 2, 0)
+    batch = load_batch(tiny_source, [stream[number] for number in range(2)])
+    answers = method.make().answer(batch, joint=(2,))
+    twice = [level.repeat_interleave(2, 0) for level in batch.query]
+    with torch.no_grad():
+        wanted = model.answer(twice, batch.support, batch.support_mask).unflatten(0, (2, 2)).transpose(0, 1)
+    torch.testing.assert_close(answers.logits, wanted, rtol=0, atol=1e-4)
+    assert answers.joint[2].shape == wanted[0].shape
+
+
+def test_a_run_is_not_continued_with_other_switches(switched):
+    run_dir, run = switched
+    assert run(*SWITCHED).exit_code == 0, "the same words go on"
+    before = {file: file.read_bytes() for file in run_dir.iterdir() if file.is_file()}
+    other = run(*SWITCHED, "--kernel", "original", "--support-mask")
+    assert isinstance(other.exception, ConfigError)
+    text = str(other.exception)
+    assert "learner kernel stored 'separable', wanted 'original'" in text
+    assert "learner support_mask stored False, wanted 'default'" in text
+    assert "picked" not in text
+    assert "Nothing was changed" in text
+    assert {file: file.read_bytes() for file in before} == before
+
+
+def test_a_run_of_published_switches_is_the_run_it_always_was(tiny_config, tmp_path):
+    config = partial(tiny_config, learner={})
+    assert config().digest == tiny_config(learner=learner_arguments(config().recipe, kernel="center-pivot")).digest
+    RunDir(tmp_path, config())
+    with pytest.raises(ConfigError, match="learner background stored 'default', wanted True"):
+        RunDir(tmp_path, config(learner={"background": True}))
