@@ -51,6 +51,8 @@ def checkpoint_info(path: Path, as_json: bool) -> None:
     }
     if info.config:
         facts |= {"fold": str(info.config.fold), "seed": str(info.config.seed)}
+    if info.config and info.averaged:
+        facts["weights"] = f"moving average, decay {info.config.average}"
     if scores:
         facts["validation"] = scores
     result = {**json.loads(info.to_json()), "path": loaded.path, "digest": loaded.digest}

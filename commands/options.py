@@ -17,6 +17,7 @@ BACKBONES = ("vgg16", "resnet50", "resnet101", "squeezenet1_1")
 DATASETS = ("pascal", "coco", "fss", "folder", "shapes")
 PRECISIONS = ("int8", "float16", "float32")
 BASELINES = ("cosine", "location", "untrained")
+TRAINING_RECIPES = ("hsnet", "stable")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -248,6 +249,13 @@ resident_option = click.option(
     "which all workers share. auto: on a GPU with room for them.",
 )
 seed_option = click.option("--seed", type=Whole(0), default=0, show_default=True, help="Same seed, same episodes.")
+training_recipe_option = click.option(
+    "--recipe",
+    "training_recipe",
+    type=click.Choice(TRAINING_RECIPES),
+    help="How to train: hsnet as published, stable as measured best here. [default: that of a run that goes on, else "
+    "stable]",
+)
 workers_option = click.option(
     "--workers",
     type=Whole(0),

@@ -19,6 +19,7 @@ from commands.options import (
     device_option,
     options,
     protocol_option,
+    training_recipe_option,
     workers_option,
 )
 from commands.steps import emit, open_runner, pick_device, stop_on_interrupt, store_source
@@ -57,6 +58,7 @@ class Folds(click.ParamType):
     help="Values of a training choice, each with each, such as learning_rate=1e-3,1e-4 or seed=0,1.",
 )
 @click.option("--fix", multiple=True, metavar="CHOICE=V", help="A training choice that is the same for all.")
+@training_recipe_option
 @click.option("--steps", type=Whole(), default=10_000, show_default=True, help="Optimiser steps of every case.")
 @click.option("--out", type=ANY_PATH, metavar="DIR", required=True, help="For a run directory and rows per case.")
 @options(protocol_option, choice_option)
@@ -76,6 +78,7 @@ def sweep(
     workers: int,
     address: str | None,
     device: str,
+    training_recipe: str | None,
     as_json: bool,
     quiet: bool,
     **tested: Any,
@@ -92,6 +95,7 @@ def sweep(
     """
     set_up_logging(quiet)
     from pipeline.episodes.protocols import resolve
+    from pipeline.heads.training import training_choices
     from pipeline.sweep import Case, CaseDone, make_cases, parse_axis
     from pipeline.sweep import sweep as stage
     from pipeline.train import Event, StepDone
@@ -104,7 +108,10 @@ def sweep(
     if missing := [fold for fold in wanted if not all(fold in known for known in there)]:
         raise ConfigError(f"Not every store has fold {missing[0]}; folds of all: {sorted(set.intersection(*there))}.")
     fixed = {name: _single(name, values) for name, values in map(parse_axis, fix)}
-    cases = make_cases(list(sources), wanted, dict(map(parse_axis, vary)), {"steps": steps, **fixed})
+    varied = dict(map(parse_axis, vary))
+    chosen = training_choices(training_recipe)
+    by_recipe = {name: value for name, value in chosen.items() if name not in varied}
+    cases = make_cases(list(sources), wanted, varied, {**by_recipe, "steps": steps, **fixed})
     in_this_process = workers == 0 and address is None
     with (
         open_runner(workers, address, device) as runner,

@@ -31,6 +31,7 @@ from commands.options import (
     seed_option,
     splits_option,
     taps_option,
+    training_recipe_option,
     weights_option,
     workers_option,
 )
@@ -42,15 +43,32 @@ if TYPE_CHECKING:
     from pipeline.loading.source import FeatureSource
 
 
+SHARE = click.FloatRange(0, 1, max_open=True)
+# Without a value of its own each is the recipe's.
+training_options = options(
+    training_recipe_option,
+    click.option("--lr", "learning_rate", type=float, help="Greatest learning rate. [default: the recipe's]"),
+    click.option("--optimiser", type=click.Choice(("adam", "adamw")), help="Adam, or with decoupled weight decay."),
+    click.option("--weight-decay", type=click.FloatRange(0), metavar="X", help="Of the optimiser."),
+    click.option("--schedule", type=click.Choice(("constant", "cosine")), help="Of the learning rate, up to --steps."),
+    click.option("--warmup", type=Whole(0), help="Steps over which the learning rate rises from 0."),
+    click.option("--clip", type=click.FloatRange(0), metavar="X", help="Greatest norm of a step's gradient; 0: any."),
+    click.option("--average", type=SHARE, metavar="D", help="Decay of the weights' moving average; 0: none is kept."),
+    click.option(
+        "--both-directions/--one-direction", default=None, help="Train on every pair of photos either way, or one way."
+    ),
+)
+
+
 @click.command(short_help="Train a head on a store's features, or go on with it.")
 @click.option("--store", type=STORE, metavar="S.zarr", help="Feature store made by `hsnet extract`.")
 @fold_option
 @click.option("--run-dir", type=ANY_PATH, metavar="DIR", required=True, help="Where the run is kept; goes on if there.")
 @click.option("--steps", type=Whole(), help="Optimiser steps. [default: 10000]")
 @click.option("--epochs", type=Whole(), help="Instead of --steps: passes over the training list.")
-@click.option("--batch-size", type=Whole(), default=20, show_default=True, help="Episodes per step, in all.")
-@click.option("--micro-batch", type=Whole(), help="Episodes per forward pass; less takes less memory.")
-@click.option("--lr", "learning_rate", type=float, default=1e-3, show_default=True, help="Adam's learning rate.")
+@click.option("--batch-size", type=Whole(), default=20, show_default=True, help="Losses per step, in all.")
+@click.option("--micro-batch", type=Whole(), help="Losses per forward pass; less takes less memory.")
+@training_options
 @seed_option
 @click.option("--validate-every", type=Whole(), default=500, show_default=True, help="Steps in between.")
 @click.option("--validate-episodes", type=Whole(), default=200, show_default=True, help="Episodes of each.")
@@ -103,6 +121,7 @@ def train(
     image_size: int,
     taps: str | None,
     autocast: str | None,
+    training_recipe: str | None,
     as_json: bool,
     quiet: bool,
     **choices: Any,
@@ -126,7 +145,8 @@ def train(
     from pipeline.features.weights import load_weights
     from pipeline.heads.config import RunConfig
     from pipeline.heads.learner import LEARNER_CHOICES, learner_arguments
-    from pipeline.heads.run_dir import run_data
+    from pipeline.heads.run_dir import run_data, stored_config
+    from pipeline.heads.training import PUBLISHED, training_choices
     from pipeline.train import Event, Validated, fit, steps_per_epoch, training_stream
 
     device = pick_device(device, address)
@@ -142,10 +162,12 @@ def train(
         recipe.require_trainable()
         make_source = online_source(data, loaded, recipe, device)
     source = make_source()
+    given = {name: choices.pop(name) for name in PUBLISHED}
     learner = learner_arguments(source.recipe, **{name: choices.pop(name) for name in LEARNER_CHOICES})
+    choices |= training_choices(training_recipe, stored_config(run_dir), **given)
     config = RunConfig.of(source, steps=steps or 10_000, learner=learner, **choices)
     if epochs:
-        per_epoch = steps_per_epoch(config.batch_size, training_stream(config, source).epoch_length)
+        per_epoch = steps_per_epoch(config.episodes_per_step, training_stream(config, source).epoch_length)
         config = dataclasses.replace(config, steps=epochs * per_epoch)
 
     with Progress("train", "steps", quiet) as progress, stop_on_interrupt() as stop:

@@ -1,4 +1,4 @@
-"""The train stage: episodes by counter, Adam, validation on episodes that are never tested on.
+"""The train stage: episodes by counter, steps, validation on episodes that are never tested on.
 
 Step t of a run always sees the same episodes and starts from the same weights, whatever the number of workers, the
 micro-batch or how often it was interrupted: a run is its configuration.
@@ -29,6 +29,7 @@ from pipeline.features.recipe import difference_lines
 from pipeline.heads.config import RunConfig, features_of
 from pipeline.heads.run_dir import Position, RunDir
 from pipeline.heads.segmenters import LearnedSegmenter
+from pipeline.heads.training import WeightAverage, make_optimiser, rate_at
 from pipeline.loading.batch import EpisodeBatch, prefetch
 from pipeline.loading.resident import keep
 from pipeline.loading.source import FeatureSource
@@ -42,13 +43,18 @@ SAVE_SECONDS = 60
 
 @dataclass(frozen=True)
 class StepDone:
-    """One optimiser step: mean loss of its batch, seconds it took, and how many of them were spent waiting for data."""
+    """One optimiser step: mean loss of its batch, seconds it took, and how many of them were spent waiting for data.
+
+    `gradient` is the norm of the gradient over all parameters, before it was clipped.
+    """
 
     step: int
     steps: int
     loss: float
     seconds: float
     waited: float
+    learning_rate: float
+    gradient: float
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,8 @@ def fit(
         config: what to learn; must be the one stored in `run_dir` if there is a run, except for `steps`.
         source: features of `config.recipe`.
         ranks: this process's place in a group; alone by default. The batch is split over the ranks.
-        micro_batch: episodes per forward pass; less needs less memory and gives the same steps up to rounding.
+        micro_batch: losses per forward pass (see `RunConfig.batch_size`); less needs less memory and gives the same
+            steps up to rounding.
         prefetch_depth: micro-batches read ahead on a background thread; 0 reads in line.
         resident: keep the images of the run in memory, see `pipeline.loading.resident.keep`. Changes no step.
         stop: asked before every step; True on any rank saves and returns.
@@ -112,14 +119,15 @@ def fit(
     stream, selection = check_run(config, source)
     torch.manual_seed(config.seed)
     model = HSNet(**config.learner_arguments).to(device)
-    optimiser = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
+    optimiser = make_optimiser(config, model.parameters())
+    average = WeightAverage(model, config.average) if config.average else None
     trained = [source.index.classes[class_id] for class_id in source.index.split(config.fold, "trn").class_ids]
     run = RunDir(run_dir, config, write=ranks.rank == 0, classes=trained)
     with ExitStack() as held:
         if ranks.rank == 0:  # two trainings in one folder would undo each other's saves
             held.enter_context(sole_writer(run_dir))
         source = keep(source, _images(config, source), resident, device, ranks.rank, ranks.world_size)
-        position = run.load(model, optimiser)
+        position = run.load(model, optimiser, average.model if average else None)
         if int(ranks.sum(torch.tensor(position.step))) != position.step * ranks.world_size:
             raise CheckpointError(
                 f"The workers found different states of the run in {run_dir}. Put --run-dir on a file system that all "
@@ -133,11 +141,12 @@ def fit(
             ranks=ranks,
             model=model,
             optimiser=optimiser,
+            average=average,
             position=position,
             stream=stream,
             selection=selection,
             device=device,
-            micro_batch=micro_batch or config.batch_size,
+            micro_batch=max(1, (micro_batch or config.batch_size) // config.directions),
             on_event=on_event,
         )
         started = time.monotonic()
@@ -222,11 +231,13 @@ class _Trainer:
     ranks: Ranks
     model: HSNet
     optimiser: torch.optim.Optimizer
+    average: WeightAverage | None
     position: Position
     stream: EpisodeStream
     selection: EpisodeStream | None
     device: str
     micro_batch: int
+    """Episodes per forward pass."""
     on_event: Callable[[Event], None] | None
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
 
@@ -261,10 +272,10 @@ class _Trainer:
                 if self._any_rank(stop()):
                     self._save()
                     return False
-                loss, seconds, waited = self._step(step, loaded)
-                position.step = step + 1
-                self.losses.append(loss)
-                self._report(StepDone(position.step, config.steps, loss, seconds, waited))
+                done = self._step(step, loaded)
+                position.step = done.step
+                self.losses.append(done.loss)
+                self._report(done)
                 last = position.step == config.steps
                 validate = self.selection is not None and (last or position.step % config.validate_every == 0)
                 if validate:
@@ -276,7 +287,7 @@ class _Trainer:
 
     def _mine(self, step: int) -> tuple[list[Episode], int]:
         """This rank's episodes of a step, and how many all ranks have together."""
-        numbers = batch_numbers(step, self.config.batch_size, self.stream.epoch_length)
+        numbers = batch_numbers(step, self.config.episodes_per_step, self.stream.epoch_length)
         mine = numbers[self.ranks.rank :: self.ranks.world_size]
         return [self.stream[number] for number in mine], len(numbers)
 
@@ -284,16 +295,17 @@ class _Trainer:
         mine, _ = self._mine(step)
         # A rank left without an episode by a short last batch still takes part in the gradient average, with
         # weight 0: otherwise the others would wait for it forever.
-        mine = mine or [self.stream[batch_numbers(step, self.config.batch_size, self.stream.epoch_length)[0]]]
+        mine = mine or [self.stream[batch_numbers(step, self.config.episodes_per_step, self.stream.epoch_length)[0]]]
         for start in range(0, len(mine), self.micro_batch):
             yield mine[start : start + self.micro_batch]
 
-    def _step(self, step: int, loaded: Iterator) -> tuple[float, float, float]:
+    def _step(self, step: int, loaded: Iterator) -> StepDone:
         started, waited = time.perf_counter(), 0.0
-        mine, batch_size = self._mine(step)
-        # The group averages gradients over ranks; what is wanted is the mean over all episodes of the batch, also
-        # when ranks have unequal shares of a short last one.
-        weight = self.ranks.world_size / batch_size if mine else 0.0
+        mine, episodes = self._mine(step)
+        terms = episodes * self.config.directions
+        # The group averages gradients over ranks; what is wanted is the mean over all losses of the step, also when
+        # ranks have unequal shares of a short last batch.
+        weight = self.ranks.world_size / terms if mine else 0.0
         self.optimiser.zero_grad(set_to_none=True)
         total = torch.zeros((), dtype=torch.float64)
         count = max(1, -(-len(mine) // self.micro_batch))
@@ -301,19 +313,37 @@ class _Trainer:
             before = time.perf_counter()
             _, batch = next(loaded)
             batch = batch.to(self.device)
+            if self.config.both_directions:
+                batch = batch.both_directions()
             waited += time.perf_counter() - before
             losses = self._losses(batch, sync=number == count - 1, weight=weight)
             if mine:
                 total += losses.sum().double().cpu()
-        loss = float(self.ranks.sum(total)) / batch_size
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        loss = float(self.ranks.sum(total)) / terms
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         # Before the update: weights that are not numbers would be saved. All ranks see the same and stop together.
-        if not math.isfinite(loss) or not torch.isfinite(nn.utils.get_total_norm(gradients)):
+        if not math.isfinite(loss) or not torch.isfinite(norm):
             raise HSNetError(
                 f"Loss or gradient of step {step + 1} is not a number. The last save is unharmed; try a lower --lr."
             )
+        if self.config.clip:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.clip, norm)
+        rate = rate_at(self.config, step)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
         self.optimiser.step()
-        return loss, time.perf_counter() - started, waited
+        if self.average:
+            self.average.update(self.model, step + 1)
+        return StepDone(
+            step=step + 1,
+            steps=self.config.steps,
+            loss=loss,
+            seconds=time.perf_counter() - started,
+            waited=waited,
+            learning_rate=rate,
+            gradient=float(norm),
+        )
 
     def _losses(self, batch: EpisodeBatch, sync: bool, weight: float) -> Tensor:
         with nullcontext() if sync else self.ranks.no_sync(self.wrapped):
@@ -324,13 +354,14 @@ class _Trainer:
 
     def _validate(self) -> None:
         assert self.selection is not None
-        self.model.eval()
+        judged = self.average.model if self.average else self.model
+        judged.eval()
         numbers = range(self.ranks.rank, self.config.validate_episodes, self.ranks.world_size)
         size = self.config.batch_size
         episodes = [self.selection[number] for number in numbers]
         class_ids = self.selection.class_ids
         totals = torch.zeros(len(class_ids), 2, 2, dtype=torch.int64)
-        segmenter = LearnedSegmenter(self.model, self.config.arithmetic)
+        segmenter = LearnedSegmenter(judged, self.config.arithmetic)
         groups = (episodes[start : start + size] for start in range(0, len(episodes), size))
         for drawn, batch in prefetch(self.source, groups, 1):
             batch = batch.to(self.device)
@@ -343,12 +374,12 @@ class _Trainer:
         if better:
             position.best_miou, position.best_step = miou, position.step
             if self.ranks.rank == 0:
-                self.run.save_best(self.model, position.step, {"miou": miou, "fb_iou": fb_iou})
+                self.run.save_best(judged, position.step, {"miou": miou, "fb_iou": fb_iou})
         self._report(Validated(position.step, miou, fb_iou, better))
 
     def _save(self) -> None:
         if self.ranks.rank == 0:
-            self.run.save(self.model, self.optimiser, self.position)
+            self.run.save(self.model, self.optimiser, self.position, self.average.model if self.average else None)
 
     def _any_rank(self, flag: bool) -> bool:
         return bool(self.ranks.sum(torch.tensor(int(flag))) > 0)

@@ -57,6 +57,8 @@ class CheckpointInfo:
     """Validation scores when it was saved, in percent."""
     classes: tuple[str, ...] | None = None
     """Names of the classes trained on; None where that was not written down."""
+    averaged: bool = False
+    """Whether the weights are a moving average of those trained (`RunConfig.average`)."""
 
     def to_json(self) -> str:
         values = {

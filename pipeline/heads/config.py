@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,22 @@ if TYPE_CHECKING:
 DEFAULT = "default"
 """Stands for an argument of the learner that a configuration does not name, where two are compared."""
 SELECT_ON = ("val", "test", "none")
+OPTIMISERS = ("adam", "adamw")
+SCHEDULES = ("constant", "cosine")
+
+TRAINING: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "optimiser": "adam",
+    "weight_decay": 0.0,
+    "schedule": "constant",
+    "warmup": 0,
+    "clip": 0.0,
+    "average": 0.0,
+    "both_directions": False,
+}
+"""Fields of `RunConfig` that say how the learner is trained, with the published values."""
+_LATER = set(TRAINING) - {"learning_rate"}
+"""Those that came after the first runs."""
 
 
 def skipped_digest(ids: Collection[str]) -> str:
@@ -49,10 +66,25 @@ class RunConfig:
     skipped: str = ""
     """Digest of the images that could not be read and are never drawn (`skipped_digest`); "" if there are none."""
     steps: int
-    """Optimiser steps. A finished run may be continued with more."""
+    """Optimiser steps. A finished run may be continued with more, unless its schedule ends with it (`fixed_length`)."""
     batch_size: int = 20
-    """Episodes per optimiser step, over all workers and micro-batches."""
-    learning_rate: float = 1e-3
+    """Losses per optimiser step, over all workers and micro-batches: one per episode, two with `both_directions`."""
+    learning_rate: float = TRAINING["learning_rate"]
+    """The greatest, which the schedule starts from."""
+    optimiser: str = TRAINING["optimiser"]
+    """"adam" or "adamw" (`pipeline.heads.training.make_optimiser`)."""
+    weight_decay: float = TRAINING["weight_decay"]
+    """Of the optimiser; at least 0."""
+    schedule: str = TRAINING["schedule"]
+    """"constant" or "cosine" (`pipeline.heads.training.rate_at`)."""
+    warmup: int = TRAINING["warmup"]
+    """Steps over which the learning rate rises from 0."""
+    clip: float = TRAINING["clip"]
+    """Greatest norm of a step's gradient over all parameters; a longer one is scaled down to it. 0: none is."""
+    average: float = TRAINING["average"]
+    """Decay of the moving average of the weights, which then is what is validated and kept as checkpoints; 0: none."""
+    both_directions: bool = TRAINING["both_directions"]
+    """Whether each episode is trained on a second time with query and support exchanged."""
     seed: int = 0
     """Seed of the initial weights and of the training episodes."""
     arithmetic: str = "float32"
@@ -76,8 +108,18 @@ class RunConfig:
         for name in ("steps", "batch_size", "validate_every", "validate_episodes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("weight_decay", "warmup", "clip"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be finite and at least 0, got {getattr(self, name)}.")
         if not 0 < self.learning_rate < 1:
             raise ConfigError(f"learning_rate must be between 0 and 1, got {self.learning_rate}.")
+        if not 0 <= self.average < 1:
+            raise ConfigError(f"average must be at least 0 and below 1, got {self.average}.")
+        if self.both_directions and self.batch_size % 2:
+            raise ConfigError(f"With both_directions batch_size must be even, got {self.batch_size}.")
+        for name, known in (("optimiser", OPTIMISERS), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} must be one of {', '.join(known)}, got '{getattr(self, name)}'.")
         if self.boundary not in ("background", "ignore"):
             raise ConfigError(f"boundary must be 'background' or 'ignore', got '{self.boundary}'.")
         if self.arithmetic not in ARITHMETIC:
@@ -97,13 +139,35 @@ class RunConfig:
 
     @property
     def digest(self) -> str:
-        """sha256 over all fields but the number of steps: runs with one digest are the same run."""
-        values = {name: value for name, value in self.to_dict().items() if name != "steps"}
+        """sha256 over all fields but the number of steps, where that is free: runs with one digest are the same run.
+
+        Training choices that are the published ones are left out, so that runs of earlier versions keep theirs.
+        """
+        values = {
+            name: value for name, value in self.to_dict().items() if name not in _LATER or value != TRAINING[name]
+        }
+        if not self.fixed_length:
+            del values["steps"]
         values["recipe"] = self.recipe.identity()
         return "sha256:" + hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def fixed_length(self) -> bool:
+        """Whether the number of steps decides what every step does, so that a longer run is another one."""
+        return self.schedule != "constant"
+
+    @property
+    def directions(self) -> int:
+        """Losses per episode."""
+        return 2 if self.both_directions else 1
+
+    @property
+    def episodes_per_step(self) -> int:
+        """Episodes read for an optimiser step."""
+        return self.batch_size // self.directions
+
     def differences(self, other: RunConfig) -> dict[str, tuple[object, object]]:
-        """Field -> (value here, value in `other`), for fields that make it another run; steps do not."""
+        """Field -> (value here, value in `other`), for fields that make it another run (steps: see `fixed_length`)."""
         differing: dict[str, tuple[object, object]] = {}
         for item in fields(self):
             mine, theirs = getattr(self, item.name), getattr(other, item.name)
@@ -113,7 +177,7 @@ class RunConfig:
                 for name in sorted({*mine, *theirs}):
                     values = mine.get(name, DEFAULT), theirs.get(name, DEFAULT)
                     differing |= {f"learner {name}": values} if values[0] != values[1] else {}
-            elif item.name != "steps" and mine != theirs:
+            elif mine != theirs and (item.name != "steps" or self.fixed_length or other.fixed_length):
                 differing[item.name] = (mine, theirs)
         return differing
 

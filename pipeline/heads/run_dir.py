@@ -2,9 +2,10 @@
 
 run/
 ├── config.json            what the run is (`RunConfig`)
-├── resume.safetensors     weights, Adam's moments and the position: all that an exact continuation needs
-├── last.safetensors       checkpoint of the last save
-├── best.safetensors       checkpoint with the best validation mIoU
+├── resume.safetensors     weights, Adam's moments, the weights' average if the run has one, and the position:
+│                          all that an exact continuation needs
+├── last.safetensors       checkpoint of the last save: the average, or the weights where there is none
+├── best.safetensors       checkpoint with the best validation mIoU, likewise
 ├── metrics.jsonl          one line per step and per validation
 └── tensorboard/           the same as scalars
 """
@@ -25,7 +26,8 @@ from hsnet.errors import CheckpointError, ConfigError
 from pipeline.common.files import PARTIAL, replace_text
 from pipeline.features.recipe import difference_lines
 from pipeline.heads.checkpoint import BEST, LAST, CheckpointInfo, read_tensors, save_checkpoint, write_tensors
-from pipeline.heads.config import RunConfig
+from pipeline.heads.config import TRAINING, RunConfig
+from pipeline.heads.training import recipe_name
 
 RESUME = "resume.safetensors"
 CONFIG = "config.json"
@@ -77,8 +79,8 @@ class RunDir:
     def _metrics_file(self) -> Path:
         return self.path / METRICS
 
-    def load(self, model: nn.Module, optimiser: torch.optim.Optimizer) -> Position:
-        """Put model and optimiser where the run stopped; at the beginning if it never saved."""
+    def load(self, model: nn.Module, optimiser: torch.optim.Optimizer, average: nn.Module | None = None) -> Position:
+        """Put model, optimiser and average where the run stopped; at the beginning if it never saved."""
         file = self.path / RESUME
         if not file.is_file():
             return Position()
@@ -86,6 +88,8 @@ class RunDir:
         try:
             position = Position(**json.loads(metadata["progress"]))
             model.load_state_dict({n: tensors[f"model.{n}"] for n, _ in model.named_parameters()})
+            if average is not None:
+                average.load_state_dict({n: tensors[f"average.{n}"] for n, _ in average.named_parameters()})
             for name, parameter in model.named_parameters() if position.step else ():
                 moments = {m: tensors[f"{m}.{name}"].to(parameter.device) for m in _MOMENTS}
                 optimiser.state[parameter] = {"step": torch.tensor(float(position.step)), **moments}
@@ -95,14 +99,22 @@ class RunDir:
             ) from None
         return position
 
-    def save(self, model: nn.Module, optimiser: torch.optim.Optimizer, position: Position) -> None:
-        """Write the resume file, then the last checkpoint; each whole or not at all."""
+    def save(
+        self,
+        model: nn.Module,
+        optimiser: torch.optim.Optimizer,
+        position: Position,
+        average: nn.Module | None = None,
+    ) -> None:
+        """Write the resume file, then the last checkpoint, of `average` if there is one; each whole or not at all."""
         tensors = {f"model.{name}": value for name, value in model.named_parameters()}
+        if average is not None:
+            tensors |= {f"average.{name}": value for name, value in average.named_parameters()}
         for name, parameter in model.named_parameters():
             for moment in _MOMENTS if optimiser.state[parameter] else ():
                 tensors[f"{moment}.{name}"] = optimiser.state[parameter][moment]
         write_tensors(self.path / RESUME, tensors, {"progress": json.dumps(vars(position))})
-        self.save_checkpoint(LAST, model, position.step, None)
+        self.save_checkpoint(LAST, model if average is None else average, position.step, None)
 
     def save_best(self, model: nn.Module, step: int, scores: Mapping[str, float]) -> None:
         self.save_checkpoint(BEST, model, step, scores)
@@ -116,6 +128,7 @@ class RunDir:
             config=self.config,
             scores=scores,
             classes=self.classes or None,
+            averaged=self.config.average > 0,
         )
         save_checkpoint(self.path / name, model.state_dict(), info)
 
@@ -138,8 +151,28 @@ class RunDir:
         if differences:
             raise ConfigError(
                 f"{self.path} holds a run with another configuration:\n{difference_lines(differences)}\n"
-                "Give the stored values to continue it, or another --run-dir. Nothing was changed."
+                f"{_hint(stored, differences)}Give the stored values to continue it, or another --run-dir. Nothing was "
+                "changed."
             )
+
+
+def _hint(stored: RunConfig, differences: Mapping[str, object]) -> str:
+    """What helps beside the list of differing fields; "" if nothing does."""
+    name = recipe_name(stored)
+    if "steps" in differences:
+        return (
+            f"Its {stored.schedule} schedule ends with its last step, so a run of another length is another run from "
+            "its first step on. "
+        )
+    return f"It was begun with --recipe {name}. " if name and differences.keys() <= TRAINING.keys() else ""
+
+
+def stored_config(path: Path) -> RunConfig | None:
+    """The configuration of the run in a folder; None if there is none that can be read."""
+    try:
+        return RunConfig.from_dict(read_config(path))
+    except (CheckpointError, ConfigError):
+        return None
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from hsnet.errors import ShapeError
 from pipeline.common.runner import read_ahead
 from pipeline.episodes.stream import Episode
 from pipeline.features.budgeted import TransformCodec
@@ -34,6 +35,8 @@ class EpisodeBatch:
     """The features are coordinates of unit vectors: their correlation is the inner product, without normalising."""
     codec: TransformCodec | None = None
     """What the levels are still coded with; `to` decodes them."""
+    support_ignore: Tensor | None = None
+    """(B K, S, S) bool, `ignore` of the supports."""
 
     @property
     def size(self) -> int:
@@ -54,6 +57,28 @@ class EpisodeBatch:
             target=move(self.target),
             ignore=None if self.ignore is None else move(self.ignore),
             codec=None,
+            support_ignore=None if self.support_ignore is None else move(self.support_ignore),
+        )
+
+    def both_directions(self) -> EpisodeBatch:
+        """2 B one-shot episodes of B: these, then each with query and support exchanged.
+
+        What was the support's mask is the target of the second half, with the support's own boundary pixels.
+        """
+        if self.shots != 1:
+            raise ShapeError(f"Only one-shot episodes can be exchanged, got {self.shots} shots.")
+        ignore = None
+        if self.ignore is not None and self.support_ignore is not None:
+            ignore = torch.cat([self.ignore, self.support_ignore])
+        pairs = list(zip(self.query, self.support, strict=True))
+        return replace(
+            self,
+            query=[torch.cat([query, support]) for query, support in pairs],
+            support=[torch.cat([support, query]) for query, support in pairs],
+            support_mask=torch.cat([self.support_mask, self.target]),
+            target=torch.cat([self.target, self.support_mask]),
+            ignore=ignore,
+            support_ignore=None if ignore is None else ignore.roll(self.size, 0),
         )
 
 
@@ -67,16 +92,17 @@ def load_batch(source: FeatureSource, episodes: Sequence[Episode]) -> EpisodeBat
     value = torch.tensor(ids, dtype=query_labels.dtype, device=query_labels.device)
     target = query_labels == value[:, None, None]
     support_mask = support_labels == value.repeat_interleave(shots)[:, None, None]
-    ignore = query_labels == source.index.ignore_label if source.index.has_ignore else None
+    boundary = source.index.ignore_label if source.index.has_ignore else None
     return EpisodeBatch(
         query=source.features(queries),
         support=source.features(supports),
         support_mask=support_mask,
         target=target,
-        ignore=ignore,
+        ignore=None if boundary is None else query_labels == boundary,
         shots=shots,
         unit=source.codec is not None,
         codec=source.codec,
+        support_ignore=None if boundary is None else support_labels == boundary,
     )
 
 

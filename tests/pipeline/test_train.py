@@ -5,18 +5,26 @@ import math
 import multiprocessing
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from hsnet.backbone import FrozenBackbone
-from hsnet.errors import CheckpointError, ConfigError, HSNetError, StoreError
+from hsnet.errors import CheckpointError, ConfigError, HSNetError, ShapeError, StoreError
+from hsnet.fused import FusedHSNet
+from hsnet.loss import episode_losses
+from hsnet.metrics import mean_iou, sum_by_class
+from hsnet.model import HSNet
 from pipeline.common.process_group import Distributed
 from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.datasets.shapes import Shapes
-from pipeline.heads.checkpoint import load_checkpoint
-from pipeline.heads.config import skipped_digest
+from pipeline.heads.checkpoint import load_checkpoint, read_tensors
+from pipeline.heads.config import TRAINING, skipped_digest
+from pipeline.heads.segmenters import LearnedSegmenter
+from pipeline.heads.training import rate_at
+from pipeline.loading.batch import load_batch
 from pipeline.loading.source import OnlineSource
 from pipeline.train import (
     StepDone,
@@ -146,12 +154,29 @@ def test_prefetch_changes_nothing(whole_run, tiny_config, tiny_source, tmp_path)
     assert_same_run(whole_run[0], tmp_path / "run", atol=0)
 
 
-def gloo_rank(rank, world_size, file, config, recipe, shapes, state_dict, path):
+def gloo_rank(rank, world_size, file, config, recipe, shapes, state_dict, path, stops=(100,)):
+    """One process of a group, which begins the run once for each of `stops`: the number of events to stop after."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world_size)
     source = OnlineSource(shapes, FrozenBackbone("squeezenet1_1", state_dict), recipe)
-    fit(config, source, path, ranks=Distributed(), micro_batch=2)
+    for stop_after in stops:
+        events = []
+        stop = lambda events=events, n=stop_after: len(events) >= n  # noqa: E731
+        fit(config, source, path, ranks=Distributed(), micro_batch=2, stop=stop, on_event=events.append)
     torch.distributed.destroy_process_group()
+
+
+def run_group(*arguments):
+    """`gloo_rank` in two processes."""
+    spawn = multiprocessing.get_context("spawn")
+    processes = [spawn.Process(target=gloo_rank, args=(rank, 2, *arguments)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        if process.is_alive():
+            process.kill()
+    assert [process.exitcode for process in processes] == [0, 0], f"not {-signal.SIGKILL}: a rank waits forever"
 
 
 @pytest.mark.slow
@@ -165,16 +190,7 @@ def test_two_ranks_are_the_same_run(tiny_config, tiny_source, tiny_recipe, tiny_
     assert steps_per_epoch(71, epoch) == 2, "the second step is a batch of one episode"
     assert len(batch_numbers(1, 71, epoch)) == epoch - 71 == 1
     fit(config, tiny_source, tmp_path / "one")
-    spawn = multiprocessing.get_context("spawn")
-    arguments = (2, tmp_path / "group", config, tiny_recipe, tiny_shapes, squeezenet.state_dict, tmp_path / "two")
-    processes = [spawn.Process(target=gloo_rank, args=(rank, *arguments)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        if process.is_alive():
-            process.kill()
-    assert [process.exitcode for process in processes] == [0, 0], f"not {-signal.SIGKILL}: a rank waits forever"
+    run_group(tmp_path / "group", config, tiny_recipe, tiny_shapes, squeezenet.state_dict, tmp_path / "two")
     # Features of other batch sizes and another order of summing differ by 1e-6 before Adam divides.
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=0, atol=2e-4)
 
@@ -310,3 +326,182 @@ def test_a_second_training_in_the_same_folder_is_refused(tiny_config, tiny_sourc
     assert fit(tiny_config(), tiny_source, tmp_path / "run", on_event=start_another).finished
     assert len(losses(tmp_path / "run")) == 4
     assert not (tmp_path / "run" / "_owner.json").exists()
+
+
+STABLE = {
+    "optimiser": "adamw",
+    "weight_decay": 0.05,
+    "schedule": "cosine",
+    "warmup": 2,
+    "clip": 0.5,
+    "average": 0.9,
+    "both_directions": True,
+}
+
+
+def resume_file(run_dir):
+    return read_tensors(run_dir / "resume.safetensors")[0]
+
+
+@pytest.fixture(scope="module")
+def stable_run(tmp_path_factory, tiny_config, tiny_source):
+    """Six steps with every training choice, without interruption."""
+    path = tmp_path_factory.mktemp("runs") / "stable"
+    events = []
+    fit(tiny_config(steps=6, **STABLE), tiny_source, path, on_event=events.append)
+    return path, [event for event in events if isinstance(event, StepDone)]
+
+
+def test_every_training_choice_resumes_to_the_bit(stable_run, tiny_config, tiny_source, tmp_path):
+    config, path = tiny_config(steps=6, **STABLE), tmp_path / "run"
+    for stop_at in (1, 3):
+        asked = iter(range(100))
+        fit(config, tiny_source, path, stop=lambda asked=asked, n=stop_at: next(asked) >= n)
+    assert fit(config, tiny_source, path).resumed_at == 4
+    assert_same_run(stable_run[0], path, atol=0)
+    mine, theirs = resume_file(path), resume_file(stable_run[0])
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+    assert load_checkpoint(path).digest == load_checkpoint(stable_run[0]).digest
+
+
+def test_checkpoints_hold_the_average_and_say_so(stable_run, whole_run, tiny_config, tiny_source, tmp_path):
+    """The average of a run is that of its weights, read from a run that was saved at every step."""
+    config = tiny_config(steps=6, **STABLE, validate_every=1)
+    seen = []
+    fit(config, tiny_source, tmp_path / "run", on_event=lambda event: seen.append(event))
+    run = stable_run[0]
+    for file in ("last.safetensors", "best.safetensors"):
+        assert load_checkpoint(run / file).info.averaged
+        assert not load_checkpoint(whole_run[0] / file).info.averaged
+    stored, last = resume_file(run), weights(run)
+    assert all(torch.equal(value, stored[f"average.{name}"]) for name, value in last.items())
+    assert any(not torch.equal(value, stored[f"model.{name}"]) for name, value in last.items())
+    assert not any(name.startswith("average.") for name in resume_file(whole_run[0]))
+    # What is validated is the average: scoring the last checkpoint gives the last validation.
+    segmenter = LearnedSegmenter(load_checkpoint(run / "last.safetensors").learner())
+    episodes = selection_stream(config, tiny_source)
+    drawn = [episodes[number] for number in range(config.validate_episodes)]
+    counts = segmenter.answer(batch := load_batch(tiny_source, drawn)).count(batch)
+    totals = sum_by_class(counts, [episode.class_id for episode in drawn], episodes.class_ids)
+    said = [event for event in seen if isinstance(event, Validated)][-1]
+    assert said.step == 6
+    assert mean_iou(totals) == pytest.approx(said.miou, abs=1e-4)
+
+
+def test_events_tell_the_learning_rate_and_the_gradient(stable_run, tiny_config):
+    config = tiny_config(steps=6, **STABLE)
+    assert [event.learning_rate for event in stable_run[1]] == [rate_at(config, step) for step in range(6)]
+    assert all(event.gradient > 0 for event in stable_run[1])
+
+
+@pytest.mark.parametrize("times", [0.5, 2.0])
+def test_a_gradient_is_clipped_to_its_greatest_norm(tiny_config, tiny_source, tmp_path, times):
+    """After one step Adam's first moment is a tenth of the gradient it was given."""
+    free = tiny_config(steps=1, select_on="none")
+    events = []
+    fit(free, tiny_source, tmp_path / "free", on_event=events.append)
+    limit = events[0].gradient * times
+    fit(replace(free, clip=limit), tiny_source, tmp_path / "clipped", on_event=events.append)
+    assert events[1].gradient == events[0].gradient, "told as it was before"
+
+    def moments(run):
+        return {name: value for name, value in resume_file(tmp_path / run).items() if name.startswith("exp_avg.")}
+
+    whole, clipped = moments("free"), moments("clipped")
+    for name, value in whole.items():
+        torch.testing.assert_close(clipped[name], value * min(1.0, times), rtol=1e-4, atol=1e-9)
+
+
+def test_both_directions_are_two_losses_with_query_and_support_exchanged(tiny_config, tiny_source):
+    """In float64, gradients included. Boundary pixels go with the photo that becomes the query."""
+    config = tiny_config(both_directions=True)
+    stream = training_stream(config, tiny_source)
+    batch = load_batch(tiny_source, [stream[number] for number in range(2)])
+    generator = torch.Generator().manual_seed(0)
+    edges = [torch.rand(batch.target.shape, generator=generator) < 0.2 for _ in range(2)]
+    exact = {"query": [q.double() for q in batch.query], "support": [s.double() for s in batch.support]}
+    batch = replace(batch, **exact, ignore=edges[0], support_ignore=edges[1])
+    torch.manual_seed(0)
+    model = HSNet(**config.learner_arguments).double()
+
+    def loss(query, support, mask, target, ignore):
+        return episode_losses(FusedHSNet(model)(query, support, mask), target, ignore, "ignore")
+
+    def gradients(value):
+        return torch.autograd.grad(value, list(model.parameters()))
+
+    there = loss(batch.query, batch.support, batch.support_mask, batch.target, edges[0])
+    back = loss(batch.support, batch.query, batch.target, batch.support_mask, edges[1])
+    both = batch.both_directions()
+    assert (both.size, both.shots) == (4, 1)
+    joined = loss(both.query, both.support, both.support_mask, both.target, both.ignore)
+    torch.testing.assert_close(joined, torch.cat([there, back]), rtol=0, atol=1e-9)
+    for mine, theirs in zip(gradients(joined.sum()), gradients(there.sum() + back.sum()), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-9)
+
+
+def test_both_directions_read_half_the_episodes_and_an_epoch_is_the_same_list(tiny_config, tiny_source, tmp_path):
+    """The loss of a step is the mean over both directions of half a batch of episodes."""
+    read = []
+
+    class Listening:
+        def __getattr__(self, name):
+            return getattr(tiny_source, name)
+
+        def features(self, images):
+            read.append(len(images))
+            return tiny_source.features(images)
+
+    config = tiny_config(steps=1, both_directions=True, select_on="none")
+    fit(config, Listening(), tmp_path / "run")
+    assert read == [2, 2], "two queries and two supports for four losses"
+    torch.manual_seed(config.seed)
+    fused = FusedHSNet(HSNet(**config.learner_arguments))
+    stream = training_stream(config, tiny_source)
+    batch = load_batch(tiny_source, [stream[0], stream[1]])
+    there = episode_losses(fused(batch.query, batch.support, batch.support_mask), batch.target)
+    back = episode_losses(fused(batch.support, batch.query, batch.target), batch.support_mask)
+    assert losses(tmp_path / "run") == [pytest.approx(float(torch.cat([there, back]).mean().detach()), rel=1e-5)]
+    with pytest.raises(ShapeError, match="Only one-shot episodes"):
+        replace(batch, shots=5).both_directions()
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_micro_batches_keep_the_batch_in_both_directions(stable_run, tiny_config, tiny_source, tmp_path, micro_batch):
+    fit(tiny_config(steps=6, **STABLE), tiny_source, tmp_path / "run", micro_batch=micro_batch)
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(stable_run[0]), rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_ranks_average_the_same_weights(
+    stable_run, tiny_config, tiny_source, tiny_recipe, tiny_shapes, squeezenet, tmp_path
+):
+    """Two gloo processes, stopped after two steps and started again: as in one process, up to rounding."""
+    config, two = tiny_config(steps=6, **STABLE), tmp_path / "two"
+    run_group(tmp_path / "group", config, tiny_recipe, tiny_shapes, squeezenet.state_dict, two, (3, 100))
+    np.testing.assert_allclose(losses(two), losses(stable_run[0]), rtol=0, atol=2e-4)
+    for name, value in weights(stable_run[0]).items():
+        torch.testing.assert_close(weights(two)[name], value, rtol=0, atol=2e-3, msg=name)
+
+
+def test_a_run_of_another_length_is_another_run_under_a_schedule(stable_run, tiny_config, tiny_source):
+    before = (stable_run[0] / "config.json").read_bytes()
+    said = r"steps +stored 6, wanted 8[\s\S]*cosine schedule ends with its last step"
+    with pytest.raises(ConfigError, match=said):
+        fit(tiny_config(steps=8, **STABLE), tiny_source, stable_run[0])
+    assert (stable_run[0] / "config.json").read_bytes() == before
+
+
+def test_a_run_of_an_earlier_version_goes_on(whole_run, tiny_config, tiny_source, tmp_path):
+    """Its config.json lacks the training choices, its resume file an average."""
+    path = tmp_path / "run"
+    fit(tiny_config(steps=2), tiny_source, path)
+    values = json.loads((path / "config.json").read_text())
+    for name in set(TRAINING) - {"learning_rate"}:
+        del values[name]
+    (path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=r"average +stored 0.0, wanted 0.9[\s\S]*begun with --recipe hsnet"):
+        fit(tiny_config(steps=6, average=0.9), tiny_source, path)
+    assert fit(tiny_config(steps=6), tiny_source, path).resumed_at == 2
+    assert_same_run(whole_run[0], path, atol=0)
