@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 import cli
 from commands import groups
 from hsnet.errors import CheckpointMismatch, StoreIncomplete, StoreMismatch
+from pipeline.heads.training import DEFAULT_RECIPE, PUBLISHED, RECIPES
 
 ROOT = Path(cli.__file__).parent
 SHAPES = ("shapes", "--data-option", "size=64", "--data-option", "trn_per_class=2", "--data-option", "val_per_class=3")
@@ -124,10 +125,58 @@ def test_train_goes_on_with_a_finished_run_and_refuses_another(job: Path) -> Non
     assert "another --run-dir" in message
 
 
+def test_a_new_run_takes_the_default_recipe_and_one_that_goes_on_its_own(job: Path, tmp_path: Path) -> None:
+    def values(name: str) -> dict[str, Any]:
+        stored = json.loads((tmp_path / name / "config.json").read_text())
+        return {choice: stored[choice] for choice in PUBLISHED}
+
+    def train(name: str, *more: object) -> dict[str, Any]:
+        return machine("train", "--store", job / "s.zarr", "--run-dir", tmp_path / name, *QUICK, *more)
+
+    train("new", "--steps", "1")
+    assert values("new") == dict(RECIPES[DEFAULT_RECIPE])
+    train("published", "--steps", "1", "--recipe", "hsnet")
+    assert values("published") == dict(PUBLISHED)
+    assert train("published", "--steps", "2")["resumed_at"] == 1
+    assert values("published") == dict(PUBLISHED)
+    refused = ("train", "--store", job / "s.zarr", "--run-dir", tmp_path / "published", *QUICK, "--steps", "2")
+    assert "begun with --recipe hsnet" in failure(*refused, "--average", "0.5")
+    own = (
+        "--recipe",
+        "hsnet",
+        "--optimiser",
+        "adamw",
+        "--weight-decay",
+        "0.1",
+        "--schedule",
+        "cosine",
+        "--warmup",
+        "1",
+    )
+    own += ("--warmup", "1", "--clip", "2", "--average", "0.5", "--both-directions", "--lr", "0.002")
+    train("own", "--steps", "2", *own)
+    assert values("own") == {
+        "learning_rate": 0.002,
+        "optimiser": "adamw",
+        "weight_decay": 0.1,
+        "schedule": "cosine",
+        "warmup": 1,
+        "clip": 2.0,
+        "average": 0.5,
+        "both_directions": True,
+    }
+    assert "moving average, decay 0.5" in invoke("checkpoint", "info", tmp_path / "own").stdout
+    assert "moving average" not in invoke("checkpoint", "info", tmp_path / "published").stdout
+    longer = ("train", "--store", job / "s.zarr", "--run-dir", tmp_path / "own", *QUICK, "--steps", "3")
+    assert "cosine schedule ends with its last step" in failure(*longer)
+
+
 def test_epochs_are_passes_over_the_training_list(job: Path, tmp_path: Path) -> None:
     arguments = ("--store", job / "s.zarr", "--run-dir", tmp_path / "r", "--epochs", "1", "--batch-size", "24")
     # 24 base classes x 2 images = 48 episodes, 24 a step
     assert machine("train", *arguments, "--select-on", "none")["steps"] == 2
+    both = ("--store", job / "s.zarr", "--run-dir", tmp_path / "b", *arguments[4:], "--select-on", "none")
+    assert machine("train", *both, "--both-directions")["steps"] == 4, "12 episodes are 24 losses"
 
 
 def test_evaluate_prints_a_table_writes_rows_and_speaks_json(job: Path, tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from fakes import invoke
 
+from pipeline.heads.training import DEFAULT_RECIPE, PUBLISHED, RECIPES
+
 SHAPES = ("shapes", "--data-option", "size=64", "--data-option", "trn_per_class=2", "--data-option", "val_per_class=3")
 FIX = ("--fix", "batch_size=2", "--fix", "validate_every=1", "--fix", "validate_episodes=2", "--steps", "2")
 
@@ -58,3 +60,17 @@ def test_a_failed_case_is_reported_and_the_exit_code_says_so(store: Path, tmp_pa
     assert "1 of 2 cases failed; the others are done" in result.stderr
     assert "learning_rate must be between 0 and 1, got 7.0" in result.stderr
     assert "s-learning_rate=0.001" in result.stdout
+
+
+def test_cases_are_trained_by_the_recipe_unless_a_choice_is_given(store: Path, tmp_path: Path) -> None:
+    def stored(*more: object) -> list[dict[str, object]]:
+        out = tmp_path / str(len(more))
+        given = ("sweep", "--store", store, "--folds", "0", *FIX, "--episodes", "4", "--out", out, *more)
+        done = invoke(*given)
+        assert done.exit_code == 0, done.output
+        files = sorted(out.glob("*/config.json"))
+        return [{name: json.loads(file.read_text())[name] for name in PUBLISHED} for file in files]
+
+    assert stored() == [dict(RECIPES[DEFAULT_RECIPE])]
+    chosen = stored("--recipe", "hsnet", "--vary", "average=0.0,0.5", "--fix", "clip=3")
+    assert chosen == [{**PUBLISHED, "average": average, "clip": 3.0} for average in (0.0, 0.5)]
