@@ -10,7 +10,9 @@ import click
 from commands.analysis_tables import POLICY_NAMES, as_values, csv_text, markdown_text, plain_text
 from commands.options import ANY_PATH, Whole, common_options, options
 from commands.steps import emit
-from commands.terminal import set_up_logging
+from commands.terminal import fact_lines, set_up_logging
+from commands.way_tables import EXPLAINED, background_text, ways_text
+from pipeline.common.text import printable
 from pipeline.episodes.protocols import FUSIONS, POLICIES
 
 PARTS = ("class", "size", "support", "seed")
@@ -88,7 +90,17 @@ def analyze(
     set_up_logging(quiet)
     from pipeline.analyze import analyze as stage
     from pipeline.scores.rows import read_results
+    from pipeline.scores.way_rows import holds_ways
 
+    if any(map(holds_ways, (*rows, *against))):
+        if as_csv or as_markdown or chosen["fusion_against"] or {"size", "support", "seed", "all"} & set(by):
+            raise click.UsageError(
+                "Rows of N-way episodes have no --csv, --markdown, --against-fusion, nor --by size, support, seed or "
+                "all. Leave them out, or take --json."
+            )
+        which = POLICIES if "all" in policies else [POLICY_NAMES[name] for name in policies]
+        kept = {"fusions": chosen["fusions"], "unit": chosen["unit"], "seed": chosen["seed"]}
+        return _analyze_ways(rows, against, as_json, policies=which, **kept)
     sections = PARTS if "all" in by else tuple(name for name in (by or ("class", "seed")) if name != "total")
     analysis = stage(
         [read_results(path) for path in rows],
@@ -102,3 +114,23 @@ def analyze(
         return None
     text = markdown_text(analysis) if as_markdown else plain_text(analysis)
     return emit(as_values(analysis), text, as_json)
+
+
+def _analyze_ways(rows: tuple[Path, ...], against: tuple[Path, ...], as_json: bool, **chosen: Any) -> Any:
+    """The same for rows of N-way episodes."""
+    from pipeline.scores.way_rows import read_way_results
+    from pipeline.scores.way_scores import compare_ways, score_ways
+
+    files, others = [read_way_results(path) for path in rows], [read_way_results(path) for path in against]
+    scores = score_ways(files, **chosen)
+    differences = compare_ways(files, others, **chosen) if others else []
+    first = files[0]
+    facts = {
+        "scored": f"{first.ways}-way episodes of {printable(first.facts['dataset'])}, '{first.facts['role']}'",
+        "background": "; ".join(dict.fromkeys(background_text(file.facts["background"]) for file in files)),
+    }
+    parts = [fact_lines(facts), ways_text(scores)]
+    if differences:
+        parts.append(f"Minus {', '.join(printable(str(path)) for path in against)}\n{ways_text(differences)}")
+    values = {"ways": first.ways, "scores": scores, "differences": differences, "unit": chosen["unit"]}
+    return emit(values, "\n\n".join([*parts, EXPLAINED]), as_json)

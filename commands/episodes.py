@@ -15,6 +15,7 @@ from commands.options import (
     STORE,
     Integers,
     Whole,
+    absent_option,
     common_options,
     data_option,
     data_root_option,
@@ -22,6 +23,7 @@ from commands.options import (
     json_option,
     options,
     splits_option,
+    ways_option,
 )
 from commands.steps import emit, open_data
 from commands.terminal import fact_lines, table
@@ -69,6 +71,7 @@ def episodes() -> None:
 @click.option(
     "--distinct-supports/--repeat-supports", "distinct", default=None, help="Whether a support may occur twice."
 )
+@options(ways_option, absent_option)
 @click.option("--out", type=ANY_PATH, metavar="M.parquet", required=True, help="Where to write them.")
 @common_options
 def make(
@@ -81,6 +84,8 @@ def make(
     draw: str | None,
     balance: str | None,
     distinct: bool | None,
+    ways: int | None,
+    absent: float | None,
     out: Path,
     as_json: bool,
     **lists: Any,
@@ -107,6 +112,8 @@ def make(
         draw=draw,
         balance=balance,
         repeat_supports=None if distinct is None else not distinct,
+        ways=ways,
+        absent=absent,
     )
     index, skipped = _index(**lists)
     planned = of_protocol(rules, index, fold, skipped)
@@ -250,6 +257,8 @@ def _facts(path: Path, manifest: Manifest) -> dict[str, Any]:
         "fold": manifest.fold,
         "role": manifest.role,
         "shots": manifest.shots,
+        "ways": manifest.ways,
+        "absent": manifest.absent,
         "episodes": len(manifest),
         "made": manifest.made,
         "published": published_name(manifest),
@@ -274,7 +283,9 @@ def _text(path: Path, manifest: Manifest) -> str:
     lines = {
         "manifest": f"{printable(path)} ({manifest.digest[:15]})",
         "data set": f"{printable(manifest.dataset)} ({manifest.data[:15]}), fold {manifest.fold}, '{manifest.role}'",
-        "episodes": f"{len(manifest):,} with {manifest.shots} support{'s' if manifest.shots > 1 else ''} each",
+        "episodes": f"{len(manifest):,} with {manifest.shots} support{'s' if manifest.shots > 1 else ''} each"
+        + (f" of {manifest.ways} classes" if manifest.ways > 1 else "")
+        + (f"; {manifest.absent:,} queries show none" if manifest.absent else ""),
         "drawn": drawn or printable(f"imported from {made.get('from', 'elsewhere')}"),
         "photos": f"{facts['queries']:,} different queries, {facts['photos']:,} photos in all",
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,9 +15,11 @@ from commands.options import (
     DATASETS,
     FILE,
     STORE,
+    BackgroundScore,
     Episodes,
     Integers,
     Whole,
+    absent_option,
     address_option,
     arithmetic_option,
     choice_option,
@@ -30,11 +32,16 @@ from commands.options import (
     resident_option,
     splits_option,
     store_option,
+    ways_option,
     workers_option,
 )
 from commands.steps import emit, open_runner, parse_data_options, pick_device, store_source
 from commands.terminal import Progress, fact_lines, plain, set_up_logging, table
+from commands.way_tables import EXPLAINED, background_text, ways_text
 from pipeline.scores.tables import interval_text
+
+if TYPE_CHECKING:
+    from pipeline.evaluate.plan import EvaluationPlan
 
 
 @click.command(short_help="mIoU and FB-IoU on held-out classes.")
@@ -64,6 +71,13 @@ from pipeline.scores.tables import interval_text
 )
 @click.option("--seed", type=Whole(0), help="Same seed, same episodes. [default: the protocol's]")
 @click.option("--manifest", type=FILE, metavar="M.parquet", help="Test on the episodes of `hsnet episodes make`.")
+@options(ways_option, absent_option)
+@click.option(
+    "--background",
+    type=BackgroundScore(),
+    metavar="fit|B",
+    help="With --ways: the background's score, or fit it on training classes. [default: fit; 0 for one class]",
+)
 @click.option(
     "--fusion",
     "fusions",
@@ -96,6 +110,9 @@ def evaluate(
     distinct_supports: bool,
     seed: int | None,
     manifest: Path | None,
+    ways: int | None,
+    absent: float | None,
+    background: str | float | None,
     fusions: tuple[str, ...],
     data_options: tuple[str, ...],
     out: Path | None,
@@ -115,6 +132,7 @@ def evaluate(
     Example:
       hsnet evaluate --checkpoint runs/voc-0 --store voc.zarr --fold 0 --shots 1,5 --out rows.parquet
       hsnet evaluate --checkpoint runs/voc-0 --store voc.zarr --protocol hsnet --data-root VOC2012 --fusion all
+      hsnet evaluate --checkpoint runs/voc-0 --store voc.zarr --ways 3 --absent 20% --out three.parquet
     """
     set_up_logging(quiet)
     on_interrupt("No result was written.")
@@ -127,7 +145,8 @@ def evaluate(
         raise click.UsageError("--transfer asks what a checkpoint was trained on: give --checkpoint.")
     if tested["trained_on"] and not tested["transfer"]:
         raise click.UsageError("--trained-on is for --transfer.")
-    if manifest is not None and (tested["transfer"] or episodes or distinct_supports or seed is not None):
+    drawn = (episodes, distinct_supports, absent)
+    if manifest is not None and (tested["transfer"] or any(drawn) or seed is not None):
         raise click.UsageError("--manifest says which episodes: leave out --transfer, --episodes, --seed and the like.")
     from pipeline.common.files import require_writable, write_table
     from pipeline.episodes.manifest_file import read
@@ -143,6 +162,8 @@ def evaluate(
         "episodes": None if reference else episodes,
         "seeds": None if seed is None else (seed,),
         "repeat_supports": False if distinct_supports else None,
+        "ways": None if manifest else ways,
+        "absent": absent,
     }
     rules = resolve(protocol, **dict(choices) | {name: value for name, value in given.items() if value is not None})
     stored = None if manifest is None else read(manifest)
@@ -152,11 +173,16 @@ def evaluate(
         rules,
         manifest=stored,
         shots=shots or (),
+        ways=ways,
         fusions=FUSIONS if "all" in fusions else fusions,
         data_options=parse_data_options(data_options),
         device=pick_device(device, address),
         **tested,
     )
+    if ways is not None or plan.protocol.several:
+        return _evaluate_ways(plan, background, out, workers, address, as_json, quiet)
+    if background is not None:
+        raise click.UsageError("--background is for --ways.")
     with open_runner(workers, address, plan.device) as runner, Progress("evaluate", "episodes", quiet) as progress:
         result = stage(plan, runner=runner, on_event=progress.update)
     classes = plan.source.index.classes
@@ -178,6 +204,31 @@ def evaluate(
         click.echo(f"Note: {note}", err=True)
     if without and not quiet:
         click.echo(f"Note: {without} classes had no episode and count as 0. Use more --episodes.", err=True)
+    return printed
+
+
+def _evaluate_ways(
+    plan: EvaluationPlan,
+    background: str | float | None,
+    out: Path | None,
+    workers: int,
+    address: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> Any:
+    """The same for N classes per episode."""
+    from pipeline.common.files import write_table
+    from pipeline.evaluate.nway import evaluate_ways
+
+    with open_runner(workers, address, plan.device) as runner, Progress("evaluate", "episodes", quiet) as progress:
+        result = evaluate_ways(plan, background=background, runner=runner, on_event=progress.update)
+    head = fact_lines({**plan.protocol.lines(), "background": background_text(result.facts["background"])})
+    text = f"{head}\n\n{ways_text(result.scores)}\n\n{EXPLAINED}"
+    printed = emit({"scores": result.scores, "facts": result.facts, "rows": out}, text, as_json)
+    if out is not None:
+        write_table(out, result.rows)
+    for note in () if quiet else result.facts["notes"]:
+        click.echo(f"Note: {note}", err=True)
     return printed
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -136,6 +137,23 @@ class Episodes(click.ParamType):
         return value if value == "reference" else int(value)
 
 
+class BackgroundScore(click.ParamType):
+    """A number, or the word fit."""
+
+    name = "score"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | float:
+        if value == "fit":
+            return "fit"
+        try:
+            score = float(value)
+        except ValueError:
+            score = math.nan
+        if not math.isfinite(score):
+            self.fail(f"'{value}' is neither a number nor 'fit'", param, ctx)
+        return score
+
+
 class StorePlace(click.ParamType):
     """A path, or the address of a store in an object store, which must not go through pathlib."""
 
@@ -232,6 +250,15 @@ choice_option = click.option(
     multiple=True,
     metavar="CHOICE=VALUE",
     help="Another choice than the protocol's, such as ignore=no or balance=class. May be repeated.",
+)
+ways_option = click.option(
+    "--ways", type=Whole(), metavar="N", help="Classes per episode, each with K supports. [default: the protocol's, 1]"
+)
+absent_option = click.option(
+    "--absent",
+    type=Share(),
+    metavar="SHARE",
+    help="Share of the queries that show none of their episode's classes. [default: the protocol's, 0]",
 )
 arithmetic_option = click.option(
     "--arithmetic",

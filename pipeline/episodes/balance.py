@@ -14,7 +14,7 @@ class Balance:
     """What a manifest is made of."""
 
     per_class: Mapping[int, int]
-    """Class id -> episodes, for every class of the fold."""
+    """Class id -> episodes that it is one of the classes of, for every class of the fold."""
     queries: int
     """Different query photos."""
     photos: int
@@ -30,12 +30,12 @@ class Balance:
 
 def balance_of(manifest: Manifest) -> Balance:
     """Count classes, photos and repetitions."""
-    counts = Counter(row.class_id for row in manifest.rows)
+    counts = Counter(class_id for row in manifest.rows for class_id, _ in row.classes)
     return Balance(
         {class_id: counts[class_id] for class_id in sorted(manifest.classes)},
         len({row.query for row in manifest.rows}),
-        len({image for row in manifest.rows for image in (row.query, *row.supports)}),
-        sum(len(set(row.supports)) < len(row.supports) for row in manifest.rows),
+        len({image for row in manifest.rows for image in row.photos}),
+        sum(any(len(set(some)) < len(some) for _, some in row.classes) for row in manifest.rows),
     )
 
 
@@ -44,7 +44,7 @@ def notes(manifest: Manifest) -> tuple[str, ...]:
     texts, balance = [], balance_of(manifest)
     class_id, most = max(balance.per_class.items(), key=lambda item: item[1])
     with_episodes = len(balance.per_class) - len(balance.empty)
-    if with_episodes > 1 and most >= 2 * len(manifest) / with_episodes:
+    if with_episodes > 1 and most >= 2 * manifest.ways * len(manifest) / with_episodes:
         texts.append(
             f"{most:,} of the {len(manifest):,} episodes are of class '{manifest.classes[class_id]}' "
             f"({100 * most / len(manifest):.0f} %): FB-IoU mostly tells of it, and the other classes have wider "
@@ -58,5 +58,11 @@ def notes(manifest: Manifest) -> tuple[str, ...]:
         texts.append(
             f"{balance.repeating:,} of the {len(manifest):,} episodes show a support twice or more, as the published "
             f"code allows."
+        )
+    wanted = round(float(manifest.made.get("absent", 0)) * len(manifest))
+    if manifest.absent < 0.8 * wanted:
+        texts.append(
+            f"{manifest.absent:,} queries show none of their classes, {wanted:,} were asked for: the others are listed "
+            f"for too many of the fold's classes."
         )
     return tuple(texts)

@@ -12,6 +12,7 @@ from pipeline.episodes.manifest import Manifest, of_episodes, require_there
 from pipeline.episodes.protocols import DRAWS, Protocol
 from pipeline.episodes.published import reference_episodes
 from pipeline.episodes.stream import EpisodeStream
+from pipeline.episodes.ways import Ways
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def make(
 
     Args:
         skipped: images that cannot be used, such as those that could not be read at extraction.
-        choices: `episodes`, `role`, `draw`, `balance` and `repeat_supports`, as in a `Protocol`.
+        choices: `episodes`, `role`, `draw`, `balance`, `repeat_supports`, `ways` and `absent`, as in a `Protocol`.
 
     Raises:
         ConfigError: no such fold, a class with too few images, or "reference" drawing a skipped image.
@@ -66,6 +67,19 @@ def _draw(rules: Protocol, index: DatasetIndex, fold: int, skipped: Collection[i
             balance=rules.balance,
         )
         drawn = [stream[number] for number in range(rules.episodes)]
+    if rules.several:
+        ways = Ways(
+            index,
+            fold,
+            rules.role,
+            rules.ways,
+            seed,
+            shots=shots,
+            absent=rules.absent,
+            repeat_supports=rules.repeat_supports,
+            exclude=frozenset(skipped),
+        )
+        drawn = [ways(number, episode) for number, episode in enumerate(drawn)]
     origin = {
         "draw": rules.draw,
         "episodes": rules.episodes,
@@ -73,6 +87,7 @@ def _draw(rules: Protocol, index: DatasetIndex, fold: int, skipped: Collection[i
         "balance": rules.balance,
         "repeat_supports": rules.repeat_supports,
         "skipped": sorted(index.images[image] for image in skipped),
+        **({"ways": rules.ways, "absent": rules.absent} if rules.several else {}),
     }
     return of_episodes(index, fold, rules.role, drawn, origin)
 
@@ -90,6 +105,7 @@ def redraw(manifest: Manifest, index: DatasetIndex) -> Manifest | None:
     try:
         skipped = [numbers[image] for image in origin["skipped"]]
         choices = {name: origin[name] for name in ("episodes", "seed", "draw", "balance", "repeat_supports")}
+        choices |= {name: origin[name] for name in ("ways", "absent") if name in origin}
     except (KeyError, TypeError) as error:
         raise DataError(f"The manifest does not say how it was made: {error}. It cannot be drawn again.") from error
     return make(index, manifest.fold, manifest.shots, role=manifest.role, skipped=skipped, **choices)

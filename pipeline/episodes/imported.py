@@ -15,7 +15,7 @@ from typing import Any
 
 from hsnet.errors import DataError
 from pipeline.datasets.index import DatasetIndex, Split
-from pipeline.episodes.manifest import Manifest, of_episodes
+from pipeline.episodes.manifest import MANIFEST_FORMAT, Manifest, of_episodes
 from pipeline.episodes.stream import Episode
 
 MAX_BYTES = 200_000_000
@@ -190,6 +190,12 @@ def _manifest(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     from pipeline.episodes.manifest_file import read
 
     manifest = read(path)
+    if manifest.format != MANIFEST_FORMAT:
+        raise DataError(
+            f"{path} holds {manifest.ways}-way episodes, {manifest.absent:,} with no class shown; only episodes of "
+            f"one class that the query shows can be brought in. Draw them again for these data: "
+            f"`hsnet episodes make --ways`."
+        )
     for number, row in enumerate(manifest.rows):
         name = manifest.classes[row.class_id]
         yield f"{path}, episode {number}", {"query": row.query, "supports": list(row.supports), "class": name}

@@ -18,6 +18,8 @@ from pipeline.datasets.index import DatasetIndex
 from pipeline.episodes.stream import Episode
 
 MANIFEST_FORMAT = 1
+WAYS_FORMAT = 2
+"""Format of manifests whose episodes have several classes, or queries that show none of them."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,20 @@ class ListedEpisode:
     query: str
     supports: tuple[str, ...]
     class_id: int
+    others: tuple[tuple[int, tuple[str, ...]], ...] = ()
+    """(class id, its supports) of the N - 1 further classes of an N-way episode."""
+    absent: bool = False
+    """The query was drawn to show none of the episode's classes."""
+
+    @property
+    def classes(self) -> tuple[tuple[int, tuple[str, ...]], ...]:
+        """(class id, its supports) of all N classes; that of `class_id` first."""
+        return ((self.class_id, self.supports), *self.others)
+
+    @property
+    def photos(self) -> tuple[str, ...]:
+        """Every photo's id, the query's first; a photo may come several times."""
+        return (self.query, *(image for _, supports in self.classes for image in supports))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +50,8 @@ class Manifest:
     """The episodes of one test, in order.
 
     Raises:
-        DataError: rows with different numbers of supports, a photo that is its own support, a class without a name.
+        DataError: rows with different numbers of supports or classes, a photo that is its own support, a class without
+            a name or twice in an episode.
     """
 
     data: str
@@ -51,17 +68,23 @@ class Manifest:
     def __post_init__(self) -> None:
         if not self.rows:
             raise DataError("A manifest needs at least one episode.")
-        shots = len(self.rows[0].supports)
+        shots, ways = len(self.rows[0].supports), self.ways
         for number, row in enumerate(self.rows):
-            if not row.supports or len(row.supports) != shots:
+            if len(row.classes) != ways or len({class_id for class_id, _ in row.classes}) != ways:
                 raise DataError(
-                    f"Episode {number} has {len(row.supports)} supports, episode 0 has {shots}; a manifest needs the "
-                    f"same number, at least 1, everywhere."
+                    f"Episode {number} has classes {[c for c, _ in row.classes]}, episode 0 has {ways}; a manifest "
+                    f"needs the same number of different classes everywhere."
                 )
-            if row.query in row.supports:
-                raise DataError(f"Episode {number}: photo '{row.query}' is the query and its own support.")
-            if row.class_id not in self.classes:
-                raise DataError(f"Episode {number}: class {row.class_id} is not tested in fold {self.fold}.")
+            for class_id, supports in row.classes:
+                if not supports or len(supports) != shots:
+                    raise DataError(
+                        f"Episode {number} has {len(supports)} supports, episode 0 has {shots}; a manifest needs the "
+                        f"same number, at least 1, everywhere."
+                    )
+                if row.query in supports:
+                    raise DataError(f"Episode {number}: photo '{row.query}' is the query and its own support.")
+                if class_id not in self.classes:
+                    raise DataError(f"Episode {number}: class {class_id} is not tested in fold {self.fold}.")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -70,6 +93,21 @@ class Manifest:
     def shots(self) -> int:
         """Supports per episode. Fewer are the first ones of each (`first`)."""
         return len(self.rows[0].supports)
+
+    @property
+    def ways(self) -> int:
+        """Classes per episode."""
+        return 1 + len(self.rows[0].others)
+
+    @property
+    def absent(self) -> int:
+        """Episodes whose query was drawn to show none of their classes."""
+        return sum(row.absent for row in self.rows)
+
+    @property
+    def format(self) -> int:
+        """1 for one class that the query shows, as ever; 2 for what came later."""
+        return WAYS_FORMAT if self.ways > 1 or self.absent else MANIFEST_FORMAT
 
     def first(self, shots: int) -> Manifest:
         """The same episodes with their first supports only. Its digest is what rows of that many shots carry.
@@ -82,13 +120,19 @@ class Manifest:
         if shots == self.shots:
             return self
         return replace(
-            self, rows=tuple(ListedEpisode(row.query, row.supports[:shots], row.class_id) for row in self.rows)
+            self,
+            rows=tuple(
+                replace(
+                    row, supports=row.supports[:shots], others=tuple((c, listed[:shots]) for c, listed in row.others)
+                )
+                for row in self.rows
+            ),
         )
 
     @cached_property
     def digest(self) -> str:
         """ "sha256:..." of data set, fold, role and episodes: equal ones are the same test."""
-        hasher = hashlib.sha256(canonical([MANIFEST_FORMAT, self.data, self.fold, self.role]))
+        hasher = hashlib.sha256(canonical([self.format, self.data, self.fold, self.role]))
         for number, row in enumerate(self.rows):
             hasher.update(b"\n" + row_content(number, row))
         return "sha256:" + hasher.hexdigest()
@@ -96,7 +140,10 @@ class Manifest:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of the lines "query support,...,support class": that of the published code's episodes is known."""
-        lines = (f"{row.query} {','.join(row.supports)} {row.class_id}" for row in self.rows)
+        lines = (
+            " ".join([row.query, *(f"{','.join(supports)} {class_id}" for class_id, supports in row.classes)])
+            for row in self.rows
+        )
         return "sha256:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -104,8 +151,18 @@ def of_episodes(
     index: DatasetIndex, fold: int, role: str, episodes: Iterable[Episode], made: Mapping[str, Any]
 ) -> Manifest:
     """Episodes of an index as a manifest."""
+
+    def named(images: Iterable[int]) -> tuple[str, ...]:
+        return tuple(index.images[image] for image in images)
+
     rows = tuple(
-        ListedEpisode(index.images[e.query], tuple(index.images[image] for image in e.supports), e.class_id)
+        ListedEpisode(
+            index.images[e.query],
+            named(e.supports),
+            e.class_id,
+            tuple((class_id, named(supports)) for class_id, supports in e.others),
+            e.absent,
+        )
         for e in episodes
     )
     classes = {class_id: index.classes[class_id] for class_id in index.split(fold, role).class_ids}
@@ -118,12 +175,12 @@ def episodes_in(manifest: Manifest, index: DatasetIndex, skipped: Collection[int
     """The manifest's episodes with the image numbers of this index.
 
     Raises:
-        DataError: it is of another data set (names both digests and missing photos), or a photo is not listed for its
-            class.
+        DataError: it is of another data set (names both digests and missing photos), a photo is not listed for its
+            class, or the query of an absent episode is listed for one of its classes.
         ConfigError: a photo was skipped at extraction.
     """
     numbers = {image_id: number for number, image_id in enumerate(index.images)}
-    wanted = dict.fromkeys(image for row in manifest.rows for image in (row.query, *row.supports))
+    wanted = dict.fromkeys(image for row in manifest.rows for image in row.photos)
     missing = [image for image in wanted if image not in numbers]
     if manifest.data != index.digest:
         absent = (
@@ -143,13 +200,23 @@ def episodes_in(manifest: Manifest, index: DatasetIndex, skipped: Collection[int
     listed = set(index.split(manifest.fold, manifest.role).entries)
     episodes = []
     for number, row in enumerate(manifest.rows):
-        for image in (row.query, *row.supports):
-            if (numbers[image], row.class_id) not in listed:
+        query, supports = numbers[row.query], []
+        for class_id, images in row.classes:
+            shown = () if row.absent or class_id != row.class_id else (row.query,)
+            for image in (*shown, *images):
+                if (numbers[image], class_id) not in listed:
+                    raise DataError(
+                        f"Episode {number}: photo '{image}' is not listed for class {class_id} "
+                        f"'{index.classes.get(class_id, '?')}' in fold {manifest.fold}, '{manifest.role}'."
+                    )
+            if row.absent and (query, class_id) in listed:
                 raise DataError(
-                    f"Episode {number}: photo '{image}' is not listed for class {row.class_id} "
-                    f"'{index.classes.get(row.class_id, '?')}' in fold {manifest.fold}, '{manifest.role}'."
+                    f"Episode {number}: its query '{row.query}' should show none of its classes, but is listed for "
+                    f"class {class_id} '{index.classes.get(class_id, '?')}'."
                 )
-        episodes.append(Episode(numbers[row.query], tuple(numbers[s] for s in row.supports), row.class_id))
+            supports.append(tuple(numbers[image] for image in images))
+        others = tuple((row.others[place][0], images) for place, images in enumerate(supports[1:]))
+        episodes.append(Episode(query, supports[0], row.class_id, others, row.absent))
     require_there(index, episodes, skipped)
     return episodes
 
@@ -168,13 +235,15 @@ def difference(first: Manifest, second: Manifest) -> str | None:
 
 
 def row_text(row: ListedEpisode) -> str:
-    """ "query <- support, support (class 3)"."""
-    return f"{row.query} <- {', '.join(row.supports)} (class {row.class_id})"
+    """ "query <- support, support (class 3)"; of several ways, all classes with their supports."""
+    classes = "; ".join(f"{', '.join(supports)} (class {class_id})" for class_id, supports in row.classes)
+    return f"{row.query} <- {classes}{', none of them shown' if row.absent else ''}"
 
 
 def row_content(number: int, row: ListedEpisode) -> bytes:
     """The bytes of one episode that digests are taken over."""
-    return canonical([number, row.query, list(row.supports), row.class_id])
+    more = [row.others, row.absent] if row.others or row.absent else []
+    return canonical([number, row.query, list(row.supports), row.class_id, *more])
 
 
 def canonical(value: object) -> bytes:
@@ -184,7 +253,7 @@ def canonical(value: object) -> bytes:
 
 def require_there(index: DatasetIndex, episodes: Sequence[Episode], skipped: Collection[int]) -> None:
     left_out = set(skipped)
-    gone = sorted({image for e in episodes for image in (e.query, *e.supports) if image in left_out})
+    gone = sorted({image for e in episodes for image in e.photos if image in left_out})
     if gone:
         raise ConfigError(
             f"These episodes need {len(gone)} images that were skipped at extraction (first: "

@@ -100,6 +100,10 @@ class Protocol:
     """Object only above `tau` (the paper's words), not at it (the published code)."""
     normalise: str = "max"
     """Votes are divided by the image's "max" (published) or by the number of "shots"."""
+    ways: int = 1
+    """Classes per episode; with several, `hsnet evaluate` labels every pixel as background or one of them."""
+    absent: float = 0.0
+    """Share of the episodes whose query shows none of their classes: what is found there is a false alarm."""
     image_size: int | None = None
     """Side of the network's input, pixels, that the protocol asks for; None takes the store's. It is the store's to
     decide: `departures` tells when it has another."""
@@ -124,6 +128,10 @@ class Protocol:
         if isinstance(self.tau, bool) or not isinstance(self.tau, (int, float)) or not 0 < self.tau < 1:
             raise ConfigError(f"tau must be between 0 and 1, got {self.tau!r}.")
         object.__setattr__(self, "tau", float(self.tau))
+        _whole("ways", self.ways, 1)
+        if isinstance(self.absent, bool) or not isinstance(self.absent, (int, float)) or not 0 <= self.absent <= 1:
+            raise ConfigError(f"absent must be a share from 0 to 1, got {self.absent!r}.")
+        object.__setattr__(self, "absent", float(self.absent))
         if self.image_size is not None:
             _whole("image_size", self.image_size, 32)
         if self.draw == "reference" and (self.balance != "listed" or not self.repeat_supports):
@@ -131,6 +139,11 @@ class Protocol:
                 "The published code's episodes (draw reference) follow its lists and let supports repeat. Choose draw "
                 "stream for balanced classes or distinct supports."
             )
+
+    @property
+    def several(self) -> bool:
+        """Whether its episodes are other than one class that the query shows: `pipeline.evaluate.nway` scores them."""
+        return self.ways > 1 or self.absent > 0
 
     @property
     def policy(self) -> Policy:
@@ -165,7 +178,7 @@ class Protocol:
             ConfigError: unknown or missing fields, a value out of range, or a digest of other values.
         """
         plain = {k: v for k, v in values.items() if k != "digest"} if isinstance(values, Mapping) else values
-        protocol = from_json(cls, plain, "A protocol", may_lack=())
+        protocol = from_json(cls, plain, "A protocol", may_lack=tuple(_LATER))
         digest = values.get("digest", protocol.digest) if isinstance(values, Mapping) else None
         if digest != protocol.digest:
             raise ConfigError(f"A protocol says digest {digest}, but its values have {protocol.digest}.")
@@ -182,9 +195,11 @@ class Protocol:
         elif self.tau != 0.5:
             fused += f" {'>' if self.strict else '>='} {self.tau:g}"
         seeds = ", ".join(map(str, self.seeds))
+        ways = f"{self.ways}-way, " if self.several else ""
+        none = f", {100 * self.absent:g} % with none of their classes shown" if self.absent else ""
         facts = {
             "protocol": f"{self.name} ({self.digest[:15]})",
-            "episodes": f"{self.episodes:,} per fold, {drawn}, seed {seeds}, {balanced}{several}",
+            "episodes": f"{ways}{self.episodes:,} per fold, {drawn}, seed {seeds}, {balanced}{several}{none}",
             "shots": f"{', '.join(map(str, self.shots))}, {fused}",
             "scored at": str(self.policy),
         }
@@ -308,8 +323,13 @@ def protocol_choice(text: str) -> tuple[str, Any]:
     return read_choice(text, {name: kind for name, kind in get_type_hints(Protocol).items() if name != "name"})
 
 
+_LATER: dict[str, object] = {"ways": 1, "absent": 0.0}
+"""Choices that came later, with what they were before: left out where they are that, so that digests hold."""
+
+
 def _plain(protocol: Protocol) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(protocol).items()}
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(protocol).items()}
+    return {name: value for name, value in values.items() if name not in _LATER or value != _LATER[name]}
 
 
 def _text(value: object) -> str:

@@ -24,6 +24,20 @@ class Episode:
     query: int
     supports: tuple[int, ...]
     class_id: int
+    others: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    """Of an N-way episode: (class id, its supports) of the N - 1 further classes; see `pipeline.episodes.ways`."""
+    absent: bool = False
+    """The query is listed for none of the episode's classes: it was drawn to show none of them."""
+
+    @property
+    def classes(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """(class id, its supports) of all N classes; that of `class_id` first."""
+        return ((self.class_id, self.supports), *self.others)
+
+    @property
+    def photos(self) -> tuple[int, ...]:
+        """Every photo's number, the query's first; a photo may come several times."""
+        return (self.query, *(image for _, supports in self.classes for image in supports))
 
 
 class EpisodeStream:
@@ -80,7 +94,7 @@ class EpisodeStream:
         self.shots = shots
         self.repeat_supports = repeat_supports
         self.entries = tuple(entry for entry in split.entries if entry[0] not in left_out)
-        self._by_class = _group(self.entries)
+        self._by_class = images_by_class(self.entries)
         self._balanced = balance == "class"
         if self._balanced:  # a class that lost all its images, or never had one, cannot have its share
             self._by_class = {class_id: self._by_class.get(class_id, ()) for class_id in split.class_ids}
@@ -128,19 +142,8 @@ class EpisodeStream:
             number += 1
 
     def _supports(self, class_id: int, query: int, draws: Sequence[int]) -> tuple[int, ...]:
-        # Positions already taken are stepped over instead of copying the class without them: COCO's "person"
-        # has 45,000 images.
-        images = self._by_class[class_id]
         taken = [self._position[class_id, query]]
-        supports = []
-        for draw in draws:
-            position = below(draw, len(images) - len(taken))
-            for other in taken:
-                position += position >= other
-            supports.append(images[position])
-            if not self.repeat_supports:
-                bisect.insort(taken, position)
-        return tuple(supports)
+        return pick_supports(self._by_class[class_id], draws, taken, repeat=self.repeat_supports)
 
     def _order(self, cycle: int, count: int, *what: object) -> np.ndarray:
         """The order of `count` things in one pass over them; the latest pass of each kind is kept."""
@@ -164,7 +167,28 @@ def novel_images(
     return frozenset(image for image in listed if not novel.isdisjoint(classes_present(image)))
 
 
-def _group(entries: Iterable[tuple[int, int]]) -> dict[int, tuple[int, ...]]:
+def pick_supports(images: Sequence[int], draws: Iterable[int], taken: list[int], *, repeat: bool) -> tuple[int, ...]:
+    """One of a class's images for every raw draw.
+
+    Args:
+        taken: positions, ascending, of images that must not be picked (the query's); grows if supports must differ.
+        repeat: whether an image may be picked twice.
+    """
+    # Positions already taken are stepped over instead of copying the class without them: COCO's "person"
+    # has 45,000 images.
+    supports = []
+    for draw in draws:
+        position = below(draw, len(images) - len(taken))
+        for other in taken:
+            position += position >= other
+        supports.append(images[position])
+        if not repeat:
+            bisect.insort(taken, position)
+    return tuple(supports)
+
+
+def images_by_class(entries: Iterable[tuple[int, int]]) -> dict[int, tuple[int, ...]]:
+    """Class id -> its images in the order of the list, each once."""
     groups: dict[int, dict[int, None]] = {}  # a dict as an ordered set
     for image, class_id in entries:
         groups.setdefault(class_id, {})[image] = None
@@ -189,7 +213,7 @@ def require_images(
         )
     small = [(class_id, len(set(images))) for class_id, images in pools.items() if len(set(images)) < shots + 1]
     if small:
-        listed = _group(split.entries)
+        listed = images_by_class(split.entries)
         names = "; ".join(
             f"class {class_id} '{index.classes[class_id]}' has {count} of {len(listed.get(class_id, ()))} listed"
             for class_id, count in small[:4]

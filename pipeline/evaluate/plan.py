@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hsnet.errors import ConfigError
+from hsnet.errors import ConfigError, DataError
 from pipeline.datasets import DATASETS, open_dataset, reader_of
 from pipeline.datasets.index import DatasetIndex
 from pipeline.datasets.unseen import unseen_classes
@@ -64,6 +64,7 @@ def plan_evaluation(
     trained_on: str | Path | None = None,
     manifest: Manifest | None = None,
     shots: Sequence[int] = (),
+    ways: int | None = None,
     fusions: Sequence[str] = (),
     reader: str | None = None,
     data_root: Path | None = None,
@@ -84,13 +85,17 @@ def plan_evaluation(
         trained_on: with `transfer`, the store it was trained on, for heads that do not say.
         manifest: its episodes, fold and role instead of the protocol's; the protocol is changed to match.
         shots: with `manifest`, the numbers of shots; none takes the manifest's.
+        ways: with `manifest`, the number of classes its episodes must have; None takes the manifest's.
         reader, data_root, splits, data_options: the data set behind the features, as `pipeline.datasets.open_dataset`
             takes it, for scores at original size. By default only shapes, which need no folder, are opened.
 
     Raises:
         ConfigError: a data set whose reader is not known, or what `open_dataset` and `trained` refuse.
+        DataError: a manifest of another number of ways.
         CheckpointError, CheckpointMismatch, DataError, StoreError: what was named is not there or does not fit.
     """
+    if manifest is not None and ways is not None:
+        require_ways(manifest, ways)
     source = make_source()
     data_root = data_root and data_root.absolute()  # a worker on another machine has another working directory
     dataset = _full_size(source.index, reader, data_root, splits and splits.absolute(), data_options or {})
@@ -108,6 +113,7 @@ def plan_evaluation(
     if manifest is not None:
         fold, wanted = manifest.fold, tuple(sorted(shots or (manifest.shots,)))
         drawn = {name: manifest.made[name] for name in ("draw", "balance", "repeat_supports") if name in manifest.made}
+        drawn |= {"ways": manifest.ways, "absent": float(manifest.made.get("absent", manifest.absent / len(manifest)))}
         seed = int(manifest.made.get("seed", 0))
         manifests = (PlannedTest(wanted, seed, manifest.first(wanted[-1])),)
         protocol = replace(protocol, episodes=len(manifest), shots=wanted, seeds=(seed,), role=manifest.role, **drawn)
@@ -125,6 +131,15 @@ def plan_evaluation(
         resident=resident,
         device=device,
     )
+
+
+def require_ways(manifest: Manifest, ways: int) -> None:
+    """Refuse episodes of another number of classes. Raises DataError."""
+    if manifest.ways != ways:
+        raise DataError(
+            f"The manifest holds {manifest.ways}-way episodes, {ways}-way ones were asked for. Give --ways "
+            f"{manifest.ways}, or make a manifest with `hsnet episodes make --ways {ways}`. Nothing was computed."
+        )
 
 
 def _full_size(

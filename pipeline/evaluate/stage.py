@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,18 +22,16 @@ from hsnet.errors import ConfigError, DataError
 from hsnet.fusion import foreground, fuse
 from hsnet.metrics import class_iou, count, foreground_background_iou, mean_iou, sum_by_class
 from hsnet.model import resize_logits
-from pipeline.common.machine import environment
-from pipeline.common.runner import Runner, SerialRunner, in_groups
+from pipeline.common.runner import Runner
 from pipeline.datasets.index import DatasetIndex
-from pipeline.episodes.drawing import PlannedTest, of_protocol
-from pipeline.episodes.manifest import episodes_in
+from pipeline.episodes.drawing import of_protocol
+from pipeline.episodes.manifest import MANIFEST_FORMAT
 from pipeline.episodes.protocols import FUSIONS, Policy, Protocol
 from pipeline.episodes.stream import Episode
+from pipeline.evaluate.blocks import Block, answered, blocks_of, facts_of, fusions_of, index_of, skipped_in
 from pipeline.evaluate.plan import EvaluationPlan
 from pipeline.heads.segmenters import Answers, Segmenter
-from pipeline.loading.batch import EpisodeBatch, prefetch
-from pipeline.loading.resident import keep
-from pipeline.loading.source import FeatureSource, StoreSource
+from pipeline.loading.batch import EpisodeBatch, load_batch
 from pipeline.scores.bootstrap import Interval, interval, resample
 from pipeline.scores.rows import METADATA, count_columns, episode_counts, schema
 
@@ -42,15 +39,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from pipeline.datasets import Dataset
-
-BLOCK = 25
-"""Episodes that are planned together; a worker gets several blocks if they are quick."""
-
-TASK_SECONDS = 5.0
-"""About how long a worker is busy with the blocks it is given at a time: it reads one while it computes another."""
-
-READ_AHEAD = 1
-"""Groups of episodes read while one is predicted; 0 reads in line."""
 
 HEADLINE = Policy()
 """The published way to count: at network size, ignored pixels left out."""
@@ -84,19 +72,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class _Block:
-    first: int
-    """Number of its first episode."""
-    episodes: tuple[Episode, ...]
-    shots: tuple[int, ...]
-    """Results wanted: every K up to the episodes' own."""
-    seed: int
-    manifests: Mapping[int, str]
-    """Number of shots -> digest of the episodes with so many supports."""
-
-
-@dataclass(frozen=True)
-class _Rules:
+class Rules:
     """How answers become rows."""
 
     fold: int
@@ -121,51 +97,28 @@ def evaluate(
             a fusion that the segmenter cannot do.
         DataError: a manifest or `dataset` of other data.
     """
-    source, protocol, dataset = plan.source, plan.protocol, plan.dataset
-    index = source.index if plan.index is None else plan.index
-    if unknown := set(plan.fusions) - set(FUSIONS):
-        raise ConfigError(f"fusion must be one of {', '.join(FUSIONS)}, got {', '.join(sorted(unknown))}.")
-    if dataset is None and protocol.resolution == "original":
+    protocol, index, fusions = plan.protocol, index_of(plan), fusions_of(plan)
+    if protocol.several:
         raise ConfigError(
-            "Scores at original size need the photos' own masks, which a store does not hold: give the data set "
-            "(--data-root), or --set resolution=network. Nothing was computed."
+            f"{protocol.ways}-way episodes, {100 * protocol.absent:g} % of them with none of their classes shown, are "
+            f"evaluated by pipeline.evaluate.nway (`hsnet evaluate --ways`). Nothing was computed."
         )
-    if dataset is not None and dataset.index.digest != source.index.digest:
-        raise DataError(
-            f"The data set is not the one behind the features: {dataset.index.digest}, the store has "
-            f"{source.index.digest}. Give the data set that was extracted. Nothing was computed."
-        )
-    fusions = tuple(name for name in FUSIONS if name in {protocol.fusion, *plan.fusions})
-    rules = _Rules(plan.fold, fusions, protocol, dataset, plan.device)
-    skipped = sorted({*source.skipped, *plan.skipped})
+    rules = Rules(plan.fold, fusions, protocol, plan.dataset, plan.device)
+    skipped = skipped_in(plan)
     manifests = list(plan.manifests) or of_protocol(protocol, index, plan.fold, skipped)
-    blocks = [block for planned in manifests for block in _blocks(planned, index, skipped)]
-    total = sum(len(block.episodes) for block in blocks)
-    images = {image for block in blocks for episode in block.episodes for image in (episode.query, *episode.supports)}
-    # Of the plan, workers are sent only what they need: not the source that is open here.
-    make_segmenter, make_source = plan.method.make, plan.make_source or (lambda: source)
-    resident, device = plan.resident, plan.device
-
-    def make_worker() -> Callable[[Sequence[_Block]], tuple[list[dict[str, Any]], float]]:
-        segmenter, source = make_segmenter(), keep(make_source(), images, resident, device)
-        return lambda blocks: _rows(segmenter, source, blocks, rules)
-
-    runner = runner or SerialRunner()
-    rows: list[dict[str, Any]] = []
-    done, took = 0, [0.0]
-    if on_event:
-        on_event(0, total)  # so that the rate shown counts from here
-    groups = in_groups(blocks, lambda: took[-1] or None, TASK_SECONDS, runner.workers)
-    for group, (group_rows, seconds) in runner.map(make_worker, groups):
-        rows += group_rows
-        took.append(seconds)
-        done += sum(len(block.episodes) for block in group)
-        if on_event:
-            on_event(done, total)
+    for planned in manifests:
+        if planned.manifest.format != MANIFEST_FORMAT:
+            raise DataError(
+                f"The manifest holds {planned.manifest.ways}-way episodes, {planned.manifest.absent:,} of them with no "
+                f"class shown; the protocol asks for 1-way ones. Give --ways {planned.manifest.ways}, or another "
+                f"manifest. Nothing was computed."
+            )
+    blocks = [block for planned in manifests for block in blocks_of(planned, index, skipped)]
+    rows = answered(plan, blocks, load_batch, partial(_part_rows, rules=rules), runner, on_event)
     rows.sort(  # blocks come in any order
         key=lambda row: (row["shots"], FUSIONS.index(row["fusion"]), row["seed"], row["episode"])
     )
-    facts = _facts(plan, index, fusions, manifests)
+    facts = facts_of(plan, index, fusions, manifests)
     import pyarrow as pa
 
     same = {"store": facts["store"], "checkpoint": facts["checkpoint"]}
@@ -174,47 +127,6 @@ def evaluate(
     class_ids = index.split(plan.fold, protocol.role).class_ids
     scores = tuple(score(table, k, class_ids, protocol.policy, protocol.fusion) for k in facts["shots"])
     return Evaluation(table, scores, facts)
-
-
-def _facts(
-    plan: EvaluationPlan, index: DatasetIndex, fusions: Sequence[str], manifests: Sequence[PlannedTest]
-) -> dict[str, Any]:
-    """What was evaluated and how, as it is stored with the rows."""
-    source, protocol, method = plan.source, plan.protocol, plan.method
-    store = source.store if isinstance(source, StoreSource) else None
-    class_ids = index.split(plan.fold, protocol.role).class_ids
-    return {
-        "data": index.digest,
-        "dataset": index.name,
-        "fold": plan.fold,
-        "role": protocol.role,
-        "shots": sorted({k for planned in manifests for k in planned.shots}),
-        "seeds": sorted({planned.seed for planned in manifests}),
-        "fusions": list(fusions),
-        "classes": {str(class_id): index.classes[class_id] for class_id in class_ids},
-        "manifests": {
-            planned.manifest.first(k).digest: {"shots": k, "seed": planned.seed, **planned.manifest.made}
-            for planned in manifests
-            for k in planned.shots
-        },
-        "protocol": protocol.to_dict(),
-        "protocol_digest": protocol.digest,
-        "ignore": "boundary pixels count for nothing" if index.has_ignore else "no ignore label",
-        "store": store.identity if store else "",
-        "checkpoint": method.checkpoint,
-        "environment": environment(),
-        "method": method.facts,
-        "recipe": source.recipe.to_dict(),
-        "notes": protocol.departures(
-            dataset=index.name, image_size=source.recipe.image_size, has_ignore=index.has_ignore
-        ),
-        # Where a report may look for photos and head; what they are is said by the digests.
-        "paths": {
-            "store": store and store.path,
-            "checkpoint": method.path and str(method.path),
-            "data_root": plan.data_root and str(plan.data_root),
-        },
-    }
 
 
 def score(
@@ -240,41 +152,13 @@ def score(
     )
 
 
-def _blocks(planned: PlannedTest, index: DatasetIndex, skipped: Sequence[int]) -> list[_Block]:
-    drawn = episodes_in(planned.manifest, index, skipped)
-    digests = {k: planned.manifest.first(k).digest for k in planned.shots}
-    return [
-        _Block(first, tuple(drawn[first : first + BLOCK]), planned.shots, planned.seed, digests)
-        for first in range(0, len(drawn), BLOCK)
-    ]
-
-
-def _rows(
-    segmenter: Segmenter, source: FeatureSource, blocks: Sequence[_Block], rules: _Rules
-) -> tuple[list[dict[str, Any]], float]:
-    """(rows of the blocks' episodes, seconds per block); the next episodes are read while these are predicted."""
-    started = time.monotonic()
-    # Cut alike however blocks are grouped: episodes that are predicted together could tell by their last bits.
-    parts = [(block, start) for block in blocks for start in range(0, len(block.episodes), _step(block))]
-    reads = (block.episodes[start : start + _step(block)] for block, start in parts)
-    rows: list[dict[str, Any]] = []
-    with closing(prefetch(source, reads, READ_AHEAD)) as loaded:
-        for (block, start), (episodes, batch) in zip(parts, loaded, strict=True):
-            began = time.monotonic()
-            part = _part_rows(segmenter, batch.to(rules.device), episodes, block, rules, source.index)
-            seconds = (time.monotonic() - began) / len(episodes)
-            for row in part:
-                rows.append({**row, "episode": block.first + start + row["episode"], "seconds": seconds})
-    return rows, (time.monotonic() - started) / len(blocks)
-
-
 def _part_rows(
     segmenter: Segmenter,
     batch: EpisodeBatch,
     episodes: Sequence[Episode],
-    block: _Block,
-    rules: _Rules,
+    block: Block,
     index: DatasetIndex,
+    rules: Rules,
 ) -> list[dict[str, Any]]:
     """Rows of episodes that are predicted together, numbered from 0."""
     size = (batch.target.shape[1], batch.target.shape[2])
@@ -282,7 +166,7 @@ def _part_rows(
     answers = segmenter.answer(batch, joint)
     counts = {}
     for shots, fusion in itertools.product(block.shots, rules.fusions):
-        masks = _combined(answers, slice(None), size, shots, fusion, rules)
+        masks = combined(answers, slice(None), size, shots, fusion, rules)
         counts[shots, fusion] = _counts("network", masks, batch.target, batch.ignore)
     pixels = batch.target.flatten(1).sum(1).tolist()
     rows = []
@@ -293,7 +177,7 @@ def _part_rows(
             if original is not None:
                 target, ignore = original
                 size = (target.shape[1], target.shape[2])
-                mask = _combined(answers, slice(number, number + 1), size, shots, fusion, rules)
+                mask = combined(answers, slice(number, number + 1), size, shots, fusion, rules)
                 values |= {policy: four[0] for policy, four in _counts("original", mask, target, ignore).items()}
             columns = {
                 name: value
@@ -326,7 +210,7 @@ def _counts(resolution: str, masks: Tensor, target: Tensor, ignore: Tensor | Non
     return {Policy(resolution, ignore=True): kept, Policy(resolution, ignore=False): everything}
 
 
-def _combined(answers: Answers, chosen: slice, size: tuple[int, int], shots: int, fusion: str, rules: _Rules) -> Tensor:
+def combined(answers: Answers, chosen: slice, size: tuple[int, int], shots: int, fusion: str, rules: Rules) -> Tensor:
     """Masks (b, H, W) of the chosen episodes by their first supports."""
     tau, strict = rules.protocol.tau, rules.protocol.strict
     if fusion == "joint":
@@ -336,15 +220,10 @@ def _combined(answers: Answers, chosen: slice, size: tuple[int, int], shots: int
     return fuse(answers.logits[:shots, chosen], size, fusion, tau, strict, rules.protocol.normalise)
 
 
-def _original(episode: Episode, rules: _Rules) -> tuple[Tensor, Tensor | None] | None:
+def _original(episode: Episode, rules: Rules) -> tuple[Tensor, Tensor | None] | None:
     """(target, ignore) of the query at its own size, each (1, H, W) bool."""
     if rules.dataset is None:
         return None
     index = rules.dataset.index
     label = torch.from_numpy(rules.dataset.label(episode.query).astype("int32"))[None].to(rules.device)
     return label == episode.class_id + 1, label == index.ignore_label if index.has_ignore else None
-
-
-def _step(block: _Block) -> int:
-    """Episodes read and predicted together: fewer at many shots, which bounds memory."""
-    return max(1, BLOCK // len(block.episodes[0].supports))

@@ -111,3 +111,57 @@ def prefetch(
 ) -> Generator[tuple[Sequence[Episode], EpisodeBatch], None, None]:
     """Load batches on a background thread, at most `depth` ahead of the one in use; see `read_ahead`."""
     return read_ahead(partial(load_batch, source), batches, depth, "prefetch")
+
+
+@dataclass(frozen=True)
+class WaysBatch:
+    """B episodes of N classes and K shots as tensors: the query is read once for all classes."""
+
+    batch: EpisodeBatch
+    """Supports of all classes: those of the first episode's first class, then of its second, ..."""
+    truth: Tensor
+    """(B, S, S) int64: 0, or n + 1 where the query shows the class at place n of its episode."""
+    ways: int
+
+    def to(self, device: str | torch.device) -> WaysBatch:
+        """The batch on a device, decoded there."""
+        return replace(self, batch=self.batch.to(device), truth=self.truth.to(device, non_blocking=True))
+
+    def of_class(self, place: int) -> EpisodeBatch:
+        """The one-way episodes of the classes at a place, 0 to N - 1; once the batch is decoded (`to`)."""
+        batch, shots = self.batch, self.batch.shots // self.ways
+
+        def chosen(tensor: Tensor) -> Tensor:
+            return tensor.unflatten(0, (-1, self.ways, shots))[:, place].flatten(0, 1)
+
+        return replace(
+            batch,
+            support=[chosen(level) for level in batch.support],
+            support_mask=chosen(batch.support_mask),
+            target=self.truth == place + 1,
+            shots=shots,
+        )
+
+
+def load_ways(source: FeatureSource, episodes: Sequence[Episode]) -> WaysBatch:
+    """Read what a batch of N-way episodes needs. All must have the same numbers of classes and shots."""
+    queries = [episode.query for episode in episodes]
+    classes = [[class_id for class_id, _ in episode.classes] for episode in episodes]
+    supports = [image for episode in episodes for image in episode.photos[1:]]
+    ways, shots = len(classes[0]), len(supports) // len(episodes)
+    query_labels, support_labels = source.labels(queries), source.labels(supports)
+    ids = torch.tensor(classes, dtype=query_labels.dtype, device=query_labels.device) + 1
+    shown = query_labels[:, None] == ids[..., None, None]
+    truth = (shown * torch.arange(1, ways + 1, device=shown.device)[:, None, None]).sum(1)
+    ignore = query_labels == source.index.ignore_label if source.index.has_ignore else None
+    batch = EpisodeBatch(
+        query=source.features(queries),
+        support=source.features(supports),
+        support_mask=support_labels == ids.flatten().repeat_interleave(shots // ways)[:, None, None],
+        target=truth > 0,
+        ignore=ignore,
+        shots=shots,
+        unit=source.codec is not None,
+        codec=source.codec,
+    )
+    return WaysBatch(batch, truth, ways)

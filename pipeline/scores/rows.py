@@ -162,6 +162,11 @@ def read_results(path: Path) -> Results:
         facts = json.loads((table.schema.metadata or {})[METADATA])
     except (KeyError, ValueError, RecursionError) as error:
         raise DataError(f"{path} holds no rows of an evaluation: `hsnet evaluate --out` writes them.") from error
+    if isinstance(facts, dict) and "ways" in facts:
+        raise DataError(
+            f"{path} holds rows of {facts['ways']}-way episodes: `hsnet analyze` takes them together with others of "
+            f"their kind; tables and pages of 1-way scores do not. Nothing was computed."
+        )
     wanted = schema()
     missing = [name for name in wanted.names if name not in table.column_names]
     if missing:
@@ -273,9 +278,9 @@ def differences(first: Results, second: Results) -> dict[str, tuple[object, obje
     pairs["store"] = first.store, second.store
     pairs["method"] = _method(first, _OF_A_FOLD), _method(second, _OF_A_FOLD)
     mine, theirs = first.protocol.to_dict(), second.protocol.to_dict()
-    for name in mine:
+    for name in mine | theirs:
         if name not in ("seeds", "shots", "digest", "name"):
-            pairs[f"protocol's {name}"] = mine[name], theirs[name]
+            pairs[f"protocol's {name}"] = mine.get(name), theirs.get(name)
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 

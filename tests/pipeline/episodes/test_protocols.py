@@ -26,6 +26,8 @@ OTHER = {
     "strict": True,
     "normalise": "shots",
     "image_size": 96,
+    "ways": 3,
+    "absent": 0.25,
 }
 
 

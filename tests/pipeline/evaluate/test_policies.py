@@ -228,7 +228,7 @@ def test_what_cannot_be_scored_is_refused_before_work(tiny_source, with_ignore):
 def test_other_episodes_in_a_pass_hardly_matter(tiny_source, monkeypatch, step):
     """The rule is fixed (so rows repeat to the pixel); what it is moves only pixels whose logits tie to rounding."""
     usual = run(tiny_source, shots=(1, 2)).rows.to_pylist()
-    monkeypatch.setattr("pipeline.evaluate.stage._step", lambda block: step)
+    monkeypatch.setattr("pipeline.evaluate.blocks.step", lambda block: step)
     for mine, other in zip(usual, run(tiny_source, shots=(1, 2)).rows.to_pylist(), strict=True):
         assert all(abs(mine[name] - other[name]) <= 2 for name in COUNTS)
         assert {name: mine[name] for name in ("episode", "query", "supports", "object_pixels", "manifest")} == {
