@@ -107,12 +107,10 @@ def tried_counts(
 def best_score(counts: Tensor) -> tuple[float, float]:
     """(score of SCORES with the best mIoU, that mIoU in percent) from (G, C, 2) counts; of equal ones the nearest to 0.
 
-    The mean is over the classes with a pixel, true or found, at some score.
+    A class without a pixel, true or found, counts as 0, as in `hsnet.metrics.class_iou`.
     """
-    there = counts[:, counts[..., 1].sum(0) > 0].double()
-    if not there.shape[1]:
-        return 0.0, 0.0
-    mious = 100 * (there[..., 0] / there[..., 1].clamp(min=1)).mean(1)
+    counts = counts.double()
+    mious = 100 * (counts[..., 0] / counts[..., 1].clamp(min=1)).mean(1)
     best = torch.nonzero(mious >= mious.max() - 1e-9).flatten()
     chosen = int(best[SCORES[best.cpu()].abs().argmin()])
     return float(SCORES[chosen]), float(mious[chosen])

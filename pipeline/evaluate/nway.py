@@ -142,7 +142,7 @@ def fit_background(
         raise ConfigError(
             f"The background's score cannot be fitted on the training classes: {error} Or give it: --background 0."
         ) from error
-    class_ids = sorted(manifest.classes)
+    class_ids = sorted({class_id for row in manifest.rows for class_id, _ in row.classes})
     blocks = blocks_of(PlannedTest((1,), seed, manifest), index, skipped)
     made = partial(_fit_rows, places={class_id: place for place, class_id in enumerate(class_ids)})
     rows = answered(replace(plan, dataset=None), blocks, load_ways, made, runner, on_event)

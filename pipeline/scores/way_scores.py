@@ -223,13 +223,20 @@ def sums(episodes: WayEpisodes) -> NDArray[np.int64]:
     return np.concatenate([of_classes.reshape(n, -1), *rest], 1).astype(np.int64)
 
 
-def _ratios(totals: Floats, classes: int) -> tuple[Floats, list[Floats]]:
-    """(..., F) -> class IoUs (..., C), and FB-IoU with the five rates, each (...); percent, NaN where nothing tells."""
-    parts, wholes = totals[..., 0::2], totals[..., 1::2]
-    iou: Floats = 100 * parts[..., :classes] / np.maximum(wholes[..., :classes], 1)
+def _class_iou(totals: Floats, classes: int) -> Floats:
+    """(..., F) -> (..., C), percent; 0 where the union is empty, as `hsnet.metrics.class_iou`."""
+    own = totals[..., : 2 * classes]
+    iou: Floats = 100 * own[..., 0::2] / np.maximum(own[..., 1::2], 1)
+    return iou
+
+
+def _every_figure(totals: Floats, classes: int) -> Floats:
+    """(..., F) -> (fields of WayFigures, ...), percent; NaN where nothing tells."""
+    rest = totals[..., 2 * classes :]
     with np.errstate(invalid="ignore", divide="ignore"):
-        rest = 100 * parts[..., classes:] / np.where(wholes[..., classes:] > 0, wholes[..., classes:], np.nan)
-    return iou, [rest[..., :2].mean(-1), *np.moveaxis(rest[..., 2:], -1, 0)]
+        rates = 100 * rest[..., 0::2] / np.where(rest[..., 1::2] > 0, rest[..., 1::2], np.nan)
+    miou, fb_iou = _class_iou(totals, classes).mean(-1), rates[..., :2].mean(-1)
+    return np.stack([miou, fb_iou, *np.moveaxis(rates[..., 2:], -1, 0)])
 
 
 Drawn = tuple[Floats, Floats]
@@ -268,7 +275,7 @@ def _swapped(values: NDArray[np.int64], episodes: WayEpisodes, unit: str, seed: 
     both = totals.sum(0)
 
     def miou(some: Floats) -> Floats:
-        return np.asarray(_ratios(some, classes)[0].mean(-1))
+        return np.asarray(_class_iou(some, classes).mean(-1))
 
     return float(miou(totals[0]) - miou(totals[1])), miou((both + moved) / 2) - miou((both - moved) / 2)
 
@@ -296,8 +303,7 @@ def _figures(folds: Sequence[tuple[WayEpisodes, Drawn]], minus: int | None) -> W
     samples: list[Floats] = []
     for episodes, drawn in folds:
         for into, totals in zip((values, samples), drawn, strict=True):
-            iou, rest = _ratios(totals, len(episodes.class_ids))
-            every = np.stack([iou.mean(-1), *rest])
+            every = _every_figure(totals, len(episodes.class_ids))
             into.append(every[..., 0] - (0 if minus is None else every[..., minus]))
     mean, drawn_again = np.mean(values, axis=0), np.mean(samples, axis=0)
     intervals = [
@@ -310,7 +316,7 @@ def _figures(folds: Sequence[tuple[WayEpisodes, Drawn]], minus: int | None) -> W
 
 def _parts(episodes: WayEpisodes, drawn: Drawn, minus: int | None) -> tuple[Part, ...]:
     """One part per class. A class in a single episode could be anything from 0 (a difference: -100) to 100."""
-    values, samples = (_ratios(some, len(episodes.class_ids))[0] for some in drawn)
+    values, samples = (_class_iou(some, len(episodes.class_ids)) for some in drawn)
     apart = values[0] - (0 if minus is None else values[minus])
     spread = samples[:, 0] - (0 if minus is None else samples[:, minus])
     parts = []
