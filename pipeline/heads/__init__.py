@@ -1,1 +1,1 @@
-"""Who answers an episode: run configurations, run directories, checkpoints, segmenters by name."""
+"""Who answers an episode: run configurations, training recipes, run directories, checkpoints, segmenters by name."""

@@ -15,7 +15,6 @@ from hsnet.backbone import FrozenBackbone
 from hsnet.errors import CheckpointError, ConfigError, HSNetError, ShapeError, StoreError
 from hsnet.fused import FusedHSNet
 from hsnet.loss import episode_losses
-from hsnet.metrics import mean_iou, sum_by_class
 from hsnet.model import HSNet
 from pipeline.common.process_group import Distributed
 from pipeline.datasets.index import DatasetIndex, Split
@@ -365,28 +364,33 @@ def test_every_training_choice_resumes_to_the_bit(stable_run, tiny_config, tiny_
     assert load_checkpoint(path).digest == load_checkpoint(stable_run[0]).digest
 
 
-def test_checkpoints_hold_the_average_and_say_so(stable_run, whole_run, tiny_config, tiny_source, tmp_path):
-    """The average of a run is that of its weights, read from a run that was saved at every step."""
-    config = tiny_config(steps=6, **STABLE, validate_every=1)
-    seen = []
-    fit(config, tiny_source, tmp_path / "run", on_event=lambda event: seen.append(event))
-    run = stable_run[0]
+def test_the_average_is_what_is_validated_and_what_checkpoints_hold(
+    stable_run, whole_run, tiny_config, tiny_source, tmp_path, monkeypatch
+):
+    judged = []
+
+    class Listening(LearnedSegmenter):
+        def __init__(self, model, arithmetic):
+            super().__init__(model, arithmetic)
+            judged.append({name: value.clone() for name, value in model.state_dict().items()})
+
+    monkeypatch.setattr("pipeline.train.LearnedSegmenter", Listening)
+    fit(tiny_config(steps=2, average=0.9, validate_every=2), tiny_source, tmp_path / "run")
+    stored = resume_file(tmp_path / "run")
+    average = {name.removeprefix("average."): v for name, v in stored.items() if name.startswith("average.")}
+    best, last = load_checkpoint(tmp_path / "run"), load_checkpoint(tmp_path / "run" / "last.safetensors")
+    assert best.path.name == "best.safetensors"
+    for state in (*judged, best.state, last.state):
+        assert state.keys() == average.keys()
+        assert all(torch.equal(value, average[name]) for name, value in state.items())
+    assert len(judged) == 1
+    assert any(not torch.equal(value, stored[f"model.{name}"]) for name, value in average.items())
+    # The weights themselves are those of a run without an average.
+    fit(tiny_config(steps=2), tiny_source, tmp_path / "raw")
+    assert all(torch.equal(value, stored[f"model.{name}"]) for name, value in weights(tmp_path / "raw").items())
     for file in ("last.safetensors", "best.safetensors"):
-        assert load_checkpoint(run / file).info.averaged
+        assert load_checkpoint(stable_run[0] / file).info.averaged
         assert not load_checkpoint(whole_run[0] / file).info.averaged
-    stored, last = resume_file(run), weights(run)
-    assert all(torch.equal(value, stored[f"average.{name}"]) for name, value in last.items())
-    assert any(not torch.equal(value, stored[f"model.{name}"]) for name, value in last.items())
-    assert not any(name.startswith("average.") for name in resume_file(whole_run[0]))
-    # What is validated is the average: scoring the last checkpoint gives the last validation.
-    segmenter = LearnedSegmenter(load_checkpoint(run / "last.safetensors").learner())
-    episodes = selection_stream(config, tiny_source)
-    drawn = [episodes[number] for number in range(config.validate_episodes)]
-    counts = segmenter.answer(batch := load_batch(tiny_source, drawn)).count(batch)
-    totals = sum_by_class(counts, [episode.class_id for episode in drawn], episodes.class_ids)
-    said = [event for event in seen if isinstance(event, Validated)][-1]
-    assert said.step == 6
-    assert mean_iou(totals) == pytest.approx(said.miou, abs=1e-4)
 
 
 def test_events_tell_the_learning_rate_and_the_gradient(stable_run, tiny_config):
