@@ -148,8 +148,13 @@ def sweep(
             another call. `on_step` gets the case and its training events.
 
     Raises:
-        ConfigError: `protocol` asks for original size, which a sweep does not read masks for.
+        ConfigError: `protocol` asks for original size, which a sweep does not read masks for, or for several ways.
     """
+    if protocol.several:
+        raise ConfigError(
+            f"A sweep tests 1-way episodes whose queries show the class; the protocol has ways {protocol.ways}, absent "
+            f"{protocol.absent:g}. Test its checkpoints with `hsnet evaluate --ways`. Nothing was trained."
+        )
     if protocol.resolution != "network":
         raise ConfigError(
             "A sweep tests at network size. Test its checkpoints at original size with `hsnet evaluate --data-root`, "

@@ -17,6 +17,7 @@ import pytest
 import cli
 from pipeline.datasets import DATASETS
 from pipeline.datasets.folder_description import Description
+from pipeline.scores import way_rows
 from pipeline.scores.rows import schema
 
 ROOT = Path(cli.__file__).parent
@@ -138,6 +139,8 @@ def test_files_named_in_the_docs_exist() -> None:
 def test_the_columns_of_the_rows_are_described() -> None:
     text = (ROOT / "docs" / "training-and-evaluation.md").read_text()
     assert not [name for name in schema().names if f"`{name}`" not in text]
+    text = (ROOT / "docs" / "evaluation.md").read_text().split("### Columns of N-way rows")[1]
+    assert not [name for name in way_rows.schema().names if f"`{name}`" not in text]
 
 
 def test_data_sets_with_their_options_are_described() -> None:

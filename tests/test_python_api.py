@@ -30,4 +30,6 @@ def test_the_worked_example_runs_and_learns(tmp_path: Path) -> None:
     assert min(scores.values()) > 30, "60 steps are enough to leave the untrained head (18) behind"
     better = [float(points) for points in re.findall(r": ([-\d.]+) \[.*points better than untrained", done.stdout)]
     assert len(better) == 4
+    assert re.search(r"^3-way: mIoU of classes [\d.]+ \[", done.stdout, re.MULTILINE)
+    assert "fitted on the classes of 'trn'" in done.stdout
     assert min(better) > 0

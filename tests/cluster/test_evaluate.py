@@ -12,6 +12,7 @@ from cluster.runner import RayRunner
 from hsnet.model import HSNet
 from pipeline.datasets.shapes import Shapes
 from pipeline.episodes.protocols import resolve
+from pipeline.evaluate.nway import evaluate_ways
 from pipeline.evaluate.plan import EvaluationPlan
 from pipeline.evaluate.stage import evaluate
 from pipeline.extract.stage import extract
@@ -60,15 +61,18 @@ class MortalSegmenter:
         raise AssertionError("unreachable")
 
 
-def run(store: Path, runner=None, segmenter=make_segmenter):
-    plan = EvaluationPlan(
+def plan_of(store: Path, segmenter=make_segmenter, **choices):
+    return EvaluationPlan(
         method=Method(segmenter, {}),
         source=make_source(store),
         make_source=functools.partial(make_source, store),
         fold=0,
-        protocol=resolve(shots=(1, 3), episodes=110),
+        protocol=resolve(**{"shots": (1, 3), "episodes": 110, **choices}),
     )
-    return evaluate(plan, runner=runner)
+
+
+def run(store: Path, runner=None, segmenter=make_segmenter):
+    return evaluate(plan_of(store, segmenter), runner=runner)
 
 
 def counted(rows):
@@ -89,6 +93,13 @@ def test_rows_are_the_same_for_any_number_of_workers(store, expected, workers):
     result = run(store, RayRunner(workers))
     assert counted(result.rows).equals(counted(expected.rows), check_metadata=True)
     assert result.scores == expected.scores
+
+
+def test_rows_and_the_fitted_background_of_several_ways(store, ray_runner):
+    plan = plan_of(store, shots=(1,), episodes=30, ways=2, absent=0.2)
+    here, there = evaluate_ways(plan), evaluate_ways(plan, runner=ray_runner)
+    assert there.background == here.background
+    assert counted(there.rows).equals(counted(here.rows), check_metadata=True)
 
 
 def test_a_killed_worker_changes_no_row(store, expected, ray_runner, tmp_path):

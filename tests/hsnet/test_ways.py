@@ -64,6 +64,8 @@ def test_confusion_of_one_class_holds_the_one_way_counts():
 
 def test_every_score_is_counted_as_if_it_were_the_only_one():
     margins, truth, ignore = 3 * random(3, 2, 6, 5), labels(3, 6, 5, classes=2), random(3, 6, 5, seed=9) > 1
+    margins[:, :, 0] = SCORES[230]  # a tie with the background is background
+    margins[:, :, 1] = 0
     rows, order = torch.tensor([[0, 3], [3, 1], [1, 0]]), torch.tensor([[0, 1], [1, 0], [0, 1]])
     counts = tried_counts(margins, order, truth, rows, 4, ignore)
     assert counts.shape == (len(SCORES), 4, 2)

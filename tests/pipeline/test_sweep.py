@@ -142,3 +142,6 @@ def test_choices_are_read_as_their_fields(store):
         make_cases([], (0,), {}, {})
     with pytest.raises(ConfigError, match="tests at network size"):
         sweep(make_cases([store], (0,), {}, QUICK), open_source, Path("unused"), resolve("original"))
+    for several in ({"ways": 2}, {"absent": 0.5}):
+        with pytest.raises(ConfigError, match="A sweep tests 1-way episodes"):
+            sweep(make_cases([store], (0,), {}, QUICK), open_source, Path("unused"), resolve(**several))
