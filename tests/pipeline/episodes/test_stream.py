@@ -168,7 +168,7 @@ def test_the_stream_is_the_same_everywhere():
     stream = EpisodeStream(index, 0, "test", 2, 7)
     stream._key = ("sha256:0", 0, "test", 7)  # instead of the digest, which has tests of its own
     numbers = (0, 1, 2, 11, 12, 10**9)
-    assert [astuple(stream[i]) for i in numbers] == [
+    assert [astuple(stream[i])[:3] for i in numbers] == [
         (2, (0, 5), 0),
         (6, (9, 8), 1),
         (1, (5, 2), 0),
@@ -177,7 +177,7 @@ def test_the_stream_is_the_same_everywhere():
         (8, (10, 6), 1),
     ]
     stream._by_list = False
-    assert [astuple(stream[i]) for i in numbers] == [
+    assert [astuple(stream[i])[:3] for i in numbers] == [
         (0, (1, 5), 0),
         (11, (8, 7), 1),
         (0, (5, 2), 0),
