@@ -15,10 +15,10 @@ from hsnet.correlation import EPS, interpolate_mask
 from hsnet.errors import ShapeError
 
 MAPS = 3
-"""Of every level: similarity to the object, to the background, and the first minus the second."""
+"""Of every layer: similarity to the object, to the background, and the first minus the second."""
 
 _AT_ONCE = {"cpu": 1, "cuda": 1 << 26}
-"""Elements of a matrix of mean cosines that are computed together; at least one pair is."""
+"""Elements of one layer's cosines that are computed together; those of one pair at least."""
 
 
 def contrast_maps(
@@ -29,7 +29,7 @@ def contrast_maps(
     dtype: torch.dtype | None = None,
     eps: float = EPS,
 ) -> Tensor:
-    """Contrast maps of every level at the finest query grid.
+    """Contrast maps of every layer at the finest query grid.
 
     Args:
         query: levels of the queries, finest first, each (B, L, H, W, C); any real dtype, int8 codes too.
@@ -39,54 +39,55 @@ def contrast_maps(
         dtype: of the products; that of the features, float32 at least, by default.
 
     Returns:
-        (B K, 3 levels, H, W) in [-2, 2], float32 (float64 for float64 features), deepest level first: the largest mean
-        cosine to a position of the object, the largest to a position of the background, and their difference.
+        (B K, 3 N, H, W) in [-2, 2] for the N layers of all levels, float32 (float64 for float64 features), deepest
+        level first, inside a level shallow to deep. Three maps each: the largest cosine to a position of the object,
+        the largest to a position of the background, and their difference.
 
-    The cosines are averaged over the layers of a level before the largest is taken: layers that err in other places
-    correct each other. A position is of the object where the interpolated mask is above zero, as everywhere in HSNet,
-    and of the background elsewhere. Where a support has no position of a kind (nothing but object, or no object at
-    all), its similarity to that kind is 0.
+    A position is of the object where the interpolated mask is above zero, as everywhere in HSNet, and of the background
+    elsewhere. Where a support has no position of a kind (nothing but object, or no object at all), its similarity to
+    that kind is 0. Negative cosines are kept.
 
-    The mean over layers is one product of the layers' unit vectors laid end to end, so that no correlation of a single
-    layer is written down.
+    Memory: on a CPU one layer's cosines of one pair at a time; the correlation as a whole is never written down.
     """
     finest = (query[0].shape[2], query[0].shape[3])
     maps = []
     for scenes, objects in zip(reversed(query), reversed(support), strict=True):
-        nearest = _nearest(scenes, objects, mask, unit, dtype, eps)
-        maps += [nearest, nearest[:, :1] - nearest[:, 1:]]
-    resized = [F.interpolate(each, finest, mode="bilinear", align_corners=True) for each in maps]
-    return torch.cat(resized, 1)
+        to_object, to_background = _nearest(scenes, objects, mask, unit, dtype, eps).unbind(2)
+        level = torch.stack([to_object, to_background, to_object - to_background], 2)  # (B K, L, 3, H, W)
+        maps.append(F.interpolate(level.flatten(1, 2), finest, mode="bilinear", align_corners=True))
+    return torch.cat(maps, 1)
 
 
 def _nearest(query: Tensor, support: Tensor, mask: Tensor, unit: bool, dtype: torch.dtype | None, eps: float) -> Tensor:
-    """(B K, 2, H, W): largest mean cosine to the object, and to the background."""
+    """(B K, L, 2, H, W): largest cosine to the object, and to the background."""
     for name, axis in (("layers", 1), ("channels", 4)):
         if query.shape[axis] != support.shape[axis]:
             raise ShapeError(f"Query and support differ in {name}: {query.shape[axis]} and {support.shape[axis]}.")
     shots = len(support) // len(query)
-    scenes, others = (_laid_out(features, unit, eps) for features in (query, support))
+    scenes, others = (_unit_vectors(features, unit, eps) for features in (query, support))
     exact = scenes.dtype
     scenes, others = (features.to(dtype or exact) for features in (scenes, others))
     inside = interpolate_mask(mask, (support.shape[2], support.shape[3])).flatten(1) > 0  # (B K, U V)
-    positions = others.shape[1] * scenes.shape[1]
-    step = max(1, _AT_ONCE["cpu" if mask.device.type == "cpu" else "cuda"] // positions)
-    found = []
+    elements = scenes.shape[2] * others.shape[2]
+    step = max(1, _AT_ONCE["cpu" if mask.device.type == "cpu" else "cuda"] // elements)
+    chunks = []
     for first in range(0, len(support), step):
         pairs = slice(first, first + step)
         numbers = torch.arange(first, min(first + step, len(support)), device=mask.device) // shots
-        cosines = torch.bmm(others[pairs], scenes[numbers].transpose(1, 2)).to(exact)  # (n, U V, H W)
-        kinds = (inside[pairs], ~inside[pairs])
-        found.append(torch.stack([_largest(cosines, kind) for kind in kinds], 1))
-    return torch.cat(found).unflatten(2, (query.shape[2], query.shape[3])) / query.shape[1]
+        largest = []
+        for layer in range(query.shape[1]):
+            cosines = torch.bmm(others[pairs, layer], scenes[numbers, layer].transpose(1, 2))  # (n, U V, H W)
+            largest += [_largest(cosines, inside[pairs]), _largest(cosines, ~inside[pairs])]
+        chunks.append(torch.stack(largest, 1))
+    return torch.cat(chunks).to(exact).unflatten(1, (-1, 2)).unflatten(3, (query.shape[2], query.shape[3]))
 
 
-def _laid_out(features: Tensor, unit: bool, eps: float) -> Tensor:
-    """(B, L, H, W, C) to (B, H W, L C): the unit vectors of all layers of a position, one after another."""
+def _unit_vectors(features: Tensor, unit: bool, eps: float) -> Tensor:
+    """(B, L, H, W, C) to (B, L, H W, C) of length 1."""
     real = features if features.dtype == torch.float64 else features.float()
     if not unit:
         real = real / (torch.linalg.vector_norm(real, dim=-1, keepdim=True) + eps)
-    return real.flatten(2, 3).transpose(1, 2).flatten(2)
+    return real.flatten(2, 3)
 
 
 def _largest(cosines: Tensor, kind: Tensor) -> Tensor:

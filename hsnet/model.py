@@ -67,8 +67,8 @@ class HSNet(nn.Module):
             level of which none is used is left out. `layers`, `kernels` and `strides` are those of the levels used.
             All layers by default.
         support_mask: correlate with the support's object only, as published; False correlates with the whole photo.
-        background: the decoder also sees the contrast maps of every level (`hsnet.contrast`): most similar object
-            position, most similar background position of the support, and the difference.
+        background: the decoder also sees the contrast maps of every layer (`hsnet.contrast`): how similar the support's
+            most similar object position is, and its most similar background position, and the difference.
 
     The last three say what is made of features; `answer` reads them, and so does `hsnet.fused`, which is faster.
     `forward` takes the pyramid, one (B, L, U, V, H, W) tensor per level used, deepest first
@@ -120,7 +120,7 @@ class HSNet(nn.Module):
             block(width, (width,) * mix_convolutions, (3,) * mix_convolutions, (1,) * mix_convolutions, groups, kernel)
             for _ in layers[1:]
         )
-        maps = MAPS * len(layers) if background else 0
+        maps = MAPS * sum(layers) if background else 0
         self.decode_coarse = nn.Sequential(
             nn.Conv2d(width + maps, width, 3, padding=1),
             nn.ReLU(True),

@@ -46,8 +46,9 @@ ONE = {"kernels": ((3, 3, 3),), "strides": ((2, 2, 2),)}
         (RESNET50, {"channels": (8, 32, 64)}, 647_410),
         (RESNET50, {"groups": 8}, 2_573_794),
         (RESNET50, {"support_mask": False}, 2_573_794),
-        # three contrast maps of three levels go into the decoder's first 3 x 3 convolution of 128 channels
-        (RESNET50, {"background": True}, 2_573_794 + 3 * 3 * 9 * 128),
+        # three contrast maps of 13 layers go into the decoder's first 3 x 3 convolution of 128 channels
+        (RESNET50, {"background": True}, 2_573_794 + 3 * 13 * 9 * 128),
+        (RESNET101, {"background": True}, 2_587_394 + 3 * 30 * 9 * 128),
     ],
 )
 def test_parameter_counts(layers, switches, total):
@@ -125,13 +126,14 @@ def maps_by_hand(query, support, mask, unit=False):
     maps = []
     for scene, objects in zip(query, support, strict=True):
         inside = (interpolate_mask(mask[None], objects.shape[1:3])[0] > 0).flatten().tolist()
-        mean = cosines(scene.double(), objects.double(), unit).mean(0)
-        largest = []
-        for kind in (True, False):
-            rows = [mean[place] for place, is_object in enumerate(inside) if is_object == kind]
-            zero = torch.zeros(mean.shape[1], dtype=mean.dtype)
-            largest.append(torch.stack(rows).max(0).values if rows else zero)
-        level = torch.stack([*largest, largest[0] - largest[1]]).view(1, 3, *scene.shape[1:3])
+        layers = []
+        for of_layer in cosines(scene.double(), objects.double(), unit):
+            largest = []
+            for kind in (True, False):
+                rows = [of_layer[place] for place, is_object in enumerate(inside) if is_object == kind]
+                largest.append(torch.stack(rows).max(0).values if rows else torch.zeros_like(of_layer[0]))
+            layers += [*largest, largest[0] - largest[1]]
+        level = torch.stack(layers).view(1, -1, *scene.shape[1:3])
         maps.append(F.interpolate(level, finest, mode="bilinear", align_corners=True)[0])
     return torch.cat(maps)
 
@@ -238,10 +240,10 @@ def test_a_joint_answer_averages_the_contrast_maps_of_all_supports():
 
 def test_without_object_or_background_a_similarity_is_0():
     query, support = levels(2, 1), levels(2, 2)
-    nothing, everything = contrast_maps(query, support, masks("nothing", "everything")).unflatten(1, (3, 3))
+    nothing, everything = contrast_maps(query, support, masks("nothing", "everything")).unflatten(1, (7, 3))
     assert torch.equal(nothing[:, 0], torch.zeros_like(nothing[:, 0]))
     assert torch.equal(everything[:, 1], torch.zeros_like(everything[:, 1]))
-    assert torch.equal(nothing[:, 2], -nothing[:, 1])
+    torch.testing.assert_close(nothing[:, 2], -nothing[:, 1])
     assert nothing[:, 1].abs().min() > 0
     assert everything[:, 0].abs().min() > 0
 
@@ -290,7 +292,7 @@ def test_neighbouring_layers_are_not_copied():
 def test_contrast_maps_belong_to_a_learner_that_reads_them():
     pyramid = [torch.rand(1, 2, *grid, *grid) for grid in GRIDS]
     with pytest.raises(ShapeError, match="reads no contrast maps"):
-        learner("groups")([level.double() for level in pyramid], torch.rand(1, 9, 8, 9))
+        learner("groups")([level.double() for level in pyramid], torch.rand(1, 21, 8, 9))
     with pytest.raises(ShapeError, match="reads contrast maps beside the pyramid"):
         learner("background")(pyramid)
     with pytest.raises(ShapeError, match="differ in layers: 2 and 1"):
