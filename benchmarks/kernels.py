@@ -31,6 +31,7 @@ class Figures:
     multiply_adds: float
     """Of a forward pass of one episode, thousands of millions."""
     milliseconds: float
+    """On a GPU; on a CPU those of the process, all threads together: another job beside it changes them less."""
     gigabytes: float
     """Peak while it runs, above the correlations and the weights."""
 
@@ -98,7 +99,7 @@ def measure(kernel: str, backbone: str, size: int, device: str, repeats: int) ->
     return Figures(
         sum(parameter.numel() for parameter in model.parameters()) / 1e6,
         multiply_adds(kernel, backbone, size) / 1e9,
-        1e3 * timing.summary(times[kernel].wall)["median"],
+        1e3 * timing.summary(times[kernel].wall if on_gpu else times[kernel].cpu)["median"],
         (peak - before) / 1e9,
     )
 

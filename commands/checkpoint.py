@@ -49,6 +49,8 @@ def checkpoint_info(path: Path, as_json: bool) -> None:
         "parameters": f"{sum(tensor.numel() for tensor in loaded.state.values()):,}",
         "layers": f"{', '.join(map(str, info.learner.get('layers', ())))} per level, deepest first",
     }
+    if info.config and info.config.learner:
+        facts["learner"] = ", ".join(f"{name} {value}" for name, value in info.config.learner.items())
     if info.config:
         facts |= {"fold": str(info.config.fold), "seed": str(info.config.seed)}
     if info.config and info.averaged:

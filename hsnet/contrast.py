@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hsnet.correlation import EPS, interpolate_mask
+from hsnet.correlation import EPS, correlate_rows, interpolate_mask, prepare_query
 from hsnet.errors import ShapeError
 
 MAPS = 3
 """Of every layer: similarity to the object, to the background, and the first minus the second."""
 
-_AT_ONCE = {"cpu": 1, "cuda": 1 << 26}
+_AT_ONCE = 1 << 26
 """Elements of one layer's cosines that are computed together; those of one pair at least."""
 
 
@@ -36,48 +36,72 @@ def contrast_maps(
         support: levels of the supports, each (B K, L, U, V, C), all shots of the first query first.
         mask: (B K, S, S') support masks at network size, 1 inside the object.
         unit: the features are normalised already, see `hsnet.correlation`.
-        dtype: of the products; that of the features, float32 at least, by default.
+        dtype: of the products where all are multiplied; that of the features, float32 at least, by default.
 
     Returns:
-        (B K, 3 N, H, W) in [-2, 2] for the N layers of all levels, float32 (float64 for float64 features), deepest
+        (B K, 3 N, H, W) in [-1, 1] for the N layers of all levels, float32 (float64 for float64 features), deepest
         level first, inside a level shallow to deep. Three maps each: the largest cosine to a position of the object,
         the largest to a position of the background, and their difference.
 
     A position is of the object where the interpolated mask is above zero, as everywhere in HSNet, and of the background
     elsewhere. Where a support has no position of a kind (nothing but object, or no object at all), its similarity to
-    that kind is 0. Negative cosines are kept.
+    that kind is 0; so is a negative one, as in every correlation here.
 
-    Memory: on a CPU one layer's cosines of one pair at a time; the correlation as a whole is never written down.
+    On a CPU the rows of each kind are multiplied by themselves, one pair at a time, and codes as codes where that is
+    exact (`correlate_rows`). Elsewhere, and where features have gradients, all positions are multiplied and then told
+    apart; one layer's cosines of some pairs are written down at a time.
     """
     finest = (query[0].shape[2], query[0].shape[3])
     maps = []
     for scenes, objects in zip(reversed(query), reversed(support), strict=True):
-        to_object, to_background = _nearest(scenes, objects, mask, unit, dtype, eps).unbind(2)
+        for name, axis in (("layers", 1), ("channels", 4)):
+            if scenes.shape[axis] != objects.shape[axis]:
+                raise ShapeError(f"Query and support differ in {name}: {scenes.shape[axis]} and {objects.shape[axis]}.")
+        inside = interpolate_mask(mask, (objects.shape[2], objects.shape[3])) > 0
+        by_rows = mask.device.type == "cpu" and not (scenes.requires_grad or objects.requires_grad)
+        if by_rows:
+            nearest = _nearest_by_rows(scenes, objects, (inside, ~inside), unit, eps)
+        else:
+            nearest = _nearest(scenes, objects, (inside, ~inside), unit, dtype, eps)
+        to_object, to_background = nearest.unbind(2)
         level = torch.stack([to_object, to_background, to_object - to_background], 2)  # (B K, L, 3, H, W)
         maps.append(F.interpolate(level.flatten(1, 2), finest, mode="bilinear", align_corners=True))
     return torch.cat(maps, 1)
 
 
-def _nearest(query: Tensor, support: Tensor, mask: Tensor, unit: bool, dtype: torch.dtype | None, eps: float) -> Tensor:
+Kinds = tuple[Tensor, Tensor]
+"""Object and background positions, (B K, U, V) bool each."""
+
+
+def _nearest_by_rows(query: Tensor, support: Tensor, kinds: Kinds, unit: bool, eps: float) -> Tensor:
     """(B K, L, 2, H, W): largest cosine to the object, and to the background."""
-    for name, axis in (("layers", 1), ("channels", 4)):
-        if query.shape[axis] != support.shape[axis]:
-            raise ShapeError(f"Query and support differ in {name}: {query.shape[axis]} and {support.shape[axis]}.")
+    shots = len(support) // len(query)
+    found = []
+    for number, scene in enumerate(query):
+        prepared = prepare_query(scene, eps, unit)
+        for pair in range(number * shots, (number + 1) * shots):
+            for kind in kinds:
+                values, _ = correlate_rows(prepared, support[pair], kind[pair].float(), eps)  # (n, L, H, W)
+                found.append(values.amax(0) if len(values) else values.new_zeros(values.shape[1:]))
+    return torch.stack(found).unflatten(0, (-1, 2)).transpose(1, 2)
+
+
+def _nearest(query: Tensor, support: Tensor, kinds: Kinds, unit: bool, dtype: torch.dtype | None, eps: float) -> Tensor:
+    """`_nearest_by_rows`, by products of all positions in a given precision."""
     shots = len(support) // len(query)
     scenes, others = (_unit_vectors(features, unit, eps) for features in (query, support))
     exact = scenes.dtype
     scenes, others = (features.to(dtype or exact) for features in (scenes, others))
-    inside = interpolate_mask(mask, (support.shape[2], support.shape[3])).flatten(1) > 0  # (B K, U V)
-    elements = scenes.shape[2] * others.shape[2]
-    step = max(1, _AT_ONCE["cpu" if mask.device.type == "cpu" else "cuda"] // elements)
+    step = max(1, _AT_ONCE // (scenes.shape[2] * others.shape[2]))
     chunks = []
     for first in range(0, len(support), step):
         pairs = slice(first, first + step)
-        numbers = torch.arange(first, min(first + step, len(support)), device=mask.device) // shots
+        numbers = torch.arange(first, min(first + step, len(support)), device=query.device) // shots
         largest = []
         for layer in range(query.shape[1]):
             cosines = torch.bmm(others[pairs, layer], scenes[numbers, layer].transpose(1, 2))  # (n, U V, H W)
-            largest += [_largest(cosines, inside[pairs]), _largest(cosines, ~inside[pairs])]
+            # Positions of the other kind count as 0, and so does a kind without any.
+            largest += [(cosines * kind[pairs].flatten(1)[:, :, None]).amax(1).clamp(min=0) for kind in kinds]
         chunks.append(torch.stack(largest, 1))
     return torch.cat(chunks).to(exact).unflatten(1, (-1, 2)).unflatten(3, (query.shape[2], query.shape[3]))
 
@@ -88,9 +112,3 @@ def _unit_vectors(features: Tensor, unit: bool, eps: float) -> Tensor:
     if not unit:
         real = real / (torch.linalg.vector_norm(real, dim=-1, keepdim=True) + eps)
     return real.flatten(2, 3)
-
-
-def _largest(cosines: Tensor, kind: Tensor) -> Tensor:
-    """The largest of (n, P, Q) over the positions P of a kind (n, P); 0 where there is none."""
-    largest = cosines.masked_fill(~kind[:, :, None], -torch.inf).amax(1)
-    return torch.where(kind.any(1)[:, None], largest, torch.zeros_like(largest))

@@ -98,8 +98,13 @@ def test_every_command_is_in_the_docs() -> None:
     assert not [name for name, _ in commands() if f"hsnet {name}" not in text]
 
 
+def flags(parameter: click.Parameter) -> list[str]:
+    """What it is called on the command line, its opposite included."""
+    return [*parameter.opts, *parameter.secondary_opts]
+
+
 def test_every_option_that_is_named_exists() -> None:
-    known = {flag for _, command in commands() for parameter in command.params for flag in parameter.opts}
+    known = {flag for _, command in commands() for parameter in command.params for flag in flags(parameter)}
     known |= {"--help", "--version"} | FOREIGN_OPTIONS
     for path in DOCS:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", path.read_text()))

@@ -131,7 +131,8 @@ def maps_by_hand(query, support, mask, unit=False):
             largest = []
             for kind in (True, False):
                 rows = [of_layer[place] for place, is_object in enumerate(inside) if is_object == kind]
-                largest.append(torch.stack(rows).max(0).values if rows else torch.zeros_like(of_layer[0]))
+                rows.append(torch.zeros_like(of_layer[0]))  # a negative cosine counts as 0, and so does none
+                largest.append(torch.stack(rows).max(0).values)
             layers += [*largest, largest[0] - largest[1]]
         level = torch.stack(layers).view(1, -1, *scene.shape[1:3])
         maps.append(F.interpolate(level, finest, mode="bilinear", align_corners=True)[0])
@@ -248,14 +249,31 @@ def test_without_object_or_background_a_similarity_is_0():
     assert everything[:, 0].abs().min() > 0
 
 
-@pytest.mark.parametrize("at_once", [1, 10**9])
-def test_pairs_together_and_one_by_one_have_the_same_maps(at_once, monkeypatch):
-    monkeypatch.setattr("hsnet.contrast._AT_ONCE", {"cpu": at_once})
+@pytest.mark.parametrize("way", ["rows", "one pair at a time", "all pairs at once"])
+@pytest.mark.parametrize("unit", [False, True])
+def test_every_way_to_the_maps_is_the_same(way, unit, monkeypatch):
+    """Also where features have gradients, which the rows cannot give."""
+    monkeypatch.setattr("hsnet.contrast._AT_ONCE", 1 if way == "one pair at a time" else 10**9)
     query, support, mask = levels(2, 1), levels(4, 2), masks("block", "nothing", "everything", "corner")
-    ours = contrast_maps(query, support, mask)
-    for pair in range(4):
-        wanted = maps_by_hand([q[pair // 2] for q in query[::-1]], [s[pair] for s in support[::-1]], mask[pair])
-        torch.testing.assert_close(ours[pair], wanted, rtol=0, atol=1e-12)
+    for level in (*query, *support):
+        level.requires_grad_(way != "rows")
+    ours = contrast_maps(query, support, mask, unit)
+    wanted = torch.stack(
+        [
+            maps_by_hand([q[pair // 2] for q in query[::-1]], [s[pair] for s in support[::-1]], mask[pair], unit)
+            for pair in range(4)
+        ]
+    )
+    torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-12)
+    if way != "rows":
+        weights = torch.sin(torch.arange(ours.numel(), dtype=ours.dtype)).view_as(ours)
+        features = [*query, *support]
+        for mine, theirs in zip(
+            torch.autograd.grad((ours * weights).sum(), features),
+            torch.autograd.grad((wanted * weights).sum(), features),
+            strict=True,
+        ):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(
