@@ -19,6 +19,7 @@ from commands.episodes import episodes
 from commands.evaluate import evaluate
 from commands.extract import extract
 from commands.groups import Commands
+from commands.heads import heads
 from commands.plan import plan
 from commands.predict import predict
 from commands.prepare import prepare
@@ -33,7 +34,7 @@ from commands.weights import weights
 SECTIONS = {
     "Data": (prepare,),
     "Store": (plan, extract, store),
-    "Model": (backbones, weights, train, sweep, checkpoint),
+    "Model": (backbones, heads, weights, train, sweep, checkpoint),
     "Use": (episodes, evaluate, analyze, report, supports, predict),
     "Machine": (doctor, demo),
 }

@@ -166,10 +166,10 @@ def measure_evaluate(
     from pipeline.loading.source import StoreSource
     from pipeline.store.feature_store import FeatureStore
 
-    chosen = ["--checkpoint", str(run_dir)] if run_dir else ["--baseline", "untrained"]
+    chosen = ["--checkpoint", str(run_dir)] if run_dir else ["--head", "untrained"]
     options = ["evaluate", *chosen, "--store", str(store), "--shots", str(shots), "--quiet", "--device", "cpu"]
     source = StoreSource(FeatureStore.open(store))
-    method = catalogue.trained(run_dir, source) if run_dir else catalogue.untrained(source)
+    method = catalogue.trained(run_dir, source) if run_dir else catalogue.made("untrained", source)
     plan = EvaluationPlan(method=method, source=source, fold=0, protocol=resolve(shots=(shots,), episodes=episodes[0]))
     stream = EpisodeStream(source.index, 0, "test", shots, 0)
     drawn = [stream[number] for number in range(min(min(episodes), max(1, stage.BLOCK // shots)))]

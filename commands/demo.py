@@ -125,8 +125,8 @@ def _main_job(out: Path, run: Run, workers: int, backbone: str, weights: str | N
     given = ("--weights", weights) if weights else ()
     network = ("--backbone", backbone, "--image-size", str(image_size), *given)
     run(["extract", "shapes", *DATA_OPTIONS, *network, "--store", store, *spread])
-    untrained = run(["evaluate", "--baseline", "untrained", *held_out])
-    cosine = run(["evaluate", "--baseline", "cosine", *held_out])
+    untrained = run(["evaluate", "--head", "untrained", *held_out])
+    cosine = run(["evaluate", "--head", "cosine", *held_out])
     run([
         "train", "--store", store, "--fold", str(FOLD), "--run-dir", run_dir, "--steps", str(STEPS),
         "--batch-size", str(BATCH_SIZE), "--validate-every", "50", "--validate-episodes", "100", *spread,

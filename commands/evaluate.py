@@ -11,9 +11,9 @@ import click
 from commands.groups import on_interrupt
 from commands.options import (
     ANY_PATH,
-    BASELINES,
     DATASETS,
     FILE,
+    HEADS,
     STORE,
     BackgroundScore,
     Episodes,
@@ -47,10 +47,9 @@ if TYPE_CHECKING:
 @click.command(short_help="mIoU and FB-IoU on held-out classes.")
 @click.option("--checkpoint", type=ANY_PATH, metavar="C", help="Checkpoint, or a run: its best.")
 @click.option(
-    "--baseline",
-    type=click.Choice(BASELINES),
-    help="Instead of a checkpoint: a cosine map cut at a threshold fitted on training episodes; one mask for all "
-    "queries, where training objects usually are; or an untrained head.",
+    "--head",
+    metavar="|".join(HEADS),
+    help="Instead of a checkpoint: a head that needs no training; `hsnet heads` says what each is.",
 )
 @store_option
 @click.option(
@@ -83,7 +82,8 @@ if TYPE_CHECKING:
     "fusions",
     type=click.Choice(("vote", "logits", "probabilities", "joint", "all")),
     multiple=True,
-    help="Also score this way to combine supports, from the same pass. May be repeated.",
+    help="Also score this way to combine supports, from the same pass. May be repeated. The headline of a head "
+    "with a way of its own is that one, or the only one named here.",
 )
 @click.option(
     "--transfer", is_flag=True, help="Test on all classes of the store's data set that the head was not trained on."
@@ -139,10 +139,8 @@ def evaluate(
     reference = episodes == "reference"
     if reference and distinct_supports:
         raise click.UsageError("The reference episodes let supports repeat: leave out --distinct-supports.")
-    if (tested["checkpoint"] is None) == (tested["baseline"] is None):
-        raise click.UsageError("Give --checkpoint C or --baseline cosine|location|untrained, one of them.")
-    if tested["transfer"] and tested["checkpoint"] is None:
-        raise click.UsageError("--transfer asks what a checkpoint was trained on: give --checkpoint.")
+    if (tested["checkpoint"] is None) == (tested["head"] is None):
+        raise click.UsageError(f"Give --checkpoint C or --head {'|'.join(HEADS)}, one of them.")
     if tested["trained_on"] and not tested["transfer"]:
         raise click.UsageError("--trained-on is for --transfer.")
     drawn = (episodes, distinct_supports, absent)
@@ -156,6 +154,7 @@ def evaluate(
 
     if out is not None:
         require_writable(out)
+    named = FUSIONS if "all" in fusions else fusions
     given = {
         "shots": shots,
         "draw": "reference" if reference else None,
@@ -174,7 +173,8 @@ def evaluate(
         manifest=stored,
         shots=shots or (),
         ways=ways,
-        fusions=FUSIONS if "all" in fusions else fusions,
+        fusions=named,
+        fusion=dict(choices).get("fusion") or (named[0] if len(named) == 1 else None),
         data_options=parse_data_options(data_options),
         device=pick_device(device, address),
         **tested,
@@ -186,7 +186,7 @@ def evaluate(
     with open_runner(workers, address, plan.device) as runner, Progress("evaluate", "episodes", quiet) as progress:
         result = stage(plan, runner=runner, on_event=progress.update)
     classes = plan.source.index.classes
-    named = [
+    scored = [
         {
             **plain(scores),
             "per_class": {classes[c]: value for c, value in scores.per_class.items()},
@@ -194,7 +194,7 @@ def evaluate(
         }
         for scores in result.scores
     ]
-    report = {"scores": named, "facts": result.facts, "rows": out}
+    report = {"scores": scored, "facts": result.facts, "rows": out}
     head = fact_lines(plan.protocol.lines())
     printed = emit(report, f"{head}\n\n{_scores_text(result.scores, classes)}", as_json)
     if out is not None:  # after the table: a disk that is full by now does not cost it

@@ -37,12 +37,12 @@ def plain(value: Any) -> Any:
     return value
 
 
-def table(rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:
-    """Columns of text; the first to the left, the others to the right."""
+def table(rows: Sequence[Sequence[str]], head: Sequence[str] = (), left: int = 1) -> str:
+    """Columns of text; the first `left` of them to the left, the others to the right."""
     every = [list(head), *map(list, rows)] if head else [list(row) for row in rows]
     widths = [max(len(row[column]) for row in every) for column in range(len(every[0]))]
     lines = [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
         for row in every
     ]
     if head:

@@ -10,7 +10,7 @@ plan        bytes, seconds per stage and what fits into memory, told before anyt
 extract     the backbone once over every photo, its features into a store
 train       a head on episodes of a store, with exact resume
 sweep       many training configurations, each trained, tested and kept
-evaluate    episodes answered by a head or a baseline, one row for each
+evaluate    episodes answered by a head, one row for each
 predict     masks of new photos from a few photos with masks
 analyze     rows -> scores with intervals, spreads and paired tests
 supports    how much the choice of the support matters, and which one to take

@@ -216,7 +216,9 @@ class _Scorer:
         differences: list[Difference] = []
         for policy in policies:
             for shots, fusion in _cases(files, fusions):
-                other = fusion_against or (fusion if len(fusions) or shots > 1 else against[0].protocol.fusion)
+                # A headline is paired with the headline: heads have their own ways to combine supports.
+                own = not fusions and (shots == 1 or fusion == files[0].protocol.fusion)
+                other = fusion_against or (against[0].protocol.fusion if own else fusion)
                 if against is files and other == fusion:
                     continue
                 folds = []

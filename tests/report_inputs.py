@@ -40,7 +40,7 @@ def tiny(folder):
     hsnet("train", "--store", made.store, "--fold", "0", *training, "--run-dir", made.run, "-q")
     scored = ("--store", made.store, "--shots", "1,2", "--episodes", "16", *SHAPES[1:], "-q")
     hsnet("evaluate", "--checkpoint", made.run, *scored, "--fusion", "logits", "--out", made.rows)
-    hsnet("evaluate", "--baseline", "untrained", *scored, "--out", made.untrained)
+    hsnet("evaluate", "--head", "untrained", *scored, "--out", made.untrained)
     return made
 
 

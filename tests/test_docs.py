@@ -24,7 +24,7 @@ ROOT = Path(cli.__file__).parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 FOREIGN_OPTIONS = (
-    {"--extra-index-url", "--head"}
+    {"--extra-index-url"}
     | {"--folder", "--bits", "--bytes", "--photos"}
     | {
         "--parts",

@@ -14,8 +14,8 @@ from pipeline.datasets.index import DatasetIndex
 from pipeline.datasets.unseen import unseen_classes
 from pipeline.episodes.drawing import PlannedTest
 from pipeline.episodes.manifest import Manifest
-from pipeline.episodes.protocols import Protocol
-from pipeline.heads.catalogue import BASELINES, Method, trained
+from pipeline.episodes.protocols import FUSIONS, Protocol
+from pipeline.heads.catalogue import FOLD, Method, head_named, made, trained
 from pipeline.loading.source import FeatureSource
 from pipeline.store.feature_store import FeatureStore
 
@@ -58,7 +58,7 @@ def plan_evaluation(
     protocol: Protocol,
     *,
     checkpoint: Path | None = None,
-    baseline: str | None = None,
+    head: str | None = None,
     fold: int | None = None,
     transfer: bool = False,
     trained_on: str | Path | None = None,
@@ -66,6 +66,7 @@ def plan_evaluation(
     shots: Sequence[int] = (),
     ways: int | None = None,
     fusions: Sequence[str] = (),
+    fusion: str | None = None,
     reader: str | None = None,
     data_root: Path | None = None,
     splits: Path | None = None,
@@ -78,19 +79,23 @@ def plan_evaluation(
 
     Args:
         make_source: opens the features, here and once per worker process; must be picklable for Ray.
-        checkpoint, baseline: what answers: a checkpoint (or a run directory), or a name of
-            `pipeline.heads.catalogue.BASELINES`; one of them.
+        checkpoint, head: what answers: a checkpoint (or a run directory), or a name of
+            `pipeline.heads.catalogue.HEADS`; one of them.
         fold: whose classes are tested; None is the one that the head held out, or 0.
         transfer: test on all classes that the head was not trained on instead.
-        trained_on: with `transfer`, the store it was trained on, for heads that do not say.
+        trained_on: with `transfer`, the store it was trained on, for heads that do not say. For a head that needs no
+            training: the store of a head that it shall be compared with, whose classes are left out for it, too.
         manifest: its episodes, fold and role instead of the protocol's; the protocol is changed to match.
         shots: with `manifest`, the numbers of shots; none takes the manifest's.
         ways: with `manifest`, the number of classes its episodes must have; None takes the manifest's.
+        fusions: ways to combine supports that get rows beside the headline's.
+        fusion: the headline's way, if somebody asked for one; None is the head's own or, without one, the protocol's.
         reader, data_root, splits, data_options: the data set behind the features, as `pipeline.datasets.open_dataset`
             takes it, for scores at original size. By default only shapes, which need no folder, are opened.
 
     Raises:
-        ConfigError: a data set whose reader is not known, or what `open_dataset` and `trained` refuse.
+        ConfigError: a data set whose reader is not known, a fusion that the head has not, or what `open_dataset`,
+            `made` and `trained` refuse.
         DataError: a manifest of another number of ways.
         CheckpointError, CheckpointMismatch, DataError, StoreError: what was named is not there or does not fit.
     """
@@ -102,13 +107,18 @@ def plan_evaluation(
     index = None
     if checkpoint is not None:
         method = trained(checkpoint, source, device, arithmetic)
-        if transfer:
-            index, fold = _transfer(method, source.index, trained_on, fold)
-        else:
+        if not transfer:
             fold = _tested_fold(method, source.index, fold)
     else:
-        fold = fold or 0
-        method = BASELINES[str(baseline)](source, fold=fold, seed=protocol.seeds[0], device=device)
+        if transfer and head_named(str(head)).needs == FOLD:
+            raise ConfigError(
+                f"Head '{head}' is fitted on classes of the store it is tested on: it cannot be tested on all of them "
+                f"(--transfer). Nothing was computed."
+            )
+        method = made(str(head), source, fold=fold or 0, seed=protocol.seeds[0], device=device)
+    if transfer:
+        index, fold = _transfer(method, source.index, trained_on, fold)
+    fold = fold or 0
     manifests: tuple[PlannedTest, ...] = ()
     if manifest is not None:
         fold, wanted = manifest.fold, tuple(sorted(shots or (manifest.shots,)))
@@ -117,6 +127,7 @@ def plan_evaluation(
         seed = int(manifest.made.get("seed", 0))
         manifests = (PlannedTest(wanted, seed, manifest.first(wanted[-1])),)
         protocol = replace(protocol, episodes=len(manifest), shots=wanted, seeds=(seed,), role=manifest.role, **drawn)
+    protocol, fusions = _with_fusion(protocol, method, fusion, fusions)
     return EvaluationPlan(
         method=method,
         source=source,
@@ -140,6 +151,30 @@ def require_ways(manifest: Manifest, ways: int) -> None:
             f"The manifest holds {manifest.ways}-way episodes, {ways}-way ones were asked for. Give --ways "
             f"{manifest.ways}, or make a manifest with `hsnet episodes make --ways {ways}`. Nothing was computed."
         )
+
+
+def _with_fusion(
+    protocol: Protocol, method: Method, asked: str | None, others: Sequence[str]
+) -> tuple[Protocol, Sequence[str]]:
+    """The protocol with the head's own fusion as the headline's, or the one that was asked for, and the other fusions.
+
+    Where all are wanted, those are all that the head has.
+
+    Raises:
+        ConfigError: a joint answer of a head that has none.
+    """
+    if (head := method.head) is None:
+        return protocol, others
+    if head.fusion is not None:
+        protocol = replace(protocol, fusion=asked or head.fusion)
+    if set(others) == set(FUSIONS) and not head.joint:
+        others = [name for name in others if name != "joint"]
+    if not head.joint and "joint" in (protocol.fusion, *others) and max(protocol.shots) > 1:
+        raise ConfigError(
+            f"Head '{method.facts['name']}' answers each support by itself: it has no fusion joint. Choose vote, "
+            f"logits or probabilities. Nothing was computed."
+        )
+    return protocol, others
 
 
 def _full_size(

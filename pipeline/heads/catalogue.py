@@ -1,11 +1,12 @@
-"""What can be evaluated, by name: a checkpoint's head, and baselines to compare it with.
+"""What can be evaluated, by name: heads that are trained, fitted, or need nothing, each with where it comes from.
 
-A `Method` is made once and sent to every worker; it says how to build the segmenter there and what to write into
-the results.
+A `Method` is a head made ready once and sent to every worker; it says how to build the segmenter there and what to
+write into the results.
 """
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,14 +20,10 @@ from hsnet.errors import ConfigError, DataError
 from hsnet.model import HSNet
 from pipeline.datasets.index import DatasetIndex
 from pipeline.heads.checkpoint import load_checkpoint
-from pipeline.heads.segmenters import (
-    CosineSegmenter,
-    LearnedSegmenter,
-    LocationSegmenter,
-    Segmenter,
-    fit_cosine_threshold,
-    fit_location_mask,
-)
+from pipeline.heads.contrast import ContrastSegmenter
+from pipeline.heads.cosine import CosineSegmenter, fit_cosine_threshold
+from pipeline.heads.location import LocationSegmenter, fit_location_mask
+from pipeline.heads.segmenters import LearnedSegmenter, Segmenter
 from pipeline.loading.source import FeatureSource
 
 log = logging.getLogger(__name__)
@@ -41,11 +38,16 @@ class Method:
     facts: Mapping[str, Any]
     """Its name and what it was made with, for the results; `made_again` reads them."""
     path: Path | None = None
-    """Where its checkpoint was given, absolute; None for a baseline."""
+    """Where its checkpoint was given, absolute; None for a head without one."""
+
+    @property
+    def head(self) -> Head | None:
+        """Its entry of `HEADS`; None for a head that is none of them."""
+        return HEADS.get(str(self.facts.get("name")))
 
     @property
     def checkpoint(self) -> str:
-        """Digest of its checkpoint; "" for a baseline."""
+        """Digest of its checkpoint; "" for a head without one."""
         return str(self.facts.get("checkpoint", ""))
 
     @property
@@ -66,6 +68,8 @@ class Method:
         if self.facts.get("classes"):
             return tuple(self.facts["classes"])
         fold = fold if self.held_out is None else self.held_out
+        if trained_on is None and self.head is not None and self.head.needs == NOTHING:
+            return ()
         if trained_on is None or fold is None:
             raise ConfigError(
                 "The checkpoint does not say which classes it was trained on (it was imported, or made by an earlier "
@@ -96,7 +100,7 @@ def trained(path: Path, source: FeatureSource, device: str = "cpu", arithmetic: 
     checkpoint.require(source.recipe, "the store")
     config = checkpoint.info.config
     facts = {
-        "name": "trained",
+        "name": "hsnet+bg" if checkpoint.info.learner.get("background") else "hsnet",
         "checkpoint": checkpoint.digest,
         "step": checkpoint.info.step,
         "arithmetic": arithmetic,
@@ -106,28 +110,139 @@ def trained(path: Path, source: FeatureSource, device: str = "cpu", arithmetic: 
     return Method(partial(_load, checkpoint.path.absolute(), device, arithmetic), facts, path.absolute())
 
 
-def cosine(source: FeatureSource, *, fold: int, seed: int = 0, device: str = "cpu") -> Method:
-    """The deepest level's cosine map, cut at the threshold that is best on training episodes of the fold."""
-    log.info("Fitting the cosine baseline on training episodes")
+def _cosine(source: FeatureSource, fold: int, seed: int, device: str) -> Method:
+    log.info("Fitting head cosine on training episodes")
     threshold = fit_cosine_threshold(source, fold, seed=seed).threshold
     return Method(partial(CosineSegmenter, threshold), {"name": "cosine", "threshold": threshold})
 
 
-def location(source: FeatureSource, *, fold: int, seed: int = 0, device: str = "cpu") -> Method:
-    """The same mask for every query: the mean object of training episodes of the fold, cut where it fits them best."""
-    log.info("Fitting the location baseline on training episodes")
+def _location(source: FeatureSource, fold: int, seed: int, device: str) -> Method:
+    log.info("Fitting head location on training episodes")
     mask = fit_location_mask(source, fold, seed=seed).mask
     return Method(partial(LocationSegmenter, mask), {"name": "location", "object_share": float(mask.float().mean())})
 
 
-def untrained(source: FeatureSource, *, fold: int = 0, seed: int = 0, device: str = "cpu") -> Method:
-    """A head with the initial weights of a training run of the same seed, whatever the fold."""
+def _untrained(source: FeatureSource, fold: int, seed: int, device: str) -> Method:
     arguments = source.recipe.learner_arguments()
     return Method(partial(_initialise, arguments, seed, device), {"name": "untrained", "seed": seed})
 
 
-BASELINES: dict[str, Callable[..., Method]] = {"cosine": cosine, "location": location, "untrained": untrained}
-"""Name -> what makes the method from (source, fold=, seed=, device=). Adding one is adding a function and a name."""
+def _contrast(source: FeatureSource, fold: int, seed: int, device: str) -> Method:
+    return Method(ContrastSegmenter, {"name": "contrast"})
+
+
+def _cosine_again(facts: Mapping[str, Any], source: FeatureSource, device: str) -> Method:
+    return Method(partial(CosineSegmenter, float(facts["threshold"])), facts)
+
+
+def _untrained_again(facts: Mapping[str, Any], source: FeatureSource, device: str) -> Method:
+    return _untrained(source, 0, int(facts["seed"]), device)
+
+
+def _contrast_again(facts: Mapping[str, Any], source: FeatureSource, device: str) -> Method:
+    return Method(ContrastSegmenter, facts)
+
+
+TRAINING, FOLD, NOTHING = "a checkpoint", "training classes", "nothing"
+"""What a head needs before it can answer: a trained checkpoint, episodes of the fold's training classes, nothing."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A way to answer episodes, as `hsnet heads` lists it."""
+
+    summary: str
+    """What it answers with, in a line."""
+    source: str
+    """Where it comes from."""
+    needs: str
+    """One of `TRAINING`, `FOLD` and `NOTHING`. Only what needs `NOTHING` needs no fold: no class is known to it."""
+    fusion: str | None = None
+    """Its own way to combine supports, a word of `pipeline.episodes.protocols.FUSIONS`; None: the protocol's."""
+    joint: bool = False
+    """Whether it can answer several supports together (fusion joint)."""
+    background: bool = False
+    """Whether it needs a support to show more than its object."""
+    make: Callable[[FeatureSource, int, int, str], Method] | None = None
+    """(source, fold, seed, device) -> method; None: from a checkpoint, by `trained`."""
+    again: Callable[[Mapping[str, Any], FeatureSource, str], Method] | None = None
+    """(facts, source, device) -> the same method; None: the facts do not hold enough."""
+
+
+HEADS: dict[str, Head] = {
+    "hsnet": Head(
+        "the trained learner: hypercorrelations squeezed by 4D convolutions",
+        "Min et al., ICCV 2021",
+        TRAINING,
+        joint=True,
+    ),
+    "hsnet+bg": Head(
+        "the trained learner that also sees the support's background",
+        "HSNet and contrast, put together here",
+        TRAINING,
+        joint=True,
+    ),
+    "contrast": Head(
+        "nearest object position against nearest background position of the support",
+        "nearest-neighbour matching of both sides; form measured here",
+        NOTHING,
+        fusion="joint",
+        joint=True,
+        background=True,
+        make=_contrast,
+        again=_contrast_again,
+    ),
+    "cosine": Head(
+        "the deepest level's cosine map, cut at one fitted threshold",
+        "the correlations of Min et al., ICCV 2021, without a learner",
+        FOLD,
+        make=_cosine,
+        again=_cosine_again,
+    ),
+    "location": Head(
+        "one mask for every query: where training objects usually are",
+        "a check of the data, not a method",
+        FOLD,
+        make=_location,
+    ),
+    "untrained": Head(
+        "the learner with its initial weights",
+        "a check of the data, not a method",
+        NOTHING,
+        joint=True,
+        make=_untrained,
+        again=_untrained_again,
+    ),
+}
+"""Name -> head. Adding one is adding a module with its segmenter and an entry here."""
+
+
+def head_named(name: str) -> Head:
+    """The head of a name. Raises ConfigError with the nearest names if there is none."""
+    if name in HEADS:
+        return HEADS[name]
+    near = difflib.get_close_matches(name, HEADS, 3, 0.5)
+    meant = f" Did you mean {' or '.join(near)}?" if near else ""
+    raise ConfigError(f"No head '{name}'.{meant} There are {', '.join(HEADS)} (`hsnet heads`). Nothing was computed.")
+
+
+def made(name: str, source: FeatureSource, *, fold: int = 0, seed: int = 0, device: str = "cpu") -> Method:
+    """A head that needs no checkpoint, ready to answer.
+
+    Args:
+        fold: whose training classes a head that needs them is fitted on.
+        seed: of the episodes it is fitted on, or of its initial weights.
+
+    Raises:
+        ConfigError: no such head, or one that needs a checkpoint.
+    """
+    head = head_named(name)
+    if head.make is None:
+        raise ConfigError(
+            f"Head '{name}' must be trained: give its run or checkpoint with --checkpoint instead of --head. Nothing "
+            f"was computed."
+        )
+    return head.make(source, fold, seed, device)
 
 
 def made_again(
@@ -142,16 +257,15 @@ def made_again(
         DataError: the facts do not suffice, or the checkpoint is another one or not given.
         CheckpointError, CheckpointMismatch: as `trained`.
     """
-    name = facts.get("name")
-    try:
-        if name == "cosine":
-            return Method(partial(CosineSegmenter, float(facts["threshold"])), facts)
-        if name == "untrained":
-            return untrained(source, seed=int(facts["seed"]), device=device)
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"The rows do not say how their '{name}' method was made: {error!r}.") from error
-    if name != "trained":
+    name = str(facts.get("name"))
+    head = HEADS.get("hsnet" if name == "trained" else name)  # as rows called it before there were two
+    if head is None or (head.make and not head.again):
         raise DataError(f"Answers of the method '{name}' cannot be made again from what the rows say.")
+    if head.again is not None:
+        try:
+            return head.again(facts, source, device)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"The rows do not say how their '{name}' method was made: {error!r}.") from error
     if checkpoint is None:
         raise DataError("The rows do not say where their checkpoint is: give --checkpoint.")
     method = trained(checkpoint, source, device, str(facts.get("arithmetic", "float32")))

@@ -1,6 +1,8 @@
-"""What can answer an episode: a trained head, an untrained one, a cosine map, or one mask for all.
+"""What can answer an episode: one interface for every head, and the learner, trained or not.
 
-All give one-shot logits, support by support; how K of them make one mask (`hsnet.fusion`) is the same for all.
+All give one-shot logits, support by support, and some one answer of several supports together. How K answers make one
+mask (`hsnet.fusion`) is the same for all. The other heads have a module each; `pipeline.heads.catalogue` knows them by
+name.
 """
 
 from __future__ import annotations
@@ -13,16 +15,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hsnet.baseline import cosine_map
-from hsnet.correlation import build_hypercorrelation, interpolate_mask
 from hsnet.errors import ConfigError
 from hsnet.fused import FusedHSNet
 from hsnet.fusion import hard_masks
-from hsnet.metrics import count, mean_iou, sum_by_class
-from hsnet.model import HSNet, resize_logits
-from pipeline.episodes.stream import Episode, EpisodeStream
-from pipeline.loading.batch import EpisodeBatch, load_batch
-from pipeline.loading.source import FeatureSource
+from hsnet.metrics import count
+from hsnet.model import HSNet
+from pipeline.loading.batch import EpisodeBatch
 
 PASS_ELEMENTS = {"cpu": 6_000_000, "cuda": 1_000_000_000}
 """Correlation elements (all positions counted) per forward pass, when no gradient is kept.
@@ -37,7 +35,8 @@ class Answers:
     """What a segmenter says to a batch of B episodes with K supports each."""
 
     logits: Tensor
-    """(K, B, 2, h, w) float32: the one-shot answer to every support, at the segmenter's own size."""
+    """(K, B, 2, h, w) float32: the one-shot answer to every support, or to the first that were asked for, at the
+    segmenter's own size."""
     joint: Mapping[int, Tensor]
     """Number of supports -> (B, 2, h, w) float32: one answer of the first so many supports together."""
 
@@ -52,8 +51,17 @@ class Answers:
 
 
 class Segmenter(Protocol):
-    def answer(self, batch: EpisodeBatch, joint: Sequence[int] = ()) -> Answers:
-        """Answer every support of a batch, and jointly the first K of each episode for every K in `joint`."""
+    def answer(self, batch: EpisodeBatch, joint: Sequence[int] = (), alone: int | None = None) -> Answers:
+        """Answer a batch of episodes.
+
+        Args:
+            joint: numbers of supports: for every K in it one answer of the first K of each episode together.
+            alone: how many supports get a one-shot answer, the first so many (at least 1); None: every one. A head may
+                give more than was asked for.
+
+        Raises:
+            ConfigError: a joint answer of a head that has none.
+        """
         ...
 
 
@@ -66,7 +74,7 @@ class LearnedSegmenter:
     """Precision of its activations, see `hsnet.fused.FusedHSNet`."""
 
     @torch.no_grad()
-    def answer(self, batch: EpisodeBatch, joint: Sequence[int] = ()) -> Answers:
+    def answer(self, batch: EpisodeBatch, joint: Sequence[int] = (), alone: int | None = None) -> Answers:
         fused = FusedHSNet(self.model, self.arithmetic)
         parts: list[list[Tensor]] = []
         # A fixed number of pairs at a time: memory does not grow with the batch, and results do not depend on how
@@ -88,49 +96,24 @@ class LearnedSegmenter:
         contexts = [torch.cat(part) for part in parts]  # (K, episodes, C, H, W) each
         # Decoded as they were encoded, so that no pass is larger than the others.
         return Answers(
-            torch.cat([torch.stack([fused.decode(of_support) for of_support in context]) for context in contexts], 1),
+            torch.cat(
+                [torch.stack([fused.decode(of_support) for of_support in context[:alone]]) for context in contexts], 1
+            ),
             {k: torch.cat([fused.joint(context[:k]) for context in contexts]) for k in joint},
         )
 
 
-@dataclass(frozen=True)
-class CosineSegmenter:
-    """The deepest level's cosine map, cut at a threshold in [0, 1]: no learning but this one number."""
-
-    threshold: float
-
-    @torch.no_grad()
-    def answer(self, batch: EpisodeBatch, joint: Sequence[int] = ()) -> Answers:
-        _require_no_joint(joint, "cosine")
-        return _as_answers(cosine_scores(batch) - self.threshold)
-
-
-@dataclass(frozen=True)
-class LocationSegmenter:
-    """One mask for every query: where objects usually are. It looks at neither query nor support.
-
-    Photos are often taken with the object in the middle; a score below this one may come from the place alone.
-    """
-
-    mask: Tensor
-    """(S, S) bool."""
-
-    def answer(self, batch: EpisodeBatch, joint: Sequence[int] = ()) -> Answers:
-        _require_no_joint(joint, "location")
-        margin = self.mask.to(batch.target.device).float() - 0.5
-        return _as_answers(margin.expand(batch.shots, batch.size, -1, -1))
-
-
-def _as_answers(margin: Tensor) -> Answers:
+def margin_answers(margin: Tensor) -> Answers:
     """Answers that are foreground where the margin (K, B, h, w) is above 0."""
     return Answers(torch.stack([torch.zeros_like(margin), margin], 2), {})
 
 
-def _require_no_joint(joint: Sequence[int], name: str) -> None:
+def refuse_joint(joint: Sequence[int], name: str) -> None:
+    """Raise ConfigError if joint answers were asked of a head that has none."""
     if joint:
         raise ConfigError(
-            f"The {name} baseline answers each support by itself: fusion joint needs a head. Choose vote, logits or "
-            f"probabilities."
+            f"Head '{name}' answers each support by itself: it has no fusion joint. Choose vote, logits or "
+            f"probabilities. Nothing was computed."
         )
 
 
@@ -145,58 +128,3 @@ def pairs_per_pass(batch: EpisodeBatch, model: HSNet | None = None) -> int:
         q.shape[1] * math.prod(q.shape[2:4]) * math.prod(s.shape[2:4]) for q, s in zip(query, support, strict=True)
     )
     return max(1, PASS_ELEMENTS["cpu" if batch.target.device.type == "cpu" else "cuda"] // per_pair)
-
-
-def cosine_scores(batch: EpisodeBatch) -> Tensor:
-    """(K, B, S, S) float32 in [0, 1]: the cosine map of every support at mask size."""
-    query, support = batch.query[-1].repeat_interleave(batch.shots, 0), batch.support[-1]
-    mask = interpolate_mask(batch.support_mask, (support.shape[2], support.shape[3]))
-    scores = cosine_map(build_hypercorrelation(query, support, mask, unit=batch.unit), mask)
-    size = (batch.target.shape[1], batch.target.shape[2])
-    return resize_logits(scores[:, None], size)[:, 0].view(batch.size, batch.shots, *size).transpose(0, 1)
-
-
-def fit_cosine_threshold(
-    source: FeatureSource, fold: int, episodes: int = 200, seed: int = 0, steps: int = 100
-) -> CosineSegmenter:
-    """Choose the threshold with the best mIoU on one-shot *training* episodes; the novel classes are not looked at.
-
-    Args:
-        episodes: how many to fit on.
-        steps: thresholds tried, evenly spaced over [0, 1].
-    """
-    drawn = _training_episodes(source, fold, episodes, seed)
-    thresholds = [step / steps for step in range(steps)]
-    counts: list[list[Tensor]] = [[] for _ in thresholds]
-    for start in range(0, episodes, 20):
-        batch = load_batch(source, drawn[start : start + 20]).to("cpu")
-        scores = cosine_scores(batch)[0]
-        for tried, threshold in zip(counts, thresholds, strict=True):
-            tried.append(count(scores > threshold, batch.target, batch.ignore))
-    return CosineSegmenter(_best(thresholds, [torch.cat(tried) for tried in counts], drawn))
-
-
-def fit_location_mask(
-    source: FeatureSource, fold: int, episodes: int = 600, seed: int = 0, steps: int = 50
-) -> LocationSegmenter:
-    """The mean object of *training* episodes, cut at the share (of its highest value) with the best mIoU on them."""
-    drawn = _training_episodes(source, fold, episodes, seed)
-    labels = source.labels([episode.query for episode in drawn])
-    target = labels == torch.tensor([episode.class_id + 1 for episode in drawn])[:, None, None]
-    ignore = labels == source.index.ignore_label if source.index.has_ignore else None
-    mean = target.float().mean(0)
-    thresholds = [step / steps * float(mean.max()) for step in range(1, steps + 1)]
-    counts = [count((mean >= threshold).expand_as(target), target, ignore) for threshold in thresholds]
-    return LocationSegmenter(mean >= _best(thresholds, counts, drawn))
-
-
-def _training_episodes(source: FeatureSource, fold: int, episodes: int, seed: int) -> list[Episode]:
-    stream = EpisodeStream(source.index, fold, "trn", 1, seed, exclude=source.skipped)
-    return [stream[number] for number in range(episodes)]
-
-
-def _best(thresholds: Sequence[float], counts: Sequence[Tensor], drawn: Sequence[Episode]) -> float:
-    """The threshold whose counts give the best mIoU over the classes drawn."""
-    classes = [episode.class_id for episode in drawn]
-    scores = [mean_iou(sum_by_class(tried, classes, sorted(set(classes)))) for tried in counts]
-    return thresholds[scores.index(max(scores))]

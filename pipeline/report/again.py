@@ -81,7 +81,7 @@ class Repeater:
         """(1, side, side) bool."""
         rules = self.file.protocol
         joint = (shots,) if rules.fusion == "joint" and shots > 1 else ()
-        answers = self._segmenter.answer(batch, joint)
+        answers = self._segmenter.answer(batch, joint, 1 if joint else None)
         if joint:
             return foreground(resize_logits(answers.joint[shots], (side, side)), rules.tau, rules.strict)
         fusion = "vote" if rules.fusion == "joint" else rules.fusion

@@ -143,7 +143,13 @@ def method_name(file: Results) -> str:
     """What a reader calls the method of a file."""
     method = as_dict(file.facts.get("method"))
     name = str(method.get("name", "unknown"))
-    known = {"trained": "HSNet", "untrained": "HSNet, untrained", "cosine": "cosine map", "location": "location only"}
+    known = {
+        **dict.fromkeys(("hsnet", "trained"), "HSNet"),
+        "hsnet+bg": "HSNet with background",
+        "untrained": "HSNet, untrained",
+        "cosine": "cosine map",
+        "location": "location only",
+    }
     return known.get(name, name)
 
 

@@ -1,4 +1,4 @@
-"""What rows were made from, opened again and checked against them: the store, the head or baseline, the photos."""
+"""What rows were made from, opened again and checked against them: the store, the head, the photos."""
 
 from __future__ import annotations
 

@@ -286,7 +286,11 @@ def differences(first: Results, second: Results) -> dict[str, tuple[object, obje
 
 def _method(results: Results, without: Sequence[str]) -> dict[str, Any]:
     method = results.facts.get("method")
-    return {k: v for k, v in method.items() if k not in without} if isinstance(method, dict) else {}
+    if not isinstance(method, dict):
+        return {}
+    # Rows of before there were two trained heads say "trained".
+    named = {**method, "name": "hsnet"} if method.get("name") == "trained" else method
+    return {k: v for k, v in named.items() if k not in without}
 
 
 def scored_episodes(

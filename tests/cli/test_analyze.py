@@ -135,23 +135,23 @@ def test_names_from_a_file_cannot_move_the_cursor(rows_by_hand, tmp_path):
 
 
 def test_from_episodes_to_a_paired_test(tmp_path):
-    """Real rows: two baselines on the episodes of one manifest, scored, compared; the table of evaluate agrees."""
+    """Real rows: two heads on the episodes of one manifest, scored, compared, headline with headline."""
     store, episodes = tmp_path / "s.zarr", tmp_path / "m.parquet"
     invoke("extract", *SHAPES, "--backbone", "squeezenet1_1", "--image-size", "64", "--store", store, "--quiet")
     invoke("episodes", "make", "--store", store, "--episodes", "24", "--shots", "2", "--out", episodes)
     scores = {}
-    for name in ("cosine", "untrained"):
+    for name in ("contrast", "untrained"):
         out = tmp_path / f"{name}.parquet"
         told = invoke(
-            *("evaluate", "--baseline", name, "--store", store, "--manifest", episodes, "--shots", "1,2"),
+            *("evaluate", "--head", name, "--store", store, "--manifest", episodes, "--shots", "1,2"),
             *("--out", out, "--json", "--quiet"),
         )
         scores[name] = [score["miou"] for score in json.loads(told)["scores"]]
     files = [tmp_path / f"{name}.parquet" for name in scores]
     found = json.loads(invoke("analyze", files[0], "--against", files[1], "--json", "--by", "all"))
-    assert [score["miou"]["value"] for score in found["scores"]] == pytest.approx(scores["cosine"], rel=1e-12)
+    assert [score["miou"]["value"] for score in found["scores"]] == pytest.approx(scores["contrast"], rel=1e-12)
     assert [score["miou"]["value"] for score in found["scores_against"]] == pytest.approx(
         scores["untrained"], rel=1e-12
     )
-    for difference, one, other in zip(found["differences"], scores["cosine"], scores["untrained"], strict=True):
+    for difference, one, other in zip(found["differences"], scores["contrast"], scores["untrained"], strict=True):
         assert difference["miou"]["value"] == pytest.approx(one - other, abs=1e-9)

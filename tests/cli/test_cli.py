@@ -93,12 +93,12 @@ def test_choices_equal_the_tables_they_are_copied_from() -> None:
     from hsnet.backbone import BACKBONES
     from pipeline.datasets import DATASETS
     from pipeline.features.recipe import DTYPES
-    from pipeline.heads.catalogue import BASELINES
+    from pipeline.heads.catalogue import HEADS
 
     assert tuple(BACKBONES) == options.BACKBONES
     assert tuple(DATASETS) == options.DATASETS
     assert sorted(DTYPES) == sorted(options.PRECISIONS)
-    assert tuple(BASELINES) == options.BASELINES
+    assert tuple(name for name, head in HEADS.items() if head.make) == options.HEADS
 
 
 def test_help_needs_nothing_heavy() -> None:
@@ -132,8 +132,8 @@ def test_wrong_usage_is_exit_code_2() -> None:
     assert invoke("train", "--run-dir", "r").exit_code == 2
     assert invoke("train", "--run-dir", "r", "--store", "s", "--steps", "5", "--epochs", "1").exit_code == 2
     assert invoke("evaluate", "--store", "s").exit_code == 2
-    assert invoke("evaluate", "--store", "s", "--baseline", "cosine", "--shots", "0").exit_code == 2
-    assert invoke("evaluate", "--store", "s", "--baseline", "cosine", "--episodes", "some").exit_code == 2
+    assert invoke("evaluate", "--store", "s", "--head", "cosine", "--shots", "0").exit_code == 2
+    assert invoke("evaluate", "--store", "s", "--head", "cosine", "--episodes", "some").exit_code == 2
     assert invoke("extract", "shapes", "--backbone", "vgg16", "--store", "s", "--device", "tpu").exit_code == 2
 
 
@@ -141,7 +141,7 @@ def test_user_mistakes_are_one_message(tmp_path: Path) -> None:
     store = tmp_path / "none.zarr"
     assert "none.zarr" in failure("store", "info", store)
     assert "none.zarr" in failure("train", "--store", store, "--run-dir", tmp_path / "r")
-    assert "none.zarr" in failure("evaluate", "--baseline", "untrained", "--store", store)
+    assert "none.zarr" in failure("evaluate", "--head", "untrained", "--store", store)
     assert "No checkpoint" in failure("checkpoint", "info", tmp_path / "none")
     extract = ("extract", "pascal", "--backbone", "squeezenet1_1", "--store", store)
     assert "needs its folder" in failure(*extract)

@@ -76,7 +76,7 @@ def test_a_store_that_grew_still_has_the_lists_it_had(tmp_path):
     invoke("extract", *SHAPES[:-1], "val_per_class=7", *how)
     assert "drawn again: the same" in invoke("episodes", "verify", old, "--store", store)
     rows = tmp_path / "rows.parquet"
-    invoke(*("evaluate", "--baseline", "untrained", "--store", store, "--manifest", old, "--out", rows, "--quiet"))
+    invoke(*("evaluate", "--head", "untrained", "--store", store, "--manifest", old, "--out", rows, "--quiet"))
     assert set(pq.read_table(rows)["manifest"].to_pylist()) == {read(old).digest}
     new = tmp_path / "new.parquet"
     invoke("episodes", "make", "--store", store, "--episodes", "12", "--shots", "2", "--out", new)

@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import cli
-from commands import groups
+from commands import groups, options
 from hsnet.errors import CheckpointMismatch, StoreIncomplete, StoreMismatch
 from pipeline.heads.training import DEFAULT_RECIPE, PUBLISHED, RECIPES
 
@@ -210,7 +210,7 @@ def test_one_pass_scores_every_policy_and_fusion(job: Path, tmp_path: Path) -> N
 
 
 def test_protocols_are_overridden_choice_by_choice(job: Path) -> None:
-    arguments = ("--baseline", "untrained", "--store", job / "s.zarr", "--shots", "1", "--episodes", "4")
+    arguments = ("--head", "untrained", "--store", job / "s.zarr", "--shots", "1", "--episodes", "4")
     plain = machine("evaluate", *arguments)["facts"]
     named = machine("evaluate", *arguments, "--protocol", "balanced", "--set", "tau=0.4")["facts"]
     assert named["protocol"]["balance"] == "class"
@@ -230,16 +230,16 @@ def test_a_manifest_fixes_the_episodes(job: Path, tmp_path: Path) -> None:
         "episodes", "make", *store, "--shots", "2", "--episodes", "6", "--seed", "3", "--out", tmp_path / "m"
     )
     (path,) = tmp_path.iterdir()
-    facts = machine("evaluate", "--baseline", "untrained", *store, "--manifest", path)["facts"]
+    facts = machine("evaluate", "--head", "untrained", *store, "--manifest", path)["facts"]
     assert list(facts["manifests"]) == [made[0]["digest"]]
     assert facts["seeds"] == [3]
-    both = machine("evaluate", "--baseline", "untrained", *store, "--manifest", path, "--shots", "1,2")["facts"]
+    both = machine("evaluate", "--head", "untrained", *store, "--manifest", path, "--shots", "1,2")["facts"]
     assert len(both["manifests"]) == 2
     val = tmp_path / "val.parquet"
     machine("episodes", "make", *store, "--role", "val", "--shots", "1", "--episodes", "6", "--out", val)
-    of_val = machine("evaluate", "--baseline", "untrained", *store, "--manifest", val)["facts"]
+    of_val = machine("evaluate", "--head", "untrained", *store, "--manifest", val)["facts"]
     assert (of_val["role"], of_val["protocol"]["episodes"]) == ("val", 6)
-    refused = invoke("evaluate", "--baseline", "untrained", *store, "--manifest", path, "--seed", "4")
+    refused = invoke("evaluate", "--head", "untrained", *store, "--manifest", path, "--seed", "4")
     assert "--manifest says which episodes" in refused.stderr
 
 
@@ -266,24 +266,27 @@ def test_a_head_is_tested_on_its_own_fold_unless_another_is_asked_for(job: Path,
 
 def test_choices_that_move_scores_are_recorded(job: Path, tmp_path: Path) -> None:
     store = ("--store", job / "s.zarr")
-    arguments = ("--baseline", "untrained", *store, "--episodes", "2", "--distinct-supports")
+    arguments = ("--head", "untrained", *store, "--episodes", "2", "--distinct-supports")
     assert machine("evaluate", *arguments)["facts"]["protocol"]["repeat_supports"] is False
     machine("train", *store, "--run-dir", tmp_path / "run", "--steps", "1", "--boundary", "ignore", *QUICK)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["boundary"] == "ignore"
 
 
-@pytest.mark.parametrize("baseline", ["cosine", "location", "untrained"])
-def test_baselines(job: Path, baseline: str) -> None:
-    result = machine("evaluate", "--baseline", baseline, "--store", job / "s.zarr", "--episodes", "5")
-    assert result["facts"]["method"]["name"] == baseline
+@pytest.mark.parametrize("head", options.HEADS)
+def test_heads_without_a_checkpoint(job: Path, head: str) -> None:
+    result = machine("evaluate", "--head", head, "--store", job / "s.zarr", "--episodes", "5", "--shots", "1,2")
+    assert result["facts"]["method"]["name"] == head
+    (listed,) = (one for one in machine("heads") if one["name"] == head)
+    assert result["facts"]["protocol"]["fusion"] == (listed["fusion"] or "vote")
     assert 0 <= result["scores"][0]["miou"] <= 100
 
 
 def test_what_evaluate_and_train_refuse(job: Path, tmp_path: Path) -> None:
     store = ("--store", job / "s.zarr")
-    assert "fold 9" in failure("evaluate", "--baseline", "untrained", *store, "--fold", "9")
+    assert "fold 9" in failure("evaluate", "--head", "untrained", *store, "--fold", "9")
     assert "fold 9" in failure("train", *store, "--run-dir", tmp_path / "r", "--fold", "9")
-    few = failure("evaluate", "--baseline", "untrained", *store, "--shots", "3", "--distinct-supports")
+    assert "No head 'contrasts'. Did you mean contrast?" in failure("evaluate", "--head", "contrasts", *store)
+    few = failure("evaluate", "--head", "untrained", *store, "--shots", "3", "--distinct-supports")
     assert "3" in few
     assert "class" in few
     assert not list(tmp_path.iterdir())

@@ -67,7 +67,7 @@ def test_a_sample_can_be_evaluated(tmp_path):
     for command in (["info", small], ["verify", small, "--quiet"]):
         shown = run("store", *command)
         assert shown.exit_code == 0, shown.output
-    scored = run("evaluate", "--baseline", "cosine", "--store", small, "--fold", "0", "--episodes", "5")
+    scored = run("evaluate", "--head", "cosine", "--store", small, "--fold", "0", "--episodes", "5")
     assert scored.exit_code == 0, scored.output
     again = run("store", "export-sample", store, small)
     assert (again.exit_code, "there already" in again.output) == (1, True)

@@ -52,7 +52,7 @@ class MortalSegmenter:
         self.mark = mark
         self.inner = make_segmenter()
 
-    def answer(self, batch, joint=()):
+    def answer(self, batch, joint=(), alone=None):
         try:
             self.mark.touch(exist_ok=False)
         except FileExistsError:

@@ -18,7 +18,8 @@ from pipeline.episodes.protocols import FUSIONS, POLICIES, Policy, resolve
 from pipeline.evaluate.plan import EvaluationPlan
 from pipeline.evaluate.stage import evaluate, score
 from pipeline.heads.catalogue import Method
-from pipeline.heads.segmenters import CosineSegmenter, LearnedSegmenter
+from pipeline.heads.cosine import CosineSegmenter
+from pipeline.heads.segmenters import LearnedSegmenter
 from pipeline.loading.batch import load_batch
 from pipeline.loading.source import StoreSource
 from pipeline.scores.rows import COUNTS, count_columns
@@ -82,7 +83,7 @@ def test_all_policies_come_from_one_pass(with_ignore):
         def __init__(self):
             self.inner = learner()
 
-        def answer(self, batch, joint=()):
+        def answer(self, batch, joint=(), alone=None):
             passes.append(batch.size)
             return self.inner.answer(batch, joint)
 
@@ -220,7 +221,7 @@ def test_what_cannot_be_scored_is_refused_before_work(tiny_source, with_ignore):
         run(tiny_source, dataset=Stretched(with_ignore))
     with pytest.raises(ConfigError, match="fusion must be one of"):
         run(tiny_source, fusions=("median",))
-    with pytest.raises(ConfigError, match="cosine baseline answers each support by itself"):
+    with pytest.raises(ConfigError, match="'cosine' answers each support by itself"):
         run(tiny_source, lambda: CosineSegmenter(0.5), shots=(2,), fusions=("joint",))
 
 

@@ -15,17 +15,10 @@ from pipeline.episodes.protocols import Protocol, resolve
 from pipeline.episodes.stream import EpisodeStream
 from pipeline.evaluate.plan import EvaluationPlan
 from pipeline.evaluate.stage import evaluate, score
-from pipeline.heads.catalogue import Method
-from pipeline.heads.segmenters import (
-    Answers,
-    CosineSegmenter,
-    LearnedSegmenter,
-    LocationSegmenter,
-    cosine_scores,
-    fit_cosine_threshold,
-    fit_location_mask,
-    pairs_per_pass,
-)
+from pipeline.heads.catalogue import Method, made
+from pipeline.heads.cosine import CosineSegmenter, cosine_scores, fit_cosine_threshold
+from pipeline.heads.location import LocationSegmenter, fit_location_mask
+from pipeline.heads.segmenters import Answers, LearnedSegmenter, pairs_per_pass
 from pipeline.loading.batch import load_batch
 from pipeline.scores.rows import COUNTS
 
@@ -43,7 +36,7 @@ def learner():
 class Truthful:
     """Answers with the truth for the first support, with nothing for the others."""
 
-    def answer(self, batch, joint=()):
+    def answer(self, batch, joint=(), alone=None):
         truth = torch.stack([torch.zeros_like(batch.target), batch.target], 1).float()
         nothing = torch.stack([torch.ones_like(batch.target), torch.zeros_like(batch.target)], 1).float()
         return Answers(torch.stack([truth] + [nothing] * (batch.shots - 1)), dict.fromkeys(joint, truth))
@@ -224,7 +217,7 @@ def test_cosine_threshold_is_the_best_on_training_episodes(tiny_source):
     assert all(best >= on_training(other) for other in (0.1, fitted.threshold - 0.05, fitted.threshold + 0.05, 0.9))
 
 
-def test_location_baseline_is_one_mask_that_fits_training_objects_best(tiny_source):
+def test_location_is_one_mask_that_fits_training_objects_best(tiny_source):
     fitted = fit_location_mask(tiny_source, 0, episodes=40)
     assert 0 < fitted.mask.float().mean() < 1
 
@@ -250,6 +243,40 @@ def test_cosine_scores_are_high_on_the_object_of_the_support_itself(tiny_source)
     scores = cosine_scores(batch)[0, 0]
     inside = batch.target[0]
     assert scores[inside].mean() > scores[~inside].mean() + 0.1
+
+
+def test_only_the_answers_that_are_scored_are_asked_for(tiny_source):
+    asked = []
+
+    class Asking(Truthful):
+        def answer(self, batch, joint=(), alone=None):
+            asked.append((tuple(joint), alone))
+            return super().answer(batch, joint, alone)
+
+    for fusion in ("joint", "logits"):
+        run(tiny_source, Asking, shots=(1, 3), episodes=2, fusion=fusion)
+    assert asked == [((3,), 1), ((), 3)]
+    with_one = run(tiny_source, shots=(1, 3), episodes=4, fusion="joint").rows
+    with_all = run(tiny_source, shots=(1, 3), episodes=4, fusion="joint", fusions=("vote",)).rows
+    kept = [row for row in counted(with_all).to_pylist() if row["fusion"] == "joint"]
+    assert counted(with_one).to_pylist() == kept
+
+
+def test_a_head_that_compares_with_the_background_asks_for_one(tiny_source):
+    class OnlyObjects:
+        codec = None
+
+        def labels(self, images):
+            labels = tiny_source.labels(images)
+            return labels.flatten(1).amax(1)[:, None, None].expand_as(labels).contiguous()
+
+        def __getattr__(self, name):
+            return getattr(tiny_source, name)
+
+    method = made("contrast", tiny_source)
+    plan = EvaluationPlan(method=method, source=OnlyObjects(), protocol=resolve(episodes=4), fold=0)
+    with pytest.raises(DataError, match=r"Head 'contrast' compares .* Nothing was computed"):
+        evaluate(plan)
 
 
 def test_bad_settings_are_named(tiny_source, tmp_path):

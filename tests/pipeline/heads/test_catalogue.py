@@ -6,7 +6,7 @@ import torch
 from hsnet.errors import ConfigError, DataError
 from hsnet.model import HSNet
 from pipeline.episodes.stream import EpisodeStream
-from pipeline.heads.catalogue import BASELINES, Method, made_again, trained
+from pipeline.heads.catalogue import Method, made, made_again, trained
 from pipeline.heads.checkpoint import CheckpointInfo, save_checkpoint
 from pipeline.loading.batch import load_batch
 
@@ -31,8 +31,10 @@ def test_a_method_is_made_again_from_its_facts(head, tiny_source):
     again = made_again(head.facts, tiny_source, checkpoint=head.path)
     assert (again.facts, again.path) == (head.facts, head.path)
     assert again.make().arithmetic == "bfloat16"
-    for name in ("cosine", "untrained"):
-        method = BASELINES[name](tiny_source, fold=0, seed=3)
+    renamed = made_again({**head.facts, "name": "trained"}, tiny_source, checkpoint=head.path)
+    assert renamed.facts == head.facts, "as rows called it before there were two trained heads"
+    for name in ("cosine", "untrained", "contrast"):
+        method = made(name, tiny_source, seed=3)
         assert (method.facts["name"], method.checkpoint, method.path) == (name, "", None)
         assert torch.equal(answers(made_again(method.facts, tiny_source), tiny_source), answers(method, tiny_source))
 
