@@ -49,7 +49,8 @@ if TYPE_CHECKING:
 @click.option(
     "--head",
     metavar="|".join(HEADS),
-    help="Instead of a checkpoint: a head that needs no training; `hsnet heads` says what each is.",
+    help="Instead of a checkpoint: a head that needs no training; `hsnet heads` says what each is. With --checkpoint: "
+    "one that stands on a trained head (tune, pseudo).",
 )
 @store_option
 @click.option(
@@ -139,8 +140,8 @@ def evaluate(
     reference = episodes == "reference"
     if reference and distinct_supports:
         raise click.UsageError("The reference episodes let supports repeat: leave out --distinct-supports.")
-    if (tested["checkpoint"] is None) == (tested["head"] is None):
-        raise click.UsageError(f"Give --checkpoint C or --head {'|'.join(HEADS)}, one of them.")
+    if tested["checkpoint"] is None and tested["head"] is None:
+        raise click.UsageError(f"Give --checkpoint C or --head {'|'.join(HEADS)}.")
     if tested["trained_on"] and not tested["transfer"]:
         raise click.UsageError("--trained-on is for --transfer.")
     drawn = (episodes, distinct_supports, absent)

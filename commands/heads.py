@@ -30,7 +30,7 @@ def heads(as_json: bool) -> Any:
     told = [
         {
             "name": name,
-            **{key: value for key, value in asdict(head).items() if key not in ("make", "again")},
+            **{key: value for key, value in asdict(head).items() if key not in ("make", "again", "stands_on")},
         }
         for name, head in HEADS.items()
     ]

@@ -17,6 +17,9 @@ from hsnet.errors import ShapeError
 OBJECT_SHARE = 0.5
 """A position stands for the object if more than this share of its area is object."""
 
+NEAREST = 5
+"""Positions whose cosines are averaged: one alone may be a chance."""
+
 NO_OBJECT = -1.0
 """Margin of every position to a support that shows no object: the lowest that a cosine can be, background."""
 
@@ -89,6 +92,11 @@ def clear_positions(shares: Tensor) -> tuple[Tensor, Tensor]:
     return inside, outside & ~inside
 
 
+def nearest(query: Tensor, others: Tensor) -> Tensor:
+    """(P,): mean of each query position's `NEAREST` largest cosines to the others (n, D), of all if there are fewer."""
+    return (query @ others.T).topk(min(NEAREST, len(others)), 1).values.mean(1)
+
+
 def contrast(query: Tensor, support: Tensor, inside: Tensor, outside: Tensor) -> Tensor:
     """How much nearer each query position is to the support's object than to its background.
 
@@ -98,8 +106,8 @@ def contrast(query: Tensor, support: Tensor, inside: Tensor, outside: Tensor) ->
         inside, outside: (Q,) bool, the support positions of object and background, as `clear_positions` gives them.
 
     Returns:
-        (P,) in [-2, 2]: largest cosine to an object position minus largest cosine to a background position, cosines
-        averaged over the layers first. `NO_OBJECT` everywhere if there is no object.
+        (P,) in [-2, 2]: mean of the `NEAREST` largest cosines to object positions minus that to background positions;
+        cosines are averaged over the layers first. `NO_OBJECT` everywhere if there is no object.
 
     Raises:
         ShapeError: there is an object and no background.
@@ -108,5 +116,14 @@ def contrast(query: Tensor, support: Tensor, inside: Tensor, outside: Tensor) ->
         return query.new_full(query.shape[:1], NO_OBJECT)
     if not outside.any():
         raise ShapeError("The support's object covers every position: there is no background to compare with.")
-    near = query @ support[inside].T
-    return near.amax(1) - (query @ support[outside].T).amax(1)
+    return nearest(query, support[inside]) - nearest(query, support[outside])
+
+
+def affinity(query: Tensor, temperature: float) -> Tensor:
+    """(P, P), rows that sum to 1: how much each query position listens to each other, the softmax of their cosines.
+
+    Args:
+        query: (P, D) `positions`.
+        temperature: cosines that differ by this much differ by a factor e.
+    """
+    return torch.softmax(query @ query.T / temperature, 1)

@@ -15,7 +15,7 @@ from pipeline.datasets.unseen import unseen_classes
 from pipeline.episodes.drawing import PlannedTest
 from pipeline.episodes.manifest import Manifest
 from pipeline.episodes.protocols import FUSIONS, Protocol
-from pipeline.heads.catalogue import FOLD, Method, head_named, made, trained
+from pipeline.heads.catalogue import FOLD, Method, head_named, made, on_trained, trained
 from pipeline.loading.source import FeatureSource
 from pipeline.store.feature_store import FeatureStore
 
@@ -80,7 +80,7 @@ def plan_evaluation(
     Args:
         make_source: opens the features, here and once per worker process; must be picklable for Ray.
         checkpoint, head: what answers: a checkpoint (or a run directory), or a name of
-            `pipeline.heads.catalogue.HEADS`; one of them.
+            `pipeline.heads.catalogue.HEADS`; one of them, or both for a head that stands on a trained one.
         fold: whose classes are tested; None is the one that the head held out, or 0.
         transfer: test on all classes that the head was not trained on instead.
         trained_on: with `transfer`, the store it was trained on, for heads that do not say. For a head that needs no
@@ -107,6 +107,8 @@ def plan_evaluation(
     index = None
     if checkpoint is not None:
         method = trained(checkpoint, source, device, arithmetic)
+        if head is not None:
+            method = on_trained(head, method)
         if not transfer:
             fold = _tested_fold(method, source.index, fold)
     else:

@@ -19,11 +19,13 @@ import torch
 from hsnet.errors import ConfigError, DataError
 from hsnet.model import HSNet
 from pipeline.datasets.index import DatasetIndex
+from pipeline.heads.aggregate import AggregateSegmenter
 from pipeline.heads.checkpoint import load_checkpoint
 from pipeline.heads.contrast import ContrastSegmenter
 from pipeline.heads.cosine import CosineSegmenter, fit_cosine_threshold
 from pipeline.heads.location import LocationSegmenter, fit_location_mask
 from pipeline.heads.segmenters import LearnedSegmenter, Segmenter
+from pipeline.heads.tune import CHAINS, TuneSegmenter
 from pipeline.loading.source import FeatureSource
 
 log = logging.getLogger(__name__)
@@ -68,7 +70,7 @@ class Method:
         if self.facts.get("classes"):
             return tuple(self.facts["classes"])
         fold = fold if self.held_out is None else self.held_out
-        if trained_on is None and self.head is not None and self.head.needs == NOTHING:
+        if trained_on is None and not self.checkpoint and self.head is not None and self.head.needs == NOTHING:
             return ()
         if trained_on is None or fold is None:
             raise ConfigError(
@@ -131,6 +133,30 @@ def _contrast(source: FeatureSource, fold: int, seed: int, device: str) -> Metho
     return Method(ContrastSegmenter, {"name": "contrast"})
 
 
+def _aggregate(source: FeatureSource, fold: int, seed: int, device: str) -> Method:
+    return Method(AggregateSegmenter, {"name": "aggregate"})
+
+
+def _aggregate_again(facts: Mapping[str, Any], source: FeatureSource, device: str) -> Method:
+    return Method(AggregateSegmenter, facts)
+
+
+def _tune(source: FeatureSource, fold: int, seed: int, device: str) -> Method:
+    return Method(TuneSegmenter, {"name": "tune"})
+
+
+def _tune_again(facts: Mapping[str, Any], source: FeatureSource, device: str) -> Method:
+    return Method(TuneSegmenter, facts)
+
+
+def _pseudo(source: FeatureSource, fold: int, seed: int, device: str) -> Method:
+    return Method(partial(TuneSegmenter, CHAINS), {"name": "pseudo", "chains": CHAINS})
+
+
+def _pseudo_again(facts: Mapping[str, Any], source: FeatureSource, device: str) -> Method:
+    return Method(partial(TuneSegmenter, int(facts["chains"])), facts)
+
+
 def _cosine_again(facts: Mapping[str, Any], source: FeatureSource, device: str) -> Method:
     return Method(partial(CosineSegmenter, float(facts["threshold"])), facts)
 
@@ -141,6 +167,16 @@ def _untrained_again(facts: Mapping[str, Any], source: FeatureSource, device: st
 
 def _contrast_again(facts: Mapping[str, Any], source: FeatureSource, device: str) -> Method:
     return Method(ContrastSegmenter, facts)
+
+
+def _on_head(name: str, method: Method) -> Method:
+    chains = CHAINS if name == "pseudo" else 0
+    facts = {**method.facts, "name": name, "on": method.facts["name"], "chains": chains}
+    return Method(partial(_load_beside, method.make, chains), facts, method.path)
+
+
+def _load_beside(make: Callable[[], Segmenter], chains: int) -> Segmenter:
+    return TuneSegmenter(chains, make())
 
 
 TRAINING, FOLD, NOTHING = "a checkpoint", "training classes", "nothing"
@@ -167,6 +203,8 @@ class Head:
     """(source, fold, seed, device) -> method; None: from a checkpoint, by `trained`."""
     again: Callable[[Mapping[str, Any], FeatureSource, str], Method] | None = None
     """(facts, source, device) -> the same method; None: the facts do not hold enough."""
+    stands_on: Callable[[str, Method], Method] | None = None
+    """(name, trained method) -> the head beside a trained one; None: it cannot stand on one."""
 
 
 HEADS: dict[str, Head] = {
@@ -191,6 +229,38 @@ HEADS: dict[str, Head] = {
         background=True,
         make=_contrast,
         again=_contrast_again,
+    ),
+    "aggregate": Head(
+        "contrast, carried along the query's own similarities",
+        "after training-free in-context segmentation (INSID3); a random walk for its clusters",
+        NOTHING,
+        fusion="joint",
+        joint=True,
+        background=True,
+        make=_aggregate,
+        again=_aggregate_again,
+    ),
+    "tune": Head(
+        "a logistic regression fitted to the episode's supports; beside a checkpoint's head, if one is given",
+        "linear read-outs of frozen features, fitted per episode",
+        NOTHING,
+        fusion="joint",
+        joint=True,
+        background=True,
+        make=_tune,
+        again=_tune_again,
+        stands_on=_on_head,
+    ),
+    "pseudo": Head(
+        "tune, fitted once more with the query's own most confident positions as a further support",
+        "self-training; per episode here",
+        NOTHING,
+        fusion="joint",
+        joint=True,
+        background=True,
+        make=_pseudo,
+        again=_pseudo_again,
+        stands_on=_on_head,
     ),
     "cosine": Head(
         "the deepest level's cosine map, cut at one fitted threshold",
@@ -245,6 +315,22 @@ def made(name: str, source: FeatureSource, *, fold: int = 0, seed: int = 0, devi
     return head.make(source, fold, seed, device)
 
 
+def on_trained(name: str, method: Method) -> Method:
+    """A head that stands on a trained one.
+
+    Raises:
+        ConfigError: no such head, or one that answers without a checkpoint only.
+    """
+    head = head_named(name)
+    if head.stands_on is None:
+        able = ", ".join(other for other, one in HEADS.items() if one.stands_on)
+        raise ConfigError(
+            f"Head '{name}' does not stand on a checkpoint; {able} do. Give --head or --checkpoint alone. Nothing was "
+            f"computed."
+        )
+    return head.stands_on(name, method)
+
+
 def made_again(
     facts: Mapping[str, Any], source: FeatureSource, *, checkpoint: Path | None = None, device: str = "cpu"
 ) -> Method:
@@ -259,6 +345,9 @@ def made_again(
     """
     name = str(facts.get("name"))
     head = HEADS.get("hsnet" if name == "trained" else name)  # as rows called it before there were two
+    if head is not None and head.stands_on is not None and "checkpoint" in facts:
+        on = made_again({**facts, "name": facts.get("on")}, source, checkpoint=checkpoint, device=device)
+        return head.stands_on(name, on)
     if head is None or (head.make and not head.again):
         raise DataError(f"Answers of the method '{name}' cannot be made again from what the rows say.")
     if head.again is not None:

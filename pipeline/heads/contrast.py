@@ -15,16 +15,15 @@ from pipeline.loading.batch import EpisodeBatch
 
 @dataclass(frozen=True)
 class ContrastSegmenter:
-    """Largest cosine to a position of the object minus largest cosine to one of the background, cut at 0.
+    """Cosine to the nearest positions of the object minus that to the nearest of the background, cut at 0.
 
-    The cosines are averaged over all layers before the largest is taken, on the deepest grid. Positions that are part
-    object and part background count for neither side (`hsnet.similarity.clear_positions`); with them counted as
+    The cosines are averaged over all layers before the five nearest are taken, on the deepest grid. Positions that are
+    part object and part background count for neither side (`hsnet.similarity.clear_positions`); with them counted as
     object, a fitted threshold was worth three points, without them nothing (docs/heads.md).
 
-    Several supports together (fusion `joint`) are one support with all their positions: the largest cosine to any
-    object minus the largest to any background. On photos that differ much this is two to four points above the mean of
-    their margins (fusion `logits`), elsewhere equal (docs/heads.md). Where no object is left at network size, the answer
-    is background everywhere.
+    Several supports together (fusion `joint`) are one support with all their positions. On photos that differ much this
+    is two to four points above the mean of their margins (fusion `logits`), elsewhere equal (docs/heads.md). Without an
+    object at network size, the answer is background everywhere.
 
     Source: nearest neighbours of both sides, as in dense-matching baselines; the form is this project's own, chosen on
     training classes.

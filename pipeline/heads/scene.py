@@ -6,7 +6,7 @@ One at a time, so that an answer does not depend, not by a bit, on what else was
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,14 +34,23 @@ class Scene:
     """(K, P, D)."""
     shares: Tensor
     """(K, P) in [0, 1]: how much of each support position is object."""
+    batch: EpisodeBatch
+    """The same episode with the same supports, as it was read."""
 
-    def first(self, k: int) -> Scene:
-        """The scene with its first k supports."""
-        return Scene(self.query, self.support[:k], self.shares[:k])
+    def of(self, supports: slice | list[int]) -> Scene:
+        """The scene with some of its supports."""
+        shares = self.shares[supports]
+        fewer = replace(
+            self.batch,
+            support=[level[supports] for level in self.batch.support],
+            support_mask=self.batch.support_mask[supports],
+            shots=len(shares),
+        )
+        return Scene(self.query, self.support[supports], shares, fewer)
 
 
 Margin = Callable[[Scene], Tensor]
-"""A scene's one answer by all its supports: (P,), object where it is above 0."""
+"""A scene's one answer by all its supports: (P,) or (h, w), object where it is above 0."""
 
 
 def scenes(batch: EpisodeBatch) -> Iterator[Scene]:
@@ -49,13 +58,16 @@ def scenes(batch: EpisodeBatch) -> Iterator[Scene]:
     k = batch.shots
     for number in range(batch.size):
         drawn = slice(number * k, number * k + k)
-        support = [level[drawn] for level in batch.support]
-        query = [level[number : number + 1] for level in batch.query]
-        yield Scene(
-            positions(query, batch.unit)[0],
-            positions(support, batch.unit),
-            object_shares(batch.support_mask[drawn], grid_of(batch)),
+        one = replace(
+            batch,
+            query=[level[number : number + 1] for level in batch.query],
+            support=[level[drawn] for level in batch.support],
+            support_mask=batch.support_mask[drawn],
+            target=batch.target[number : number + 1],
+            ignore=None if batch.ignore is None else batch.ignore[number : number + 1],
         )
+        shares = object_shares(one.support_mask, grid_of(batch))
+        yield Scene(positions(one.query, batch.unit)[0], positions(one.support, batch.unit), shares, one)
 
 
 def grid_of(batch: EpisodeBatch) -> tuple[int, int]:
@@ -73,15 +85,18 @@ def answer_scenes(batch: EpisodeBatch, margin: Margin, joint: Sequence[int], alo
     wanted = batch.shots if alone is None else alone
     ones: list[Tensor] = []
     together: dict[int, list[Tensor]] = {k: [] for k in joint}
-    for scene in scenes(batch):
-        single = [Scene(scene.query, scene.support[k : k + 1], scene.shares[k : k + 1]) for k in range(wanted)]
-        ones.append(torch.stack([margin(one) for one in single]))
-        for k, found in together.items():
-            found.append(margin(scene.first(k)))
     grid = grid_of(batch)
-    answers = margin_answers(torch.stack(ones, 1).unflatten(2, grid))
-    maps = {k: torch.stack(found).unflatten(1, grid) for k, found in together.items()}
-    return Answers(answers.logits, {k: margin_answers(one[None]).logits[0] for k, one in maps.items()})
+
+    def on_grid(scene: Scene) -> Tensor:
+        answer = margin(scene)
+        return answer.unflatten(0, grid) if answer.ndim == 1 else answer
+
+    for scene in scenes(batch):
+        ones.append(torch.stack([on_grid(scene.of(slice(k, k + 1))) for k in range(wanted)]))
+        for k, found in together.items():
+            found.append(on_grid(scene.of(slice(k))))
+    maps = {k: margin_answers(torch.stack(found)[None]).logits[0] for k, found in together.items()}
+    return Answers(margin_answers(torch.stack(ones, 1)).logits, maps)
 
 
 def require_background(source: FeatureSource, supports: Iterable[tuple[int, int]], head: str) -> None:

@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from hsnet.errors import ShapeError
-from hsnet.similarity import NO_OBJECT, clear_positions, contrast, cosine_map, object_shares, positions
+from hsnet.similarity import (
+    NEAREST,
+    NO_OBJECT,
+    affinity,
+    clear_positions,
+    contrast,
+    cosine_map,
+    object_shares,
+    positions,
+)
 
 
 def test_cosine_map_is_the_best_match_inside_the_object():
@@ -84,16 +93,25 @@ def test_small_and_large_objects(shares, inside, outside):
 
 def test_contrast_by_loops():
     torch.manual_seed(2)
-    query, support = torch.randn(4, 5, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)
-    inside = torch.tensor([True, False, True, False, False, False])
-    outside = torch.tensor([False, True, False, False, True, False])  # of 3 and 5, nobody says anything
+    query, support = torch.randn(4, 5, dtype=torch.float64), torch.randn(12, 5, dtype=torch.float64)
+    inside, outside = torch.zeros(12, dtype=torch.bool), torch.zeros(12, dtype=torch.bool)
+    inside[[0, 2]], outside[[1, 4, 6, 7, 8, 9, 10]] = True, True  # of 3, 5 and 11, nobody says anything
     wanted = []
     for place in query:
-        near = max(float(place @ support[i]) for i in (0, 2))
-        far = max(float(place @ support[i]) for i in (1, 4))
-        wanted.append(near - far)
+        near = sum(float(place @ support[i]) for i in (0, 2)) / 2  # there are only two
+        far = sorted(float(place @ support[i]) for i in (1, 4, 6, 7, 8, 9, 10))[-NEAREST:]
+        wanted.append(near - sum(far) / 5)
     torch.testing.assert_close(contrast(query, support, inside, outside), torch.tensor(wanted, dtype=torch.float64))
-    nothing = torch.zeros(6, dtype=torch.bool)
+    nothing = torch.zeros(12, dtype=torch.bool)
     assert contrast(query, support, nothing, outside).tolist() == [NO_OBJECT] * 4
     with pytest.raises(ShapeError, match="no background to compare with"):
         contrast(query, support, inside, nothing)
+
+
+def test_affinity_by_loops():
+    torch.manual_seed(3)
+    query = torch.randn(5, 4, dtype=torch.float64)
+    found = affinity(query, 0.5)
+    for p in range(5):
+        weights = [math.exp(float(query[p] @ query[q]) / 0.5) for q in range(5)]
+        assert found[p].tolist() == pytest.approx([weight / sum(weights) for weight in weights])

@@ -1,0 +1,231 @@
+"""Heads `tune` and `pseudo`: a cut through the features, fitted to the episode's own supports and to nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hsnet.readout import balanced, fit_readouts
+from hsnet.similarity import NO_OBJECT
+from pipeline.heads import contrast
+from pipeline.heads.aggregate import carried
+from pipeline.heads.scene import Scene, answer_scenes, grid_of
+from pipeline.heads.segmenters import Answers, Segmenter
+from pipeline.loading.batch import EpisodeBatch
+
+PENALTIES = (3e-4, 1e-3, 3e-3)
+"""Among which leave-one-out chooses."""
+
+ONE_SHOT_PENALTY = 1e-3
+"""With one support there is none to leave out; chosen on training classes."""
+
+OFFSETS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Among which leave-one-out chooses where to cut: a fit that weighs both sides alike calls too much an object."""
+
+ONE_SHOT_OFFSETS = (0.0, 0.5)
+"""The same with one support, chosen on training classes: of the first fit, and of one that saw the query."""
+
+WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0)
+"""Among which leave-one-out chooses how much the read-out counts beside a trained head."""
+
+ONE_SHOT_WEIGHT = 0.25
+"""The same with one support."""
+
+LEFT_OUT_STEPS = 30
+"""Iterations of the fits that are only compared with each other."""
+
+CHAINS = 1
+"""Fits that follow the first in head `pseudo`."""
+
+CONFIDENT_OBJECT, CONFIDENT_BACKGROUND = 0.05, 0.5
+"""Share of the query's positions that become a further support, highest and lowest."""
+
+
+@dataclass(frozen=True)
+class TuneSegmenter:
+    """A regularised logistic regression on the supports' positions, cut where it separates supports it has not seen.
+
+    Each position is one vector, the unit features of all layers side by side; its target is the share of its area that
+    is object; object and background weigh alike. With several supports, each is left out once: the penalty and the
+    threshold are those with the best IoU on the supports left out. The margin is carried along the query's
+    self-similarity as that of `aggregate`. All K supports are fitted together (fusion `joint`).
+
+    Source: linear read-outs of frozen features are the usual probe of self-supervised networks; here they are fitted
+    per episode.
+    """
+
+    chains: int = 0
+    """Times that the query's own most confident positions become a further support: head `pseudo`."""
+    head: Segmenter | None = None
+    """A trained head to stand on: its margin, and this one's with a weight that leave-one-out chooses."""
+
+    def answer(self, batch: EpisodeBatch, joint: Sequence[int] = (), alone: int | None = None) -> Answers:
+        return answer_scenes(batch, self.margin, joint, alone)
+
+    def margin(self, scene: Scene) -> Tensor:
+        """(P,) logits on the deepest grid; (h, w) at the trained head's own size where there is one."""
+        if not scene.shares.any():
+            return scene.query.new_full(scene.query.shape[:1], NO_OBJECT)
+        scene = distinct(scene)
+        fit = fit_supports(scene)
+        vectors, shares = scene.support.flatten(0, 1), scene.shares.flatten()
+        direction, bias = fit.solve(vectors, shares)
+        answer = scene.query @ direction + bias
+        stand = None if self.head is None else Standing.on(self.head, scene, fit)
+        for _ in range(self.chains):
+            believed = answer - fit.offset if stand is None else stand.together(answer - fit.offset, on_grid=True)
+            direction, bias = fit.solve(vectors, shares, scene.query, confident(believed, scene))
+            answer = scene.query @ direction + bias
+        offset = ONE_SHOT_OFFSETS[bool(self.chains)] if fit.left_out is None else fit.offset
+        answer = carried(answer, scene) - offset
+        return answer if stand is None else stand.together(answer)
+
+
+def distinct(scene: Scene) -> Scene:
+    """The scene without supports that are there already: left out, they would be seen all the same."""
+    new = [
+        k
+        for k, (vectors, shares) in enumerate(zip(scene.support, scene.shares, strict=True))
+        if not any(torch.equal(vectors, scene.support[j]) and torch.equal(shares, scene.shares[j]) for j in range(k))
+    ]
+    return scene if len(new) == len(scene.support) else scene.of(new)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How the supports of an episode are best fitted."""
+
+    penalty: float
+    offset: float
+    """Where the margin is cut."""
+    left_out: Tensor | None
+    """(K, P) margins of each support by a fit to the others, not yet cut; None for one support."""
+
+    def solve(
+        self, vectors: Tensor, shares: Tensor, more: Tensor | None = None, sides: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(direction (D,), bias ()) of all supports, and of `more` positions with their weights on both `sides`."""
+        positive, negative = balanced(shares)
+        if more is not None and sides is not None:
+            vectors = torch.cat([vectors, more])
+            positive, negative = torch.cat([positive, sides[0]]), torch.cat([negative, sides[1]])
+        penalty = vectors.new_tensor([self.penalty])
+        direction, bias = fit_readouts(vectors, positive[None], negative[None], penalty)
+        return direction[0], bias[0]
+
+
+def fit_supports(scene: Scene) -> Fit:
+    """Penalty and threshold with the best IoU on supports left out; fixed ones for a single support."""
+    count = len(scene.support)
+    if count == 1:
+        return Fit(ONE_SHOT_PENALTY, ONE_SHOT_OFFSETS[0], None)
+    positive: list[Tensor] = []
+    negative: list[Tensor] = []
+    for left in range(count):
+        sides = [side.unflatten(0, (count - 1, -1)) for side in balanced(_without(scene.shares, left).flatten())]
+        for found, side in zip((positive, negative), sides, strict=True):
+            found.append(torch.cat([side[:left], torch.zeros_like(side[:1]), side[left:]]).flatten())
+    penalties = scene.support.new_tensor(PENALTIES).repeat_interleave(count)
+    directions, biases = fit_readouts(
+        scene.support.flatten(0, 1),
+        torch.stack(positive).repeat(len(PENALTIES), 1),
+        torch.stack(negative).repeat(len(PENALTIES), 1),
+        penalties,
+        steps=LEFT_OUT_STEPS,
+    )
+    # (penalties, K, P): every support by the fit that has not seen it
+    margins = torch.stack(
+        [scene.support[left] @ directions[left::count].T + biases[left::count] for left in range(count)]
+    ).permute(2, 0, 1)
+    scores = torch.stack([soft_iou(margins > offset, scene.shares, 1) for offset in OFFSETS], 1)
+    best = int(scores.argmax())
+    chosen, cut = divmod(best, len(OFFSETS))
+    return Fit(PENALTIES[chosen], OFFSETS[cut], margins[chosen])
+
+
+def _without(values: Tensor, left: int) -> Tensor:
+    return torch.cat([values[:left], values[left + 1 :]])
+
+
+def soft_iou(said: Tensor, shares: Tensor, first: int = 0) -> Tensor:
+    """IoU of masks with shares of area, sums over every axis from `first` on."""
+    both = (said * shares).flatten(first).sum(-1)
+    either = said.flatten(first).sum(-1) + shares.sum() - both
+    return both / either.clamp(min=torch.finfo(shares.dtype).tiny)
+
+
+def confident(answer: Tensor, scene: Scene) -> tuple[Tensor, Tensor]:
+    """Weights (P,) of the query's positions as object and as background: half of what the supports weigh.
+
+    The positions with the highest sum of both margins, the answer's and `contrast`'s, each divided by its spread.
+    """
+    other = contrast.margin(scene)
+    both = answer / answer.std().clamp(min=1e-6) + other / other.std().clamp(min=1e-6)
+    many = max(1, min(round(CONFIDENT_OBJECT * len(both)), int((answer > 0).sum())))
+    sides = torch.zeros_like(both), torch.zeros_like(both)
+    high = both.topk(many).indices
+    low = both.topk(round(CONFIDENT_BACKGROUND * len(both)), largest=False).indices
+    for side, places in zip(sides, (high, low), strict=True):
+        side[places] = 0.25 / len(places)
+    return sides
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A trained head's answer to an episode, and what a read-out counts beside it."""
+
+    margin: Tensor
+    """(h, w) at the trained head's own size: mean over the supports of its logits, object minus background."""
+    weight: float
+    grid: tuple[int, int]
+    """Of the read-out's positions."""
+
+    @classmethod
+    def on(cls, head: Segmenter, scene: Scene, fit: Fit) -> Standing:
+        """With the weight that is best on supports left out: each is a query of the others, to the head and the fit."""
+        grid = grid_of(scene.batch)
+        margin = head_margin(head, scene.batch)[0]
+        if fit.left_out is None:
+            return cls(margin, ONE_SHOT_WEIGHT, grid)
+        left_out = _resized(left_out_margins(head, scene.batch), grid).flatten(1)
+        tried = torch.stack([left_out + weight * (fit.left_out - fit.offset) for weight in WEIGHTS])
+        return cls(margin, WEIGHTS[int(soft_iou(tried > 0, scene.shares, 1).argmax())], grid)
+
+    def together(self, answer: Tensor, on_grid: bool = False) -> Tensor:
+        """Both margins: (h, w), or on the grid (P,)."""
+        if on_grid:
+            return _resized(self.margin[None], self.grid).flatten() + self.weight * answer
+        size = (self.margin.shape[0], self.margin.shape[1])
+        return self.margin + self.weight * _resized(answer.unflatten(0, self.grid)[None], size)[0]
+
+
+def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """(n, H, W) at another size, as logits are resized."""
+    return F.interpolate(maps[:, None], size, mode="bilinear", align_corners=True)[:, 0]
+
+
+def head_margin(head: Segmenter, batch: EpisodeBatch) -> Tensor:
+    """(B, h, w): the mean of a trained head's margins by all supports."""
+    logits = head.answer(batch).logits
+    return (logits[:, :, 1] - logits[:, :, 0]).mean(0)
+
+
+def left_out_margins(head: Segmenter, batch: EpisodeBatch) -> Tensor:
+    """(K, h, w): each support as the query of the others."""
+    count = batch.shots
+    others = [[k for k in range(count) if k != left] for left in range(count)]
+    places = torch.tensor(others, device=batch.support_mask.device).flatten()
+    turned = replace(
+        batch,
+        query=batch.support,
+        support=[level[places] for level in batch.support],
+        support_mask=batch.support_mask[places],
+        target=batch.support_mask,
+        ignore=None,
+        shots=count - 1,
+    )
+    return head_margin(head, turned)
