@@ -18,6 +18,7 @@ from pipeline.episodes.manifest import episodes_in
 from pipeline.episodes.protocols import FUSIONS
 from pipeline.episodes.stream import Episode
 from pipeline.evaluate.plan import EvaluationPlan
+from pipeline.heads.scene import require_background
 from pipeline.heads.segmenters import Segmenter
 from pipeline.loading.resident import keep
 from pipeline.loading.source import FeatureSource, StoreSource
@@ -146,6 +147,12 @@ def step(block: Block) -> int:
     return max(1, BLOCK // sum(len(supports) for _, supports in block.episodes[0].classes))
 
 
+def asked_of(shots: Sequence[int], fusions: Sequence[str]) -> tuple[tuple[int, ...], int]:
+    """What a segmenter is asked for these numbers of shots and fusions: `joint` and `alone` of `Segmenter.answer`."""
+    joint = tuple(k for k in shots if k > 1) if "joint" in fusions else ()
+    return joint, max((k for k in shots if set(fusions) != {"joint"}), default=1)
+
+
 def answered(
     plan: EvaluationPlan,
     blocks: Sequence[Block],
@@ -161,8 +168,15 @@ def answered(
             and numbers its rows' episodes from 0. Both must be picklable for Ray.
         runner: where; in this process by default.
         on_event: called with (episodes done, episodes in all).
+
+    Raises:
+        DataError: the head compares with a support's background, and a support shows none.
     """
     source, total = plan.source, sum(len(block.episodes) for block in blocks)
+    if (head := plan.method.head) is not None and head.background:
+        episodes = [episode for block in blocks for episode in block.episodes]
+        supports = {(image, class_id) for episode in episodes for class_id, some in episode.classes for image in some}
+        require_background(source, supports, str(plan.method.facts["name"]))
     images = {image for block in blocks for episode in block.episodes for image in episode.photos}
     # Of the plan, workers are sent only what they need: not the source that is open here.
     make_segmenter, make_source = plan.method.make, plan.make_source or (lambda: source)

@@ -25,7 +25,17 @@ from pipeline.datasets.index import DatasetIndex
 from pipeline.episodes.drawing import PlannedTest, make, of_protocol
 from pipeline.episodes.protocols import FUSIONS, Policy
 from pipeline.episodes.stream import Episode
-from pipeline.evaluate.blocks import Block, Rows, answered, blocks_of, facts_of, fusions_of, index_of, skipped_in
+from pipeline.evaluate.blocks import (
+    Block,
+    Rows,
+    answered,
+    asked_of,
+    blocks_of,
+    facts_of,
+    fusions_of,
+    index_of,
+    skipped_in,
+)
 from pipeline.evaluate.plan import EvaluationPlan, require_ways
 from pipeline.evaluate.stage import Rules, combined
 from pipeline.heads.segmenters import Answers, Segmenter
@@ -179,8 +189,8 @@ def _part_rows(
 ) -> Rows:
     """Rows of episodes that are predicted together, numbered from 0."""
     size = (batch.truth.shape[1], batch.truth.shape[2])
-    joint = tuple(k for k in block.shots if k > 1) if "joint" in rules.fusions else ()
-    answers = [_lowered(segmenter.answer(batch.of_class(place), joint), background) for place in range(batch.ways)]
+    asked = asked_of(block.shots, rules.fusions)
+    answers = [_lowered(segmenter.answer(batch.of_class(place), *asked), background) for place in range(batch.ways)]
     order = _order(episodes, batch.truth.device)
     ways, ignore = batch.ways, batch.batch.ignore
     cases = [(shots, fusion) for shots in block.shots for fusion in rules.fusions]

@@ -28,9 +28,8 @@ from pipeline.episodes.drawing import of_protocol
 from pipeline.episodes.manifest import MANIFEST_FORMAT
 from pipeline.episodes.protocols import FUSIONS, Policy, Protocol
 from pipeline.episodes.stream import Episode
-from pipeline.evaluate.blocks import Block, answered, blocks_of, facts_of, fusions_of, index_of, skipped_in
+from pipeline.evaluate.blocks import Block, answered, asked_of, blocks_of, facts_of, fusions_of, index_of, skipped_in
 from pipeline.evaluate.plan import EvaluationPlan
-from pipeline.heads.scene import require_background
 from pipeline.heads.segmenters import Answers, Segmenter
 from pipeline.loading.batch import EpisodeBatch, load_batch
 from pipeline.scores.bootstrap import Interval, interval, resample
@@ -115,9 +114,6 @@ def evaluate(
                 f"manifest. Nothing was computed."
             )
     blocks = [block for planned in manifests for block in blocks_of(planned, index, skipped)]
-    if (head := plan.method.head) is not None and head.background:
-        supports = {(one, e.class_id) for block in blocks for e in block.episodes for one in e.supports}
-        require_background(plan.source, supports, str(plan.method.facts["name"]))
     rows = answered(plan, blocks, load_batch, partial(_part_rows, rules=rules), runner, on_event)
     rows.sort(  # blocks come in any order
         key=lambda row: (row["shots"], FUSIONS.index(row["fusion"]), row["seed"], row["episode"])
@@ -166,9 +162,7 @@ def _part_rows(
 ) -> list[dict[str, Any]]:
     """Rows of episodes that are predicted together, numbered from 0."""
     size = (batch.target.shape[1], batch.target.shape[2])
-    joint = tuple(k for k in block.shots if k > 1) if "joint" in rules.fusions else ()
-    alone = max((k for k, fusion in itertools.product(block.shots, rules.fusions) if fusion != "joint"), default=1)
-    answers = segmenter.answer(batch, joint, alone)
+    answers = segmenter.answer(batch, *asked_of(block.shots, rules.fusions))
     counts = {}
     for shots, fusion in itertools.product(block.shots, rules.fusions):
         masks = combined(answers, slice(None), size, shots, fusion, rules)

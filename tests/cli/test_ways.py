@@ -27,7 +27,7 @@ def test_from_a_manifest_to_a_paired_test(store, tmp_path):
     shown = machine("episodes", "show", manifest)
     assert (shown["ways"], shown["published"]) == (3, None)
     assert shown["absent"] == read(manifest).absent > 0
-    given = ("evaluate", "--store", store, "--baseline", "untrained", "--quiet", "--background", "0")
+    given = ("evaluate", "--store", store, "--head", "untrained", "--quiet", "--background", "0")
     direct = machine(*given, *drawn, "--out", rows)
     again = machine(*given[:-1], "0.1", "--manifest", manifest, "--out", other)
     assert direct["facts"]["manifests"].keys() == again["facts"]["manifests"].keys()
@@ -39,13 +39,13 @@ def test_from_a_manifest_to_a_paired_test(store, tmp_path):
     (score,) = machine("analyze", rows)["scores"]
     assert score == direct["scores"][0]
     refused = printed(
-        "evaluate", "--store", store, "--baseline", "untrained", "--ways", "2", "--manifest", manifest, code=1
+        "evaluate", "--store", store, "--head", "untrained", "--ways", "2", "--manifest", manifest, code=1
     )
     assert "The manifest holds 3-way episodes, 2-way ones were asked for. Give --ways 3" in refused
 
 
 def test_one_way_by_either_name(store, tmp_path):
-    given = ("evaluate", "--store", store, "--baseline", "untrained", "--episodes", "10", "--quiet")
+    given = ("evaluate", "--store", store, "--head", "untrained", "--episodes", "10", "--quiet")
     one, several = machine(*given), machine(*given, "--ways", "1", "--out", tmp_path / "r.parquet")
     assert several["scores"][0]["figures"]["miou"] == pytest.approx(one["scores"][0]["miou_interval"])
     assert one["facts"]["protocol"] == several["facts"]["protocol"]
@@ -56,7 +56,7 @@ def test_one_way_by_either_name(store, tmp_path):
 
 
 def test_the_score_of_the_background_is_fitted_and_said(store):
-    text = printed("evaluate", "--store", store, "--baseline", "cosine", "--episodes", "10", "--ways", "2", "--quiet")
+    text = printed("evaluate", "--store", store, "--head", "cosine", "--episodes", "10", "--ways", "2", "--quiet")
     assert "fitted on 100 one-shot episodes of training classes" in text
     assert "episodes    2-way, 10 per fold" in text
 
@@ -72,12 +72,12 @@ def test_the_score_of_the_background_is_fitted_and_said(store):
     ],
 )
 def test_bad_choices_are_named(store, given, code, message):
-    said = printed("evaluate", "--store", store, "--baseline", "untrained", *given, "--quiet", code=code)
+    said = printed("evaluate", "--store", store, "--head", "untrained", *given, "--quiet", code=code)
     assert message in " ".join(said.split())
 
 
 def test_tables_that_are_not_made_of_several_ways(store, tmp_path):
     rows = tmp_path / "r.parquet"
-    given = ("evaluate", "--store", store, "--baseline", "untrained", "--episodes", "5", "--quiet", "--out", rows)
+    given = ("evaluate", "--store", store, "--head", "untrained", "--episodes", "5", "--quiet", "--out", rows)
     printed(*given, "--ways", "2", "--background", "0")
     assert "have no --csv" in printed("analyze", rows, "--csv", code=2)

@@ -17,7 +17,9 @@ from pipeline.evaluate.nway import evaluate_ways, fit_background
 from pipeline.evaluate.plan import EvaluationPlan, plan_evaluation
 from pipeline.evaluate.stage import evaluate
 from pipeline.heads.catalogue import Method
-from pipeline.heads.segmenters import Answers, CosineSegmenter, LearnedSegmenter, LocationSegmenter
+from pipeline.heads.cosine import CosineSegmenter
+from pipeline.heads.location import LocationSegmenter
+from pipeline.heads.segmenters import Answers, LearnedSegmenter
 from pipeline.loading.batch import load_batch, load_ways
 from pipeline.scores.rows import count_columns
 from pipeline.scores.way_rows import counts_column, read_way_results
@@ -37,7 +39,7 @@ def learner():
 class Truthful:
     """Knows the query's object, and where the class is not shown, that it is not."""
 
-    def answer(self, batch, joint=()):
+    def answer(self, batch, joint=(), alone=None):
         truth = torch.stack([torch.zeros_like(batch.target), batch.target], 1).float()
         return Answers(torch.stack([truth] * batch.shots), dict.fromkeys(joint, truth))
 
@@ -45,7 +47,7 @@ class Truthful:
 class Everywhere(Truthful):
     """Finds every class in every pixel, all of them equally."""
 
-    def answer(self, batch, joint=()):
+    def answer(self, batch, joint=(), alone=None):
         return super().answer(replace(batch, target=torch.ones_like(batch.target)), joint)
 
 
@@ -246,8 +248,8 @@ def test_bad_settings_are_named(tiny_source):
     with pytest.raises(DataError, match="holds 2-way episodes, 3-way ones were asked for"):
         evaluate_ways(plan_of(tiny_source, Truthful, ways=3, manifests=planned))
     with pytest.raises(DataError, match="holds 2-way episodes, 3-way ones were asked for"):
-        plan_evaluation(lambda: tiny_source, resolve(), baseline="untrained", manifest=manifest, ways=3)
-    plan = plan_evaluation(lambda: tiny_source, resolve(), baseline="untrained", manifest=manifest)
+        plan_evaluation(lambda: tiny_source, resolve(), head="untrained", manifest=manifest, ways=3)
+    plan = plan_evaluation(lambda: tiny_source, resolve(), head="untrained", manifest=manifest)
     assert (plan.protocol.ways, plan.protocol.absent, plan.protocol.episodes) == (2, 0.0, 5)
 
 
