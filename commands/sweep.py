@@ -1,7 +1,8 @@
-"""`hsnet sweep`: train and test many configurations over one store."""
+"""`hsnet sweep`: train and test many configurations over one or more stores."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,18 +19,22 @@ from commands.options import (
     common_options,
     device_option,
     options,
-    protocol_option,
     training_recipe_option,
     workers_option,
 )
 from commands.steps import emit, open_runner, pick_device, stop_on_interrupt, store_source
 from commands.terminal import Progress, set_up_logging, table
-from hsnet.errors import ConfigError
-from pipeline.common.text import printable
+from hsnet.errors import ConfigError, HSNetError
+from pipeline.common.text import printable, time_text
+from pipeline.episodes.protocols import PROTOCOLS, Protocol
 from pipeline.scores.tables import interval_text
 
 if TYPE_CHECKING:
-    pass
+    from pipeline.loading.source import StoreSource
+    from pipeline.sweep import Case, CaseDone
+    from pipeline.sweep_file import SweepFile
+    from pipeline.sweep_plan import PlannedCase
+    from pipeline.train import Event
 
 
 class Folds(click.ParamType):
@@ -47,71 +52,139 @@ class Folds(click.ParamType):
 
 
 @click.command(short_help="Train and test many configurations.")
+@click.argument("file", type=ANY_PATH, metavar="[FILE.yaml]", required=False)
+@click.option("--store", "stores", type=STORE, metavar="S.zarr", multiple=True, help="May be repeated: backbones.")
+@click.option("--folds", type=Folds(), metavar="F,...|all", help="Held out in turn. [default: all]")
 @click.option(
-    "--store", "stores", type=STORE, metavar="S.zarr", multiple=True, required=True, help="May be repeated: backbones."
+    "--head",
+    "heads",
+    metavar="NAME",
+    multiple=True,
+    help="May be repeated. Those that need no training, such as cosine, are only tested. [default: hsnet]",
 )
-@click.option("--folds", type=Folds(), default="all", show_default=True, metavar="F,...|all", help="Held out in turn.")
 @click.option(
     "--vary",
     multiple=True,
     metavar="CHOICE=V1,V2",
-    help="Values of a training choice, each with each, such as learning_rate=1e-3,1e-4 or seed=0,1.",
+    help="Values of a choice of the training or the learner, each with each, such as learning_rate=1e-3,1e-4, seed=0,1 "
+    "or kernel=center-pivot,original.",
 )
-@click.option("--fix", multiple=True, metavar="CHOICE=V", help="A training choice that is the same for all.")
+@click.option("--fix", multiple=True, metavar="CHOICE=V", help="A choice that is the same for all.")
 @training_recipe_option
-@click.option("--steps", type=Whole(), default=10_000, show_default=True, help="Optimiser steps of every case.")
-@click.option("--out", type=ANY_PATH, metavar="DIR", required=True, help="For a run directory and rows per case.")
-@options(protocol_option, choice_option)
+@click.option("--steps", type=Whole(), help="Optimiser steps of every case. [default: 10000]")
+@click.option("--out", type=ANY_PATH, metavar="DIR", help="For a run directory and rows per case.")
+@click.option(
+    "--transfer",
+    type=STORE,
+    metavar="S.zarr",
+    multiple=True,
+    help="Also test every trained head on this store of other data, on the classes it has not seen. May be repeated.",
+)
+@click.option(
+    "--protocol",
+    type=click.Choice(tuple(PROTOCOLS)),
+    help="Rules of episodes and scores; docs/evaluation.md has their table. [default: default]",
+)
+@options(choice_option)
 @click.option("--shots", type=Integers(), metavar="K,...", help="Supports per query. [default: the protocol's]")
 @click.option("--episodes", type=Whole(), metavar="N", help="Of every test. [default: the protocol's]")
+@click.option("--dry-run", is_flag=True, help="Say what would be done and how long it may take; do nothing.")
 @options(workers_option, address_option, device_option)
 @common_options
 def sweep(
-    stores: tuple[str | Path, ...],
-    folds: tuple[int, ...] | str,
-    vary: tuple[str, ...],
-    fix: tuple[str, ...],
-    steps: int,
-    out: Path,
-    protocol: str,
-    choices: tuple[tuple[str, Any], ...],
+    file: Path | None,
+    dry_run: bool,
     workers: int,
     address: str | None,
     device: str,
-    training_recipe: str | None,
     as_json: bool,
     quiet: bool,
-    **tested: Any,
+    **said: Any,
 ) -> Any:
     """Train a head for every store, fold and value of the varied choices, test each on its held-out classes, and print
     the means over folds with their intervals.
 
+    FILE.yaml holds all that options can say, and several such grids; an option wins over the file.
     The same command goes on where it was stopped; with more folds or values it does only what is new. With workers,
     as many cases are trained at a time. `hsnet report` and `hsnet analyze` take its rows.
 
     \b
     Example:
       hsnet sweep --store voc.zarr --vary learning_rate=1e-3,3e-4 --steps 5000 --out sweeps/lr --workers 4
+      hsnet sweep experiments/table5.yaml --dry-run
     """
     set_up_logging(quiet)
-    from pipeline.episodes.protocols import resolve
-    from pipeline.heads.training import training_choices
-    from pipeline.sweep import Case, CaseDone, make_cases, parse_axis
-    from pipeline.sweep import sweep as stage
-    from pipeline.train import Event, StepDone
+    from pipeline.sweep import require_sweepable
 
-    rules = resolve(protocol, **dict(choices) | {name: value for name, value in tested.items() if value})
-    device = pick_device(device, address)
-    sources = {str(store): store_source(store) for store in stores}
-    there = [set(make().index.folds) for make in sources.values()]
-    wanted = sorted(set.intersection(*there)) if isinstance(folds, str) else folds
-    if missing := [fold for fold in wanted if not all(fold in known for known in there)]:
-        raise ConfigError(f"Not every store has fold {missing[0]}; folds of all: {sorted(set.intersection(*there))}.")
-    fixed = {name: _single(name, values) for name, values in map(parse_axis, fix)}
-    varied = dict(map(parse_axis, vary))
-    chosen = training_choices(training_recipe)
-    by_recipe = {name: value for name, value in chosen.items() if name not in varied}
-    cases = make_cases(list(sources), wanted, varied, {**by_recipe, "steps": steps, **fixed})
+    wanted = _wanted(file, said)
+    rules = wanted.rules()
+    require_sweepable(rules)
+    if not wanted.out:
+        raise ConfigError("A sweep needs a folder for its runs and rows: `out: DIR` in the file, or --out DIR.")
+    out = Path(wanted.out)
+    places = dict.fromkeys(store for part in wanted.grids() for store in (*part.stores, *part.transfer))
+    sources, missing = _open(places)
+    if missing and not dry_run:
+        raise next(iter(missing.values()))
+    folds_of = {store: make().index.folds for store, make in sources.items()}
+    cases = wanted.all_cases(folds_of)
+    if dry_run:
+        return _say_plan(cases, sources, missing, out, rules, workers, as_json)
+    return _run(cases, sources, out, rules, workers, address, pick_device(device, address), as_json, quiet)
+
+
+def _wanted(file: Path | None, said: Mapping[str, Any]) -> SweepFile:
+    """The sweep of a file, with what the options say in its place."""
+    from pipeline.sweep import parse_axis, parse_fixed
+    from pipeline.sweep_file import SweepFile, read_sweep_file
+
+    options = SweepFile(
+        stores=tuple(map(str, said["stores"])),
+        folds=said["folds"],
+        heads=said["heads"],
+        steps=said["steps"],
+        fix=dict(map(parse_fixed, said["fix"]))
+        | ({"recipe": said["training_recipe"]} if said["training_recipe"] else {}),
+        vary=dict(map(parse_axis, said["vary"])),
+        transfer=tuple(map(str, said["transfer"])),
+        out=str(said["out"]) if said["out"] else None,
+        protocol=said["protocol"],
+        set=dict(said["choices"]),
+        shots=said["shots"] or (),
+        episodes=said["episodes"],
+    )
+    if both := set(options.fix) & set(options.vary):
+        raise ConfigError(f"{', '.join(sorted(both))} cannot be both varied and fixed.")
+    return (read_sweep_file(file) if file else SweepFile()).under(options)
+
+
+def _open(
+    places: Sequence[str] | Mapping[str, Any],
+) -> tuple[dict[str, Callable[[], StoreSource]], dict[str, HSNetError]]:
+    """What opens each store, and why the others cannot be opened."""
+    sources, missing = {}, {}
+    for place in places:
+        try:
+            sources[place] = store_source(STORE.convert(place, None, None))
+        except HSNetError as error:
+            missing[place] = error
+    return sources, missing
+
+
+def _run(
+    cases: Sequence[Case],
+    sources: Mapping[str, Callable[[], StoreSource]],
+    out: Path,
+    rules: Protocol,
+    workers: int,
+    address: str | None,
+    device: str,
+    as_json: bool,
+    quiet: bool,
+) -> Any:
+    from pipeline.sweep import sweep as stage
+    from pipeline.train import StepDone
+
     in_this_process = workers == 0 and address is None
     with (
         open_runner(workers, address, device) as runner,
@@ -123,7 +196,7 @@ def sweep(
         def show(result: CaseDone) -> None:
             nonlocal done
             done += 1
-            said = f"{result.steps} steps{'' if result.trained else ' were there'}"
+            said = f"{result.steps} steps{'' if result.trained else ' were there'}" if result.run_dir else "tested"
             if result.error:
                 said = result.error.splitlines()[0]
             progress.say(f"{printable(result.case.name)}: {printable(said)}")
@@ -170,7 +243,66 @@ def sweep(
     return printed
 
 
-def _single(name: str, values: tuple[Any, ...]) -> Any:
-    if len(values) > 1:
-        raise ConfigError(f"--fix {name} takes one value; use --vary {name}=... for several.")
-    return values[0]
+def _say_plan(
+    cases: Sequence[Case],
+    sources: Mapping[str, Callable[[], StoreSource]],
+    missing: Mapping[str, HSNetError],
+    out: Path,
+    rules: Protocol,
+    workers: int,
+    as_json: bool,
+) -> Any:
+    from pipeline.sweep_plan import plan_sweep
+
+    def open_source(store: str) -> StoreSource:
+        if store in missing:
+            raise missing[store]
+        return sources[store]()
+
+    planned = plan_sweep(cases, open_source, out, rules)
+    rows = [
+        [
+            printable(one.case.name),
+            f"{one.state} from {one.step}" if one.state == "go on" else one.state,
+            f"{one.steps:,}" if one.steps else "-",
+            "?" if one.seconds is None else "-" if one.state == "done" else time_text(one.seconds),
+        ]
+        for one in planned
+    ]
+    number = {state: sum(one.state == state for one in planned) for state in ("train", "go on", "test", "done")}
+    amounts = [
+        f"{number['train']} to train and test",
+        f"{number['go on']} to go on with",
+        f"{number['test']} to test only",
+        f"{number['done']} done",
+    ]
+    left = sum(one.steps - one.step for one in planned if one.state != "done")
+    lines = [table(rows, ["case", "", "steps", "time"]), "", f"{len(planned)} cases: {', '.join(amounts)}."]
+    lines.append(f"{left:,} optimiser steps are left. {_time(planned, workers)}")
+    for store, error in missing.items():
+        lines.append(f"Missing: {printable(store)}. {printable(str(error).splitlines()[0])}")
+    for one in planned:
+        if one.state == "refused":
+            lines.append(f"Would fail: {printable(one.case.name)}: {one.note}")
+    lines.append(f"Nothing was done. Runs and rows would lie in {printable(out)}.")
+    values = {"cases": planned, "steps_left": left, "missing": sorted(missing), "out": out}
+    return emit(values, "\n".join(lines), as_json)
+
+
+def _time(planned: Sequence[PlannedCase], workers: int) -> str:
+    """How long the rest may take, and from what that is known."""
+    rest = [one for one in planned if one.state in ("train", "go on", "test")]
+    known = [one.seconds for one in rest if one.seconds is not None]
+    if not rest and all(one.state == "done" for one in planned):
+        return "Nothing is left to do."
+    if not known:
+        return (
+            "How long that takes is not known: nothing of its kind has run in this sweep (`hsnet plan` measures some)."
+        )
+    by = f" with {workers} workers" if workers > 1 else ""
+    text = f"About {time_text(sum(known) / max(1, workers))}{by}, by runs of this sweep, without validations"
+    return text + (
+        f"; {len(rest) - len(known)} cases are not in it: nothing of their kind has run."
+        if len(known) < len(rest)
+        else "."
+    )

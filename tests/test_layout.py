@@ -40,6 +40,8 @@ STAGES_OF_STAGES = {
     "compare": {"evaluate"},
     "report": {"analyze"},
     "sweep": {"train", "evaluate", "analyze"},
+    "sweep_file": {"sweep"},
+    "sweep_plan": {"sweep"},
 }
 """A stage may import every folder, and of the other stages these."""
 

@@ -44,6 +44,16 @@ def require_types(value: object, what: str) -> None:
         _checked(kind, getattr(value, name), f"{what}: {name}")
 
 
+def typed(kind: Any, value: Any, what: str) -> Any:
+    """A value of JSON or YAML as a declared type has it: lists become tuples, a whole number may be a float.
+
+    Raises:
+        ConfigError: it is of another type.
+    """
+    checked = _checked(kind, value, what)
+    return float(checked) if _without_none(kind) is float and checked is not None else checked
+
+
 def read_choice(text: str, kinds: Mapping[str, Any]) -> tuple[str, Any]:
     """ "shots=1,5" -> ("shots", (1, 5)).
 

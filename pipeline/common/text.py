@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -28,3 +30,15 @@ def time_text(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """What an error adds after a name that is not known: the nearest of the known ones, or nothing.
+
+    >>> did_you_mean("learning_rte", ["seed", "learning_rate"])
+    "; did you mean 'learning_rate'?"
+    >>> did_you_mean("speed", ["kernel"])
+    ''
+    """
+    near = difflib.get_close_matches(name, list(known), 1, 0.6)
+    return f"; did you mean '{near[0]}'?" if near else ""

@@ -13,10 +13,11 @@ from pipeline.features.weights import load_weights
 from pipeline.heads.checkpoint import load_checkpoint
 from pipeline.heads.config import RunConfig
 from pipeline.heads.run_dir import RunDir
+from pipeline.heads.training import DEFAULT_RECIPE, RECIPES
 from pipeline.loading.source import StoreSource
 from pipeline.scores.rows import read_results
 from pipeline.store.feature_store import FeatureStore
-from pipeline.sweep import make_cases, parse_axis, sweep
+from pipeline.sweep import make_cases, parse_axis, parse_fixed, run_config, sweep
 
 QUICK = {"steps": 2, "batch_size": 2, "validate_every": 1, "validate_episodes": 2}
 RULES = resolve(episodes=12, shots=(1, 2))
@@ -50,7 +51,7 @@ def test_every_combination_is_a_case(store):
     assert len({case.name for case in cases}) == 8
     assert cases[0].name == "s-seed=0-learning_rate=0.001-fold0"
     assert cases[1].configuration == cases[0].configuration
-    assert cases[0].choices == QUICK, "defaults are not written down: they are the same run without"
+    assert cases[0].choices == {**QUICK, "seed": 0, "learning_rate": 1e-3}
     assert cases[-1].choices == {**QUICK, "seed": 1, "learning_rate": 0.01}
 
 
@@ -129,7 +130,7 @@ def test_choices_are_read_as_their_fields(store):
     for text, said in (
         ("fold=0", "is not CHOICE=VALUE"),
         ("seed", "is not CHOICE=VALUE"),
-        ("seed=one", "seed must be whole numbers, got 'one'"),
+        ("seed=one", "seed must be a whole number, got 'one'"),
         ("drop_novel_images=maybe", "must be yes or no"),
     ):
         with pytest.raises(ConfigError, match=said):
@@ -145,3 +146,91 @@ def test_choices_are_read_as_their_fields(store):
     for several in ({"ways": 2}, {"absent": 0.5}):
         with pytest.raises(ConfigError, match="A sweep tests 1-way episodes"):
             sweep(make_cases([store], (0,), {}, QUICK), open_source, Path("unused"), resolve(**several))
+
+
+def test_values_with_commas_are_separated_by_semicolons():
+    assert parse_axis("layers=all;1,3") == ("layers", ("all", "1,3"))
+    assert parse_axis("layers=all,deep") == ("layers", ("all", "deep"))
+    assert parse_fixed("layers=1,3") == ("layers", "1,3")
+    assert parse_fixed("support_mask=no") == ("support_mask", False)
+    with pytest.raises(ConfigError, match="--fix seed takes one value"):
+        parse_fixed("seed=1,2")
+    with pytest.raises(ConfigError, match="did you mean 'kernel'"):
+        parse_axis("kernl=original")
+    names = [case.name for case in make_cases(["s.zarr"], (0,), {"layers": ("all", "1,3")}, QUICK)]
+    assert names == ["s-layers=all-fold0", "s-layers=1,3-fold0"]
+
+
+def test_learner_choices_reach_the_run_and_are_kept_apart(store, tmp_path):
+    cases = make_cases([store], (0,), {"kernel": ("center-pivot", "original")}, QUICK)
+    result = run(cases, tmp_path)
+    assert not result.failed, result.failed
+    published, dense = (config_of(tmp_path / case.name) for case in cases)
+    assert "kernel" not in published.learner, "the published choice is left out: old digests hold"
+    assert dense.learner["kernel"] == "original"
+    assert result.configurations[0].scores[0].fb_iou != result.configurations[1].scores[0].fb_iou
+    assert load_checkpoint(tmp_path / cases[1].name).info.learner["kernel"] == "original"
+
+
+def test_heads_that_need_no_training_are_only_tested(store, tmp_path):
+    cases = make_cases([store], (0, 1), {"seed": (0, 1)}, QUICK, heads=("hsnet", "cosine", "untrained"))
+    assert [case.name for case in cases if case.head == "cosine"] == [
+        f"s-head=cosine-seed={seed}-fold{fold}" for seed in (0, 1) for fold in (0, 1)
+    ]
+    one = make_cases([store], (0,), {"learning_rate": (1e-3, 0.01)}, QUICK, heads=("hsnet", "cosine"))
+    assert [case.name for case in one if case.head == "cosine"] == ["s-head=cosine-fold0"], "no training, no such axis"
+    result = run([case for case in cases if case.fold == 0 and case.choices["seed"] == 0], tmp_path)
+    assert not result.failed
+    assert [done.run_dir is None for done in result.cases] == [False, True, True]
+    rows = [read_results(done.rows) for done in result.cases]
+    assert len({tuple(one.manifests.values()) for one in rows}) == 1, "the same episodes"
+    assert [one.facts["method"]["name"] for one in rows] == ["trained", "cosine", "untrained"]
+    before = written(tmp_path)
+    run([case for case in cases if case.fold == 0 and case.choices["seed"] == 0], tmp_path)
+    assert written(tmp_path) == before
+    # Rows of another head under a case's name are written anew.
+    place = tmp_path / "s-head=cosine-seed=0-fold0.parquet"
+    place.write_bytes((tmp_path / "s-head=untrained-seed=0-fold0.parquet").read_bytes())
+    run([case for case in cases if case.head == "cosine" and case.name in place.name], tmp_path)
+    assert read_results(place).facts["method"]["name"] == "cosine"
+    with pytest.raises(ConfigError, match=r"No head 'cosin' for a sweep.*did you mean 'cosine'"):
+        make_cases([store], (0,), {}, {}, heads=("cosin",))
+    with pytest.raises(ConfigError, match="seed is varied over no value"):
+        make_cases([store], (0,), {"seed": ()}, {})
+
+
+def test_a_run_goes_on_with_the_recipe_it_was_begun_with(store, tmp_path):
+    """A sweep of an earlier version trained as published; its folder goes on though the default is another now."""
+    (published,) = make_cases([store], (0,), {}, {**QUICK, "recipe": "hsnet"})
+    (silent,) = make_cases([store], (0,), {}, QUICK)
+    assert published.name == silent.name
+    run([published], tmp_path)
+    again = run([silent], tmp_path)
+    assert [one.trained for one in again.cases] == [False]
+    assert not again.failed
+    assert run_config(silent, open_source(store), tmp_path / "new").average == RECIPES[DEFAULT_RECIPE]["average"]
+    (other,) = make_cases([store], (0,), {}, {**QUICK, "batch_size": 3})
+    assert "batch_size" in str(run([other], tmp_path).failed[0].error)
+    with pytest.raises(ConfigError, match="stabel"):
+        make_cases([store], (0,), {}, {"recipe": "stabel"})
+
+
+def test_heads_are_tested_on_other_data_too(store, tmp_path):
+    """The paper's Table 4: only on stores of the same features, on classes that are new to the head."""
+    shapes = Shapes(size=64, trn_per_class=2, val_per_class=4)
+    other, odd = str(tmp_path / "other.zarr"), str(tmp_path / "odd.zarr")
+    extract(shapes, load_weights("squeezenet1_1"), Path(other), image_size=64, precision="int8")
+    extract(shapes, load_weights("squeezenet1_1"), Path(odd), image_size=96, precision="int8")
+    cases = make_cases([store], (0,), {}, QUICK, transfer=(other, odd))
+    result = run(cases, tmp_path / "out")
+    assert not result.failed
+    assert list(result.cases[0].transferred) == ["other"]
+    rows = read_results(tmp_path / "out" / "s-fold0-on-other.parquet")
+    held_out = {shapes.index.classes[c] for c in shapes.index.split(0, "test").class_ids}
+    assert set(rows.classes.values()) == held_out
+    assert [one.name for one in result.configurations] == ["s", "s-on-other"]
+    before = written(tmp_path)
+    run(cases, tmp_path / "out")
+    assert written(tmp_path) == before
+    failed = run(make_cases([store], (0,), {}, QUICK, transfer=(odd,)), tmp_path / "out").failed
+    assert "None of the stores to transfer to (odd) has features of the kind" in str(failed[0].error)
