@@ -40,22 +40,31 @@ def as_values(analysis: Analysis) -> dict[str, Any]:
     return {"files": files(analysis.files), "against": files(analysis.against), **rest}
 
 
+def plain_table(of: Table) -> str:
+    """A table for a terminal."""
+    title, head, body = _lines(of)
+    return f"{title}\n{table(body, head)}"
+
+
+def markdown_table(of: Table) -> str:
+    """A table as Markdown."""
+
+    def line(cells: Sequence[str]) -> str:
+        return f"| {' | '.join(cell.strip().replace('|', chr(92) + '|') for cell in cells)} |"
+
+    title, head, body = _lines(of)
+    return "\n".join([f"**{title}**", "", line(head), "|" + "---|" * len(head), *map(line, body)])
+
+
 def plain_text(analysis: Analysis) -> str:
-    parts = [fact_lines(_facts(analysis))]
-    for title, head, body in map(_lines, tables(analysis)):
-        parts.append(f"{title}\n{table(body, head)}")
+    parts = [fact_lines(_facts(analysis)), *map(plain_table, tables(analysis))]
     notes = "\n".join(f"Note: {printable(note)}" for note in analysis.notes)
     return "\n\n".join([*parts, notes] if notes else parts)
 
 
 def markdown_text(analysis: Analysis) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return f"| {' | '.join(cell.strip().replace('|', chr(92) + '|') for cell in cells)} |"
-
     parts = ["\n".join(f"- {name}: {value}" for name, value in _facts(analysis).items())]
-    for title, head, body in map(_lines, tables(analysis)):
-        rule = "|" + "---|" * len(head)
-        parts.append("\n".join([f"**{title}**", "", line(head), rule, *map(line, body)]))
+    parts += map(markdown_table, tables(analysis))
     parts += [f"Note: {printable(note)}" for note in analysis.notes]
     return "\n\n".join(parts)
 
