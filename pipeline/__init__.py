@@ -12,7 +12,7 @@ train       a head on episodes of a store, with exact resume
 sweep       many configurations, each trained where it needs to be, tested and kept
 sweep_file  sweeps as YAML files, every key checked
 sweep_plan  what a sweep would do, told before anything is trained
-evaluate    episodes answered by a head or a baseline, one row for each
+evaluate    episodes answered by a head, one row for each
 predict     masks of new photos from a few photos with masks
 analyze     rows -> scores with intervals, spreads and paired tests
 supports    how much the choice of the support matters, and which one to take
