@@ -252,7 +252,7 @@ def _say_plan(
     workers: int,
     as_json: bool,
 ) -> Any:
-    from pipeline.sweep_plan import plan_sweep
+    from pipeline.sweep_plan import STATES, plan_sweep
 
     def open_source(store: str) -> StoreSource:
         if store in missing:
@@ -269,12 +269,14 @@ def _say_plan(
         ]
         for one in planned
     ]
-    number = {state: sum(one.state == state for one in planned) for state in ("train", "go on", "test", "done")}
+    number = {state: sum(one.state == state for one in planned) for state in STATES}
     amounts = [
         f"{number['train']} to train and test",
         f"{number['go on']} to go on with",
         f"{number['test']} to test only",
         f"{number['done']} done",
+        *([f"{number['missing']} that lack a store"] if number["missing"] else []),
+        *([f"{number['refused']} that would fail"] if number["refused"] else []),
     ]
     left = sum(one.steps - one.step for one in planned if one.state != "done")
     lines = [table(rows, ["case", "", "steps", "time"]), "", f"{len(planned)} cases: {', '.join(amounts)}."]

@@ -24,7 +24,7 @@ from pipeline.common.text import did_you_mean
 from pipeline.episodes.protocols import Protocol
 from pipeline.evaluate.plan import EvaluationPlan, plan_evaluation
 from pipeline.evaluate.stage import evaluate
-from pipeline.heads.catalogue import BASELINES, Method, trained
+from pipeline.heads.catalogue import HEADS, trained
 from pipeline.heads.config import RunConfig
 from pipeline.heads.learner import LEARNED_HEADS, LEARNER_CHOICES, learner_arguments
 from pipeline.heads.run_dir import stored_config
@@ -116,7 +116,7 @@ def sweep_choices() -> dict[str, Any]:
 
 def head_names() -> tuple[str, ...]:
     """Heads that a sweep can test."""
-    return (*TRAINED, *(name for name in BASELINES if name not in TRAINED))
+    return (*TRAINED, *(name for name in HEADS if name not in TRAINED))
 
 
 def parse_axis(text: str) -> tuple[str, tuple[Any, ...]]:
@@ -305,7 +305,7 @@ def _run_case(
         source = open_source(case.store)
         if not case.is_trained:
             if not is_tested(rows, case, "", source.store.identity, protocol):
-                _test(rows, _training_free(case, source, device), source, case.fold, protocol, device)
+                _test_untrained(rows, case, source, protocol, device)
             return CaseDone(case, None, rows, 0, False)
         config = run_config(case, source, run_dir)
         fitted = fit(config, source, run_dir, device=device, stop=stop, on_event=on_step and partial(on_step, case))
@@ -314,7 +314,8 @@ def _run_case(
             return CaseDone(case, run_dir, None, fitted.steps, is_new, "interrupted; the same command goes on")
         method = trained(run_dir, source, device)
         if not is_tested(rows, case, method.checkpoint, source.store.identity, protocol):
-            _test(rows, method, source, case.fold, protocol, device)
+            plan = EvaluationPlan(method=method, source=source, fold=case.fold, protocol=protocol, device=device)
+            write_table(rows, evaluate(plan).rows)
         moved = _transfer(case, open_source, out, run_dir, method.checkpoint, protocol, device)
         return CaseDone(case, run_dir, rows, fitted.steps, is_new, None, moved)
     except HSNetError as error:
@@ -326,16 +327,16 @@ def rows_of(out: Path, case: Case, other: str = "") -> Path:
     return out / f"{case.name}{f'-on-{other}' if other else ''}.parquet"
 
 
-def _test(rows: Path, method: Method, source: StoreSource, fold: int, protocol: Protocol, device: str) -> None:
-    plan = EvaluationPlan(method=method, source=source, fold=fold, protocol=protocol, device=device)
-    write_table(rows, evaluate(plan).rows)
-
-
-def _training_free(case: Case, source: StoreSource, device: str) -> Method:
-    """The head, made and where it has to be fitted on the fold's training episodes; its facts name the seed."""
+def _test_untrained(rows: Path, case: Case, source: StoreSource, protocol: Protocol, device: str) -> None:
+    """Test a head that needs no training, fitted on the fold's training episodes where it has to be, by the protocol
+    with the head's own way to combine supports. Its facts name the case's seed."""
     seed = int(case.choices.get("seed", 0))
-    method = BASELINES[case.head](source, fold=case.fold, seed=seed, device=device)
-    return replace(method, facts={**method.facts, "seed": seed})
+    plan = plan_evaluation(
+        partial(_same, source), replace(protocol, seeds=(seed,)), head=case.head, fold=case.fold, device=device
+    )
+    method = replace(plan.method, facts={**plan.method.facts, "seed": seed})
+    rules = replace(plan.protocol, seeds=protocol.seeds)
+    write_table(rows, evaluate(replace(plan, method=method, protocol=rules, dataset=None)).rows)
 
 
 def _transfer(
@@ -361,7 +362,7 @@ def _transfer(
                 plan = plan_evaluation(
                     partial(_same, source), protocol, checkpoint=run_dir, transfer=True, device=device
                 )
-                write_table(rows, evaluate(plan).rows)
+                write_table(rows, evaluate(replace(plan, dataset=None)).rows)
             moved[name] = rows
     if case.transfer and not moved:
         raise ConfigError(
@@ -387,6 +388,8 @@ def is_tested(rows: Path, case: Case, checkpoint: str, store: str, protocol: Pro
         method = dict(results.facts.get("method") or {})
         if (method.get("name"), method.get("seed")) != (case.head, int(case.choices.get("seed", 0))):
             return False
+        if own := HEADS[case.head].fusion:
+            protocol = replace(protocol, fusion=own)
     return (
         results.facts.get("checkpoint") == checkpoint
         and results.facts.get("store") == store

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Literal, get_args
 
 from safetensors import SafetensorError, safe_open
 
@@ -23,6 +23,7 @@ from pipeline.scores.rows import read_results
 from pipeline.sweep import STEPS, Case, is_tested, require_sweepable, rows_of, run_config, store_name
 
 State = Literal["done", "test", "go on", "train", "missing", "refused"]
+STATES: tuple[State, ...] = get_args(State)
 
 RECENT = 200
 """Steps of a run whose median tells its rate: the last ones, after warming up."""

@@ -216,7 +216,7 @@ def _configuration(file: Results) -> str:
 
 
 def _is_trained(file: Results) -> bool:
-    return bool(as_dict(file.facts.get("method")).get("name") == "trained")
+    return as_dict(file.facts.get("method")).get("name") in ("hsnet", "hsnet+bg", "trained")
 
 
 def _trained_on(file: Results) -> str:

@@ -184,7 +184,7 @@ def test_heads_that_need_no_training_are_only_tested(store, tmp_path):
     assert [done.run_dir is None for done in result.cases] == [False, True, True]
     rows = [read_results(done.rows) for done in result.cases]
     assert len({tuple(one.manifests.values()) for one in rows}) == 1, "the same episodes"
-    assert [one.facts["method"]["name"] for one in rows] == ["trained", "cosine", "untrained"]
+    assert [one.facts["method"]["name"] for one in rows] == ["hsnet", "cosine", "untrained"]
     before = written(tmp_path)
     run([case for case in cases if case.fold == 0 and case.choices["seed"] == 0], tmp_path)
     assert written(tmp_path) == before
@@ -193,6 +193,13 @@ def test_heads_that_need_no_training_are_only_tested(store, tmp_path):
     place.write_bytes((tmp_path / "s-head=untrained-seed=0-fold0.parquet").read_bytes())
     run([case for case in cases if case.head == "cosine" and case.name in place.name], tmp_path)
     assert read_results(place).facts["method"]["name"] == "cosine"
+    # A head with its own way to combine supports keeps it, and is not tested again for it.
+    (contrast,) = make_cases([store], (0,), {}, QUICK, heads=("contrast",))
+    run([contrast], tmp_path)
+    assert read_results(tmp_path / "s-head=contrast-fold0.parquet").protocol.fusion == "joint"
+    before = written(tmp_path)
+    run([contrast], tmp_path)
+    assert written(tmp_path) == before
     with pytest.raises(ConfigError, match=r"No head 'cosin' for a sweep.*did you mean 'cosine'"):
         make_cases([store], (0,), {}, {}, heads=("cosin",))
     with pytest.raises(ConfigError, match="seed is varied over no value"):
