@@ -74,3 +74,48 @@ def test_cases_are_trained_by_the_recipe_unless_a_choice_is_given(store: Path, t
     assert stored() == [dict(RECIPES[DEFAULT_RECIPE])]
     chosen = stored("--recipe", "hsnet", "--vary", "average=0.0,0.5", "--fix", "clip=3")
     assert chosen == [{**PUBLISHED, "average": average, "clip": 3.0} for average in (0.0, 0.5)]
+
+
+def test_a_file_and_options_over_it(store: Path, tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text(
+        f"stores: [{store}]\nfolds: [0]\nsteps: 2\nepisodes: 4\nheads: [hsnet, cosine]\nout: {tmp_path / 'out'}\n"
+        "fix: {batch_size: 2, validate_every: 1, validate_episodes: 2, recipe: hsnet}\n"
+    )
+    dry = invoke("sweep", file, "--dry-run", "--steps", "3")
+    assert dry.exit_code == 0, dry.stderr
+    assert "2 cases: 1 to train and test, 0 to go on with, 1 to test only, 0 done." in dry.stdout
+    assert "3 optimiser steps are left." in dry.stdout
+    assert not (tmp_path / "out").exists()
+    first = invoke("sweep", file)
+    assert first.exit_code == 0, first.stderr
+    assert "s-head=cosine" in first.stdout
+    assert "s-head=cosine-fold0: tested" in first.stderr
+    after = invoke("sweep", file, "--dry-run")
+    assert "Nothing is left to do." in after.stdout
+    more = json.loads(invoke("sweep", file, "--dry-run", "--json", "--folds", "0,1", "--episodes", "5").stdout)
+    assert [case["state"] for case in more["cases"]] == ["test", "train", "test", "test"]
+    assert more["steps_left"] == 2
+    assert all(case["seconds"] > 0 for case in more["cases"])
+
+
+def test_what_is_refused_before_anything_is_done(store: Path, tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    out = tmp_path / "out"
+    for text, words, said in (
+        ("vry: {seed: [1]}", ("--out", out), "line 1: unknown key 'vry'"),
+        (f"stores: [{store}]", (), "A sweep needs a folder"),
+        (f"out: {out}", (), "A sweep needs a store"),
+        (f"stores: [{tmp_path / 'none.zarr'}]\nfolds: [0]", ("--out", out), "There is no feature store"),
+        (f"stores: [{tmp_path / 'none.zarr'}]", ("--out", out, "--dry-run"), "'all' folds cannot be told"),
+        (f"stores: [{store}]\nfolds: [9]", ("--out", out), "Not every store has fold 9"),
+        (f"stores: [{store}]", ("--out", out, "--head", "cosin"), "did you mean 'cosine'"),
+        (f"stores: [{store}]", ("--out", out, "--fix", "seed=1", "--vary", "seed=2"), "both varied and fixed"),
+        (f"stores: [{store}]", ("--out", out, "--protocol", "original", "--dry-run"), "tests at network size"),
+    ):
+        file.write_text(text + "\n")
+        refused = invoke("sweep", file, *words)
+        assert refused.exit_code == 1, refused.stdout
+        assert said in refused.stderr
+        assert "Traceback" not in refused.stderr
+    assert not out.exists()
