@@ -95,6 +95,8 @@ def test_options_win_over_the_file_in_every_part(read):
     assert {case.store for case in cases} == {"c.zarr"}
     assert over.out == "x"
     assert read(WHOLE).under(SweepFile()) == read(WHOLE)
+    varied = read(WHOLE).under(SweepFile(vary={"learning_rate": (0.1, 0.2)})).all_cases({})
+    assert {case.choices.get("learning_rate") for case in varied if case.is_trained} == {0.1, 0.2}, "fixed in the file"
 
 
 @pytest.mark.parametrize(
