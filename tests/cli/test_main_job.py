@@ -195,7 +195,7 @@ def test_evaluate_prints_a_table_writes_rows_and_speaks_json(job: Path, tmp_path
     assert re.fullmatch(r"mIoU( +[\d.]+ \[[\d.]+, [\d.]+\]){2}", lines[2])
     result = machine("evaluate", "--checkpoint", job / "run", *arguments)
     assert [scores["shots"] for scores in result["scores"]] == [1, 2]
-    assert result["facts"]["method"]["name"] == "trained"
+    assert result["facts"]["method"]["name"] == "hsnet"
 
 
 def test_one_pass_scores_every_policy_and_fusion(job: Path, tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_folds_seeds_and_shots_of_one_configuration_belong_together(rows_by_hand
         ({"store": "sha256:other"}, ("store", "sha256:store", "sha256:other")),
         ({"protocol": "original"}, ("protocol's resolution", "network", "original")),
         ({"n": 30}, ("protocol's episodes", "60", "30")),
-        ({"method": {"name": "cosine"}}, ("method", "trained", "cosine")),
+        ({"method": {"name": "cosine"}}, ("method", "hsnet", "cosine")),
         ({"recipe": {"image_size": 96}}, ("recipe", "100", "96")),
         ({"role": "val"}, ("role", "test", "val")),
         ({"fold": 0, "checkpoint": "sha256:bb"}, ("different heads", "sha256:aa", "sha256:bb")),
