@@ -159,7 +159,7 @@ def measure_evaluate(
     from hsnet.metrics import count
     from pipeline.episodes.protocols import resolve
     from pipeline.episodes.stream import EpisodeStream
-    from pipeline.evaluate import stage
+    from pipeline.evaluate import blocks, stage
     from pipeline.evaluate.plan import EvaluationPlan
     from pipeline.heads import catalogue
     from pipeline.loading.batch import load_batch
@@ -172,7 +172,7 @@ def measure_evaluate(
     method = catalogue.trained(run_dir, source) if run_dir else catalogue.made("untrained", source)
     plan = EvaluationPlan(method=method, source=source, fold=0, protocol=resolve(shots=(shots,), episodes=episodes[0]))
     stream = EpisodeStream(source.index, 0, "test", shots, 0)
-    drawn = [stream[number] for number in range(min(min(episodes), max(1, stage.BLOCK // shots)))]
+    drawn = [stream[number] for number in range(min(min(episodes), max(1, blocks.BLOCK // shots)))]
     with one_torch_thread():
         segmenter, batch = method.make(), load_batch(source, drawn)
 
@@ -185,15 +185,15 @@ def measure_evaluate(
 
         def whole(ahead: int) -> Callable[[], None]:
             def run() -> None:
-                before, stage.READ_AHEAD = stage.READ_AHEAD, ahead
+                before, blocks.READ_AHEAD = blocks.READ_AHEAD, ahead
                 try:
                     stage.evaluate(plan)
                 finally:
-                    stage.READ_AHEAD = before
+                    blocks.READ_AHEAD = before
 
             return run
 
-        parts = {"inner": inner, "load": load, "ahead": whole(stage.READ_AHEAD), "in_line": whole(0)}
+        parts = {"inner": inner, "load": load, "ahead": whole(blocks.READ_AHEAD), "in_line": whole(0)}
         times = timing.alternate(parts, repeats)
     result: dict[str, Any] = {
         "shots": shots,
