@@ -17,7 +17,7 @@ from hsnet.errors import CheckpointMismatch, StoreMismatch
 from pipeline.extract.stage import extract
 from pipeline.features.backbones import Reading, new_recipe, open_backbone
 from pipeline.features.weights import load_weights
-from pipeline.heads.catalogue import untrained
+from pipeline.heads import catalogue
 from pipeline.heads.checkpoint import load_checkpoint
 from pipeline.heads.config import RunConfig
 from pipeline.loading.source import OnlineSource, StoreSource
@@ -150,6 +150,6 @@ def test_an_untrained_head_fits_any_levels(data):
     weights = load_weights("timm:test_vit", "random:0")
     recipe = new_recipe("timm:test_vit", weights, SIZE, "float32")
     source = OnlineSource(data, open_backbone(recipe, weights), recipe)
-    model = untrained(source).make().model
+    model = catalogue.made("untrained", source).make().model
     assert len(model.squeeze) == 1
     assert len(model.mix) == 0
