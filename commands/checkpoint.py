@@ -1,4 +1,4 @@
-"""`hsnet checkpoint`: look at checkpoints and import published ones."""
+"""`hsnet checkpoint`: look at checkpoints, import published ones, take finetuned backbones out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.common.text import printable
 
 @click.group(cls=OrderedGroup)
 def checkpoint() -> None:
-    """Look at checkpoints, and import published ones.
+    """Look at checkpoints, import published ones, take finetuned backbones out.
 
     \b
     Example:
@@ -55,6 +55,8 @@ def checkpoint_info(path: Path, as_json: bool) -> None:
         facts |= {"fold": str(info.config.fold), "seed": str(info.config.seed)}
     if info.config and info.averaged:
         facts["weights"] = f"moving average, decay {info.config.average}"
+    if info.finetuned:
+        facts["backbone's own"] = "finetuned with the head; `hsnet checkpoint backbone` writes its weights"
     if scores:
         facts["validation"] = scores
     result = {**json.loads(info.to_json()), "path": loaded.path, "digest": loaded.digest}
@@ -83,5 +85,29 @@ def checkpoint_import(source: Path, target: Path, backbone: str | None, image_si
         {**json.loads(info.to_json()), "path": target},
         f"{printable(target)}: head for {info.recipe.backbone} at {info.recipe.image_size} px, "
         f"weights {info.recipe.weights[:15]}",
+        as_json,
+    )
+
+
+@checkpoint.command("backbone", short_help="Take the finetuned backbone out of a checkpoint.")
+@click.argument("path", type=ANY_PATH, metavar="CHECKPOINT")
+@click.argument("target", type=ANY_PATH, metavar="OUT")
+@json_option
+def checkpoint_backbone(path: Path, target: Path, as_json: bool) -> None:
+    """Write the weights of the backbone that was finetuned with a head (OUT, .safetensors).
+
+    `hsnet extract --weights OUT` makes a store of its features, the only ones that the head can be evaluated on.
+
+    \b
+    Example:
+      hsnet checkpoint backbone runs/finetuned finetuned.safetensors
+    """
+    from pipeline.heads.checkpoint import load_checkpoint, save_backbone
+
+    loaded = load_checkpoint(path)
+    weights = save_backbone(loaded, target)
+    emit(
+        {"path": target, "backbone": weights.backbone, "sha256": weights.sha256, "checkpoint": loaded.digest},
+        f"{printable(target)}: {weights.backbone}, weights {weights.sha256[:15]}, of {printable(loaded.path)}",
         as_json,
     )

@@ -80,11 +80,12 @@ def predict(
 
     pairs = [parse_support(text) for text in supports]
     loaded = load_checkpoint(checkpoint_path)
+    own = weights is None and loaded.info.finetuned
     photos = stage.list_queries(queries)
     with Progress("predict", "photos", quiet) as progress:
         summary = stage.predict(
             loaded,
-            load_weights(loaded.recipe.backbone, weights),
+            loaded.backbone_weights() if own else load_weights(loaded.recipe.backbone, weights),
             pairs,
             photos,
             out,

@@ -128,12 +128,19 @@ def store_source(path: str | Path, data: str | None = None) -> Callable[[], Stor
     return lambda: StoreSource(FeatureStore.open(absolute, index_digest=digest))
 
 
-def online_source(data: Dataset, weights: Weights, recipe: Recipe, device: str) -> Callable[[], FeatureSource]:
-    """Runs the backbone of a float32 recipe whenever features are asked for."""
-    from pipeline.features.backbones import open_backbone
-    from pipeline.loading.source import OnlineSource
+def online_source(
+    data: Dataset, weights: Weights, recipe: Recipe, device: str, photos: bool = False
+) -> Callable[[], FeatureSource]:
+    """Runs the backbone of a float32 recipe whenever features are asked for.
 
-    return lambda: OnlineSource(data, open_backbone(recipe, weights), recipe, device)
+    Args:
+        photos: gives the photos instead, and the backbone for whoever trains it.
+    """
+    from pipeline.features.backbones import open_backbone
+    from pipeline.loading.source import OnlineSource, PhotoSource
+
+    kind = PhotoSource if photos else OnlineSource
+    return lambda: kind(data, open_backbone(recipe, weights), recipe, device)
 
 
 @contextlib.contextmanager

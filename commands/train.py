@@ -37,6 +37,7 @@ from commands.options import (
 )
 from commands.steps import emit, online_source, open_data, pick_device, require_ray, stop_on_interrupt, store_source
 from commands.terminal import Progress, set_up_logging
+from hsnet.errors import ConfigError
 from pipeline.common.text import printable, time_text
 
 if TYPE_CHECKING:
@@ -100,6 +101,17 @@ training_options = options(
 @options(data_root_option, splits_option, data_option)
 @click.option("--backbone", type=Backbone(), metavar=BACKBONE_NAMES, help="With --features online: the network.")
 @options(weights_option, image_size_option, taps_option, autocast_option)
+@click.option(
+    "--finetune-backbone",
+    is_flag=True,
+    help="With --features online: train the backbone's weights along with the head, as in the paper's Figure 9.",
+)
+@click.option(
+    "--backbone-lr",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    metavar="X",
+    help="With --finetune-backbone: greatest learning rate of the backbone. [default: that of the head]",
+)
 @common_options
 def train(
     store: str | Path | None,
@@ -121,6 +133,8 @@ def train(
     image_size: int,
     taps: str | None,
     autocast: str | None,
+    finetune_backbone: bool,
+    backbone_lr: float | None,
     training_recipe: str | None,
     as_json: bool,
     quiet: bool,
@@ -141,6 +155,12 @@ def train(
         raise click.UsageError("Give --store S.zarr, or --features online with --dataset and --backbone.")
     if features == "online" and (dataset is None or backbone is None):
         raise click.UsageError("--features online needs --dataset and --backbone.")
+    if finetune_backbone and features == "store":
+        raise ConfigError(
+            f"--finetune-backbone cannot train on {printable(store or 'a store')}: its features are frozen, they were "
+            "made by the backbone as it was. Use --features online with --dataset and --backbone instead of --store. "
+            "Nothing was changed."
+        )
     from pipeline.features.backbones import Reading, new_recipe
     from pipeline.features.weights import load_weights
     from pipeline.heads.config import RunConfig
@@ -160,11 +180,12 @@ def train(
         loaded = load_weights(backbone, weights)
         recipe = new_recipe(backbone, loaded, image_size, "float32", Reading(taps, autocast or ""))
         recipe.require_trainable()
-        make_source = online_source(data, loaded, recipe, device)
+        make_source = online_source(data, loaded, recipe, device, photos=finetune_backbone)
     source = make_source()
     given = {name: choices.pop(name) for name in PUBLISHED}
     learner = learner_arguments(source.recipe, **{name: choices.pop(name) for name in LEARNER_CHOICES})
     choices |= training_choices(training_recipe, stored_config(run_dir), **given)
+    choices |= {"finetune_backbone": finetune_backbone, "backbone_lr": backbone_lr or 0.0}
     config = RunConfig.of(source, steps=steps or 10_000, learner=learner, **choices)
     if epochs:
         per_epoch = steps_per_epoch(config.episodes_per_step, training_stream(config, source).epoch_length)

@@ -1,4 +1,4 @@
-"""Frozen backbones: which layers are read, how they make levels, and the built-in ImageNet networks.
+"""Backbones: which layers are read, how they make levels, and the built-in ImageNet networks.
 
 A built-in network is one row of `BACKBONES`. Everything else in the project (pyramid levels, grid sizes, store layout,
 learner input channels) follows from a network's `TapLayout`, whoever runs the network.
@@ -191,7 +191,7 @@ def pack_levels(taps: Sequence[Tensor], spec: TapLayout, out: Sequence[Tensor] |
 
 
 class Backbone(nn.Module, ABC):
-    """A network that is read and never changes, whoever built it: photos in, pyramid levels out."""
+    """A network that is read, whoever built it: photos in, pyramid levels out. Only `FinetunedBackbone` changes."""
 
     spec: TapLayout
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -248,9 +248,33 @@ class FrozenBackbone(Backbone):
     @torch.no_grad()
     def taps(self, images: Tensor) -> list[Tensor]:
         """Tap outputs, shallow to deep, each (B, C, H, W), for (B, 3, H, W) images normalised as ImageNet's."""
+        return self._taps(images)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights by torchvision's names, without the classification head; not copied."""
+        state = self.network.state_dict()
+        return {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+
+    def _taps(self, images: Tensor) -> list[Tensor]:
         require_images(images)
         outputs = self.network(images)
         return [outputs[tap.node] for tap in self.spec.taps]
+
+
+class FinetunedBackbone(FrozenBackbone):
+    """A built-in network whose weights are trained. Its BatchNorm statistics stay those it came with, in `train()` too.
+
+    Statistics of a batch would be those of some twenty photos and depend on how a step is divided; features of a photo
+    would depend on the photos beside it, which a store could never repeat. Scale and shift of BatchNorm are trained.
+    """
+
+    def __init__(self, name: str, state_dict: Mapping[str, Tensor]) -> None:
+        super().__init__(name, state_dict)
+        self.requires_grad_(True)
+
+    def taps(self, images: Tensor) -> list[Tensor]:
+        """As of any backbone, with gradients where they are kept."""
+        return self._taps(images)
 
 
 def require_images(images: Tensor) -> None:

@@ -25,7 +25,7 @@ from pipeline.episodes.protocols import Protocol
 from pipeline.evaluate.plan import EvaluationPlan, plan_evaluation
 from pipeline.evaluate.stage import evaluate
 from pipeline.heads.catalogue import HEADS, trained
-from pipeline.heads.config import RunConfig
+from pipeline.heads.config import FINETUNING, RunConfig
 from pipeline.heads.learner import LEARNED_HEADS, LEARNER_CHOICES, learner_arguments
 from pipeline.heads.run_dir import stored_config
 from pipeline.heads.training import DEFAULT_RECIPE, training_choices
@@ -42,7 +42,7 @@ RECIPES = tuple(dict.fromkeys((DEFAULT_RECIPE, "hsnet")))
 STEPS = 10_000
 """Of a case that does not say."""
 
-_DECIDED = {"fold", "recipe", "data", "skipped", "learner"}
+_DECIDED = {"fold", "recipe", "data", "skipped", "learner", *FINETUNING}
 
 
 @dataclass(frozen=True)

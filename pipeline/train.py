@@ -17,7 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from hsnet.backbone import FinetunedBackbone
 from hsnet.errors import CheckpointError, ConfigError, HSNetError
+from hsnet.finetune import FinetunedHSNet, FusedFinetunedHSNet
 from hsnet.fused import FusedHSNet
 from hsnet.loss import episode_losses
 from hsnet.metrics import foreground_background_iou, mean_iou, sum_by_class
@@ -29,10 +31,10 @@ from pipeline.features.recipe import difference_lines
 from pipeline.heads.config import RunConfig, features_of
 from pipeline.heads.run_dir import Position, RunDir
 from pipeline.heads.segmenters import LearnedSegmenter
-from pipeline.heads.training import WeightAverage, make_optimiser, rate_at
+from pipeline.heads.training import WeightAverage, make_optimiser, rate_at, set_rate
 from pipeline.loading.batch import EpisodeBatch, prefetch
 from pipeline.loading.resident import keep
-from pipeline.loading.source import FeatureSource
+from pipeline.loading.source import FeatureSource, PhotoSource
 
 RECENT_STEPS = 20
 """Steps whose mean loss a summary tells."""
@@ -102,7 +104,7 @@ def fit(
 
     Args:
         config: what to learn; must be the one stored in `run_dir` if there is a run, except for `steps`.
-        source: features of `config.recipe`.
+        source: features of `config.recipe`; a `PhotoSource` if the backbone is trained too.
         ranks: this process's place in a group; alone by default. The batch is split over the ranks.
         micro_batch: losses per forward pass (see `RunConfig.batch_size`); less needs less memory and gives the same
             steps up to rounding.
@@ -118,8 +120,8 @@ def fit(
     ranks = ranks or Alone()
     stream, selection = check_run(config, source)
     torch.manual_seed(config.seed)
-    model = HSNet(**config.learner_arguments).to(device)
-    optimiser = make_optimiser(config, model.parameters())
+    model = make_model(config, source).to(device)
+    optimiser = make_optimiser(config, model)
     average = WeightAverage(model, config.average) if config.average else None
     trained = [source.index.classes[class_id] for class_id in source.index.split(config.fold, "trn").class_ids]
     run = RunDir(run_dir, config, write=ranks.rank == 0, classes=trained)
@@ -171,7 +173,23 @@ def check_run(config: RunConfig, source: FeatureSource) -> tuple[EpisodeStream, 
             "The run is configured for other features than those given:\n"
             f"{difference_lines(differing, 'configured', 'given')}\nNothing was changed."
         )
+    if config.finetune_backbone != isinstance(source, PhotoSource):
+        raise ConfigError(
+            "The backbone is to be trained (finetune_backbone), but the features given are frozen: they were made "
+            "before. Train on photos: --features online --finetune-backbone. Nothing was changed."
+            if config.finetune_backbone
+            else "Photos were given in the place of features, which only a run with finetune_backbone can use. Nothing "
+            "was changed."
+        )
     return training_stream(config, source), selection_stream(config, source)
+
+
+def make_model(config: RunConfig, source: FeatureSource) -> HSNet:
+    """The untrained learner of a run, with a backbone of its own if that is trained; drawn from torch's generator."""
+    if not isinstance(source, PhotoSource):
+        return HSNet(**config.learner_arguments)
+    backbone = FinetunedBackbone(config.recipe.backbone, source.backbone.weights())
+    return FinetunedHSNet(backbone, **config.learner_arguments)
 
 
 def batch_numbers(step: int, batch_size: int, epoch_length: int) -> range:
@@ -242,7 +260,12 @@ class _Trainer:
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
 
     def __post_init__(self) -> None:
-        self.wrapped = self.ranks.wrap(FusedHSNet(self.model, self.config.arithmetic))
+        arithmetic, model = self.config.arithmetic, self.model
+        if isinstance(model, FinetunedHSNet):
+            fused: FusedHSNet = FusedFinetunedHSNet(model, arithmetic, self.config.both_directions)
+        else:
+            fused = FusedHSNet(model, arithmetic)
+        self.wrapped = self.ranks.wrap(fused)
 
     def __enter__(self) -> _Trainer:
         if self.ranks.rank == 0:
@@ -330,8 +353,7 @@ class _Trainer:
         if self.config.clip:
             nn.utils.clip_grads_with_norm_(parameters, self.config.clip, norm)
         rate = rate_at(self.config, step)
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimiser, rate)
         self.optimiser.step()
         if self.average:
             self.average.update(self.model, step + 1)
@@ -365,6 +387,8 @@ class _Trainer:
         groups = (episodes[start : start + size] for start in range(0, len(episodes), size))
         for drawn, batch in prefetch(self.source, groups, 1):
             batch = batch.to(self.device)
+            if isinstance(judged, FinetunedHSNet):
+                batch = batch.read_by(judged.backbone)
             counts = segmenter.answer(batch).count(batch)
             totals += sum_by_class(counts.cpu(), [episode.class_id for episode in drawn], class_ids)
         totals = self.ranks.sum(totals)

@@ -19,6 +19,13 @@ On a CPU one image at a time is also the fastest at real sizes, and a photo's fe
 """
 
 
+def levels_of(backbone: Backbone, photos: Tensor) -> list[Tensor]:
+    """Levels, finest first, each (n, L, H, W, C), of (n, 3, S, S) normalised photos, on the photos' device."""
+    size = BATCH["cpu" if photos.device.type == "cpu" else "cuda"]
+    parts = [backbone(photos[first : first + size]) for first in range(0, len(photos), size)]
+    return [torch.cat(level) for level in zip(*parts, strict=True)]
+
+
 class PhotoNetwork:
     """A frozen backbone on a device, for photos brought to one size.
 

@@ -13,7 +13,7 @@ import logging
 import pickle
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,21 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hsnet.backbone import backbone_spec
-from hsnet.errors import CheckpointError, CheckpointMismatch, ConfigError, HSNetError
+from hsnet.errors import CheckpointError, CheckpointMismatch, ConfigError, HSNetError, WeightsError
 from hsnet.model import HSNet
 from hsnet.published import layers_of, split_published
 from pipeline.common.fields import from_json
 from pipeline.common.files import whole
 from pipeline.features.recipe import Recipe, difference_lines
-from pipeline.features.weights import weights_of
+from pipeline.features.weights import Weights, weights_of
 from pipeline.heads.config import RunConfig
 
 log = logging.getLogger(__name__)
 
 CHECKPOINT_FORMAT = 1
 BEST, LAST = "best.safetensors", "last.safetensors"
+BACKBONE = "backbone."
+"""Begins the names of a finetuned backbone's tensors; torchvision's follow."""
 _KEY = "hsnet"
 _SAME_FEATURES = ("backbone", "weights", "image_size", "taps", "normalisation", "resize", "network levels")
 
@@ -45,7 +47,7 @@ class CheckpointInfo:
     """What a checkpoint says about itself."""
 
     recipe: Recipe
-    """The features it was trained on."""
+    """The features it goes with: those it was trained on, or those of its own backbone if that was `finetuned`."""
     learner: Mapping[str, Any]
     """Arguments of `hsnet.model.HSNet`."""
     step: int
@@ -59,6 +61,8 @@ class CheckpointInfo:
     """Names of the classes trained on; None where that was not written down."""
     averaged: bool = False
     """Whether the weights are a moving average of those trained (`RunConfig.average`)."""
+    finetuned: bool = False
+    """Whether the backbone was trained too: its weights are in the file, and its features are nobody else's."""
 
     def to_json(self) -> str:
         values = {
@@ -82,17 +86,19 @@ class CheckpointInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A learner's weights with their description."""
+    """A learner's weights with their description, and those of its backbone if they were trained."""
 
     state: dict[str, Tensor]
     info: CheckpointInfo
     digest: str
     """sha256 of the file."""
     path: Path
+    backbone: dict[str, Tensor] = field(default_factory=dict)
+    """Weights of a finetuned backbone by torchvision's names; empty where it was frozen."""
 
     @property
     def recipe(self) -> Recipe:
-        """The features it was trained on."""
+        """The features it goes with."""
         return self.info.recipe
 
     def learner(self) -> HSNet:
@@ -109,6 +115,29 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: weights and level layout do not fit: {reason}") from None
         return model.eval()
 
+    def backbone_weights(self) -> Weights:
+        """Weights of the backbone that was trained with this head.
+
+        Raises:
+            CheckpointError: it was not, or they are not those that the header names.
+        """
+        recipe = self.info.recipe
+        if not self.info.finetuned:
+            raise CheckpointError(
+                f"{self.path} holds no backbone: it was frozen while the head was trained. Its features are those of "
+                f"{recipe.backbone} with the weights {recipe.weights}. Nothing was written."
+            )
+        try:
+            weights = weights_of(recipe.backbone, self.backbone, f"finetuned, step {self.info.step}")
+        except WeightsError as error:
+            raise CheckpointError(f"{self.path}: the backbone inside cannot be used: {error}") from None
+        if weights.sha256 != recipe.weights:
+            raise CheckpointError(
+                f"{self.path} is damaged: the backbone inside has the sha256 {weights.sha256}, its header says "
+                f"{recipe.weights}. Nothing was written."
+            )
+        return weights
+
     def require(self, recipe: Recipe, what: str) -> None:
         """Check that features of `recipe` are those this learner knows.
 
@@ -119,10 +148,17 @@ class Checkpoint:
         """
         differing = self.info.recipe.differences(recipe)
         if differing := {name: pair for name, pair in differing.items() if name in _SAME_FEATURES}:
+            advice = "Use features of the checkpoint's kind, or a checkpoint trained on these."
+            if self.info.finetuned and "weights" in differing:
+                advice = (
+                    "Its backbone was finetuned with the head, and only that gives its features: `hsnet checkpoint "
+                    f"backbone {self.path} OUT.safetensors` writes its weights, `hsnet extract ... --weights "
+                    "OUT.safetensors` makes a store of them."
+                )
             raise CheckpointMismatch(
                 f"{self.path} was trained on other features than {what} has:\n"
                 f"{difference_lines(differing, 'checkpoint', 'offered')}\n"
-                "Use features of the checkpoint's kind, or a checkpoint trained on these. Nothing was computed.",
+                f"{advice} Nothing was computed.",
                 differing,
             )
 
@@ -159,7 +195,29 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{file} cannot be used: {error}.") from None
     if info.config is not None and info.step == 0:
         log.warning("%s was saved before the first step of its run: the head is untrained", file)
-    return Checkpoint(state, info, "sha256:" + hashlib.sha256(file.read_bytes()).hexdigest(), file)
+    backbone = {name.removeprefix(BACKBONE): state.pop(name) for name in list(state) if name.startswith(BACKBONE)}
+    if info.finetuned != bool(backbone):
+        raise CheckpointError(
+            f"{file} is damaged: by its header its backbone was {'finetuned' if info.finetuned else 'frozen'}, but "
+            f"{len(backbone)} tensors of a backbone are in it."
+        )
+    return Checkpoint(state, info, "sha256:" + hashlib.sha256(file.read_bytes()).hexdigest(), file, backbone)
+
+
+def save_backbone(checkpoint: Checkpoint, target: Path) -> Weights:
+    """Write the finetuned backbone of a checkpoint as a weights file that `hsnet extract --weights` reads.
+
+    Raises:
+        CheckpointError: its backbone was frozen, `target` exists or cannot be written.
+    """
+    if target.exists():
+        raise CheckpointError(f"{target} exists and was left as it is. Choose another name.")
+    if target.suffix != ".safetensors":
+        raise CheckpointError(f"{target} must end in .safetensors, by which `--weights` knows its kind.")
+    weights = checkpoint.backbone_weights()
+    source = f"finetuned with a head, step {checkpoint.info.step} of {checkpoint.digest}"
+    write_tensors(target, weights.state_dict, {"source": source})
+    return weights
 
 
 def import_published(source: Path, target: Path, backbone: str | None = None, image_size: int = 400) -> CheckpointInfo:

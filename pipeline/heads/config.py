@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from hsnet.backbone import BACKBONES
 from hsnet.errors import ConfigError
 from hsnet.fused import ARITHMETIC
 from pipeline.common.fields import from_json
@@ -34,8 +35,11 @@ TRAINING: dict[str, Any] = {
     "both_directions": False,
 }
 """Fields of `RunConfig` that say how the learner is trained, with the published values."""
-_LATER = set(TRAINING) - {"learning_rate"}
-"""Those that came after the first runs."""
+FINETUNING: dict[str, Any] = {"finetune_backbone": False, "backbone_lr": 0.0}
+"""Fields of `RunConfig` that say whether and how the backbone is trained too, with the published values. They are in no
+recipe and in no sweep: a store's features are frozen."""
+_LATER = {name: value for name, value in (TRAINING | FINETUNING).items() if name != "learning_rate"}
+"""Those that came after the first runs, with the published values."""
 
 
 def skipped_digest(ids: Collection[str]) -> str:
@@ -85,6 +89,10 @@ class RunConfig:
     """Decay of the moving average of the weights, which then is what is validated and kept as checkpoints; 0: none."""
     both_directions: bool = TRAINING["both_directions"]
     """Whether each episode is trained on a second time with query and support exchanged."""
+    finetune_backbone: bool = FINETUNING["finetune_backbone"]
+    """Whether the backbone's weights are trained too (`hsnet.finetune`); `recipe` names those that it begins with."""
+    backbone_lr: float = FINETUNING["backbone_lr"]
+    """Greatest learning rate of the backbone's weights; 0: `learning_rate`."""
     seed: int = 0
     """Seed of the initial weights and of the training episodes."""
     arithmetic: str = "float32"
@@ -113,6 +121,7 @@ class RunConfig:
                 raise ConfigError(f"{name} must be finite and at least 0, got {getattr(self, name)}.")
         if not 0 < self.learning_rate < 1:
             raise ConfigError(f"learning_rate must be between 0 and 1, got {self.learning_rate}.")
+        self._check_finetuning()
         if not 0 <= self.average < 1:
             raise ConfigError(f"average must be at least 0 and below 1, got {self.average}.")
         if self.both_directions and self.batch_size % 2:
@@ -126,6 +135,27 @@ class RunConfig:
             raise ConfigError(f"arithmetic must be one of {', '.join(ARITHMETIC)}, got '{self.arithmetic}'.")
         if self.select_on not in SELECT_ON:
             raise ConfigError(f"select_on must be one of {', '.join(SELECT_ON)}, got '{self.select_on}'.")
+
+    def _check_finetuning(self) -> None:
+        if not 0 <= self.backbone_lr < 1:
+            raise ConfigError(f"backbone_lr must be at least 0 and below 1, got {self.backbone_lr}.")
+        if not self.finetune_backbone:
+            if self.backbone_lr:
+                raise ConfigError(
+                    f"backbone_lr is {self.backbone_lr}, but the backbone is not trained: add --finetune-backbone, or "
+                    "leave out --backbone-lr. Nothing was changed."
+                )
+            return
+        if self.recipe.network is not None:
+            raise ConfigError(
+                f"Only the built-in backbones can be finetuned ({', '.join(BACKBONES)}), not {self.recipe.backbone}: "
+                "networks of timm's are read without gradients here. Nothing was changed."
+            )
+        if self.recipe.precision != "float32":
+            raise ConfigError(
+                f"Features in {self.recipe.precision} have no gradient: only exact ones (float32), made from photos "
+                "in every step, can finetune a backbone. Use --features online. Nothing was changed."
+            )
 
     @classmethod
     def of(cls, source: FeatureSource, **choices: Any) -> RunConfig:
@@ -143,9 +173,7 @@ class RunConfig:
 
         Training choices that are the published ones are left out, so that runs of earlier versions keep theirs.
         """
-        values = {
-            name: value for name, value in self.to_dict().items() if name not in _LATER or value != TRAINING[name]
-        }
+        values = {name: value for name, value in self.to_dict().items() if name not in _LATER or value != _LATER[name]}
         if not self.fixed_length:
             del values["steps"]
         values["recipe"] = self.recipe.identity()
@@ -155,6 +183,11 @@ class RunConfig:
     def fixed_length(self) -> bool:
         """Whether the number of steps decides what every step does, so that a longer run is another one."""
         return self.schedule != "constant"
+
+    @property
+    def backbone_share(self) -> float:
+        """Learning rate of the backbone's weights as a share of that of the learner's."""
+        return self.backbone_lr / self.learning_rate if self.backbone_lr else 1.0
 
     @property
     def directions(self) -> int:

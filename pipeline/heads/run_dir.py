@@ -4,7 +4,8 @@ run/
 ├── config.json            what the run is (`RunConfig`)
 ├── resume.safetensors     weights, Adam's moments, the weights' average if the run has one, and the position:
 │                          all that an exact continuation needs
-├── last.safetensors       checkpoint of the last save: the average, or the weights where there is none
+├── last.safetensors       checkpoint of the last save: the average, or the weights where there is none; the backbone's
+│                          are in it where they are trained
 ├── best.safetensors       checkpoint with the best validation mIoU, likewise
 ├── metrics.jsonl          one line per step and per validation
 └── tensorboard/           the same as scalars
@@ -15,17 +16,27 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hsnet.errors import CheckpointError, ConfigError
+from hsnet.finetune import FinetunedHSNet
 from pipeline.common.files import PARTIAL, replace_text
 from pipeline.features.recipe import difference_lines
-from pipeline.heads.checkpoint import BEST, LAST, CheckpointInfo, read_tensors, save_checkpoint, write_tensors
+from pipeline.features.weights import weights_of
+from pipeline.heads.checkpoint import (
+    BACKBONE,
+    BEST,
+    LAST,
+    CheckpointInfo,
+    read_tensors,
+    save_checkpoint,
+    write_tensors,
+)
 from pipeline.heads.config import TRAINING, RunConfig
 from pipeline.heads.training import recipe_name
 
@@ -87,9 +98,9 @@ class RunDir:
         tensors, metadata = read_tensors(file)
         try:
             position = Position(**json.loads(metadata["progress"]))
-            model.load_state_dict({n: tensors[f"model.{n}"] for n, _ in model.named_parameters()})
+            _load(model, tensors, "model")
             if average is not None:
-                average.load_state_dict({n: tensors[f"average.{n}"] for n, _ in average.named_parameters()})
+                _load(average, tensors, "average")
             for name, parameter in model.named_parameters() if position.step else ():
                 moments = {m: tensors[f"{m}.{name}"].to(parameter.device) for m in _MOMENTS}
                 optimiser.state[parameter] = {"step": torch.tensor(float(position.step)), **moments}
@@ -120,8 +131,14 @@ class RunDir:
         self.save_checkpoint(BEST, model, step, scores)
 
     def save_checkpoint(self, name: str, model: nn.Module, step: int, scores: Mapping[str, float] | None) -> None:
+        recipe, state = self.config.recipe, model.state_dict()
+        if isinstance(model, FinetunedHSNet):
+            # The features that go with this head are those of the backbone as it is now.
+            weights = weights_of(recipe.backbone, model.backbone.weights(), f"the backbone at step {step}")
+            recipe = replace(recipe, weights=weights.sha256)
+            state = {**model.head_state(), **{BACKBONE + name: value for name, value in weights.state_dict.items()}}
         info = CheckpointInfo(
-            recipe=self.config.recipe,
+            recipe=recipe,
             learner=self.config.learner_arguments,
             step=step,
             origin="hsnet train",
@@ -129,8 +146,9 @@ class RunDir:
             scores=scores,
             classes=self.classes or None,
             averaged=self.config.average > 0,
+            finetuned=self.config.finetune_backbone,
         )
-        save_checkpoint(self.path / name, model.state_dict(), info)
+        save_checkpoint(self.path / name, state, info)
 
     def trim_metrics(self, step: int) -> None:
         """Forget metrics after `step`: an interrupted run may have written some that it will compute again."""
@@ -154,6 +172,12 @@ class RunDir:
                 f"{_hint(stored, differences)}Give the stored values to continue it, or another --run-dir. Nothing was "
                 "changed."
             )
+
+
+def _load(model: nn.Module, tensors: Mapping[str, Tensor], kind: str) -> None:
+    """Parameters from a resume file; statistics of a backbone's normalisations are not trained and stay."""
+    parameters = {name: tensors[f"{kind}.{name}"] for name, _ in model.named_parameters()}
+    model.load_state_dict({**dict(model.named_buffers()), **parameters})
 
 
 def _hint(stored: RunConfig, differences: Mapping[str, object]) -> str:

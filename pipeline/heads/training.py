@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
 
 from hsnet.errors import ConfigError
+from hsnet.finetune import FinetunedHSNet
 from hsnet.model import HSNet
 from pipeline.heads.config import TRAINING, RunConfig
 
@@ -78,18 +78,35 @@ def rate_at(config: RunConfig, step: int) -> float:
     return config.learning_rate * (1 + math.cos(math.pi * done)) / 2
 
 
-def make_optimiser(config: RunConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Adam:
+def make_optimiser(config: RunConfig, model: HSNet) -> torch.optim.Adam:
     """The optimiser of a run: Adam (Kingma & Ba 2015), or AdamW (Loshchilov & Hutter 2019).
+
+    The weights of a backbone that is trained (`hsnet.finetune`) are a group of their own, whose `share` is its learning
+    rate as a share of the learner's; see `set_rate`.
 
     With "adam" a weight decay is added to the gradient (an L2 penalty); with "adamw" it shrinks the weights directly,
     by `learning rate * weight_decay` of their value per step.
     """
     kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    return kinds[config.optimiser](parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    backbone = list(model.backbone.parameters()) if isinstance(model, FinetunedHSNet) else []
+    known = set(map(id, backbone))
+    head = [parameter for parameter in model.parameters() if id(parameter) not in known]
+    groups: list[dict[str, Any]] = [{"params": head, "share": 1.0}]
+    if backbone:
+        groups.append({"params": backbone, "share": config.backbone_share})
+    return kinds[config.optimiser](groups, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
+def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group of `make_optimiser` its share of the learner's learning rate (`rate_at`)."""
+    for group in optimiser.param_groups:
+        group["lr"] = rate * group["share"]
 
 
 class WeightAverage:
     """Exponential moving average of a model's parameters: `model`, a copy that is never trained itself.
+
+    A backbone that is trained is averaged too.
 
     After optimiser step t = 1, 2, ... average = d average + (1 - d) parameters with d = min(decay, (1 + t) / (10 + t)).
     The second term keeps the untrained weights, where the average starts, from weighing on it for long. While it is the
@@ -98,6 +115,7 @@ class WeightAverage:
 
     def __init__(self, model: HSNet, decay: float) -> None:
         self.decay = decay
+        # eval after the copy: copies of torchvision's traced networks come back in training mode.
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
 
     @torch.no_grad()

@@ -9,10 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from hsnet.backbone import Backbone
 from hsnet.errors import ShapeError
 from pipeline.common.runner import read_ahead
 from pipeline.episodes.stream import Episode
 from pipeline.features.budgeted import TransformCodec
+from pipeline.features.forward import levels_of
 from pipeline.loading.source import FeatureSource
 
 
@@ -59,6 +61,15 @@ class EpisodeBatch:
             codec=None,
             support_ignore=None if self.support_ignore is None else move(self.support_ignore),
         )
+
+    def read_by(self, backbone: Backbone) -> EpisodeBatch:
+        """The batch with levels in the place of photos (`pipeline.loading.source.PhotoSource`), without gradients.
+
+        In passes of as many photos as in extraction, so that a store of the same weights holds these very levels.
+        """
+        (query,), (support,) = self.query, self.support
+        with torch.no_grad():
+            return replace(self, query=levels_of(backbone, query), support=levels_of(backbone, support))
 
     def both_directions(self) -> EpisodeBatch:
         """2 B one-shot episodes of B: these, then each with query and support exchanged.

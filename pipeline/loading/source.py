@@ -1,4 +1,7 @@
-"""Sources of features: a store, or the backbone on the fly. Training and evaluation see no difference."""
+"""Sources of features: a store, or the backbone on the fly. Training and evaluation see no difference.
+
+And photos themselves, for training that changes the backbone (`PhotoSource`).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsnet.backbone import Backbone
+from hsnet.backbone import Backbone, FrozenBackbone
 from hsnet.errors import ConfigError
 from pipeline.datasets.images import object_pixels, resize_label
 from pipeline.datasets.index import DatasetIndex
@@ -99,3 +102,23 @@ class OnlineSource:
         size = self.recipe.image_size
         maps = [resize_label(self.dataset.label(i), (size, size)) for i in images]
         return torch.from_numpy(np.stack(maps).astype(np.int32))
+
+
+class PhotoSource(OnlineSource):
+    """Photos in the place of features, for a backbone that is trained: whoever trains it makes features of them.
+
+    `features` gives one tensor (n, 3, S, S) float32, normalised as the backbone wants it; batches of episodes hold it
+    in the place of levels, until `EpisodeBatch.read_by`. The backbone given is what training begins with, and stays.
+
+    Raises:
+        ConfigError: the backbone is not a built-in one.
+    """
+
+    def __init__(self, dataset: Dataset, backbone: Backbone, recipe: Recipe, device: str = "cpu") -> None:
+        if not isinstance(backbone, FrozenBackbone):
+            raise ConfigError(f"Only built-in backbones can be finetuned, not {recipe.backbone}. Nothing was changed.")
+        super().__init__(dataset, backbone, recipe, device)
+        self.backbone = backbone
+
+    def features(self, images: Sequence[int]) -> list[Tensor]:
+        return [torch.from_numpy(np.stack([self.network.pixels(self.dataset.image(image)) for image in images]))]
