@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SLOW = {
     ".": "packaging python_api",
     "benchmarks": "backbones measuring pipeline published_way run store_benchmark",
-    "cli": "analyze backbones compression demo episodes growing main_job report store_commands sweep",
+    "cli": "analyze backbones compression demo episodes finetune growing main_job report store_commands sweep",
     "cluster": "crash_matrix grow",
-    "pipeline": "any_backbone compare plan report report_gallery sweep",
+    "pipeline": "any_backbone compare finetune plan report report_gallery sweep",
     "pipeline/common": "files",
     "pipeline/features": "convert fitting timm_backbone",
     "pipeline/loading": "source",

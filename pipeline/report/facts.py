@@ -78,16 +78,27 @@ def run_facts(runs: Sequence[Run]) -> Table | None:
             (
                 run.label,
                 f"{recipe.get('backbone', '?')}, {recipe.get('image_size', '?')} px",
+                _backbone_rate(run.config),
                 *(_whole(run.config.get(name)) for name in ("fold", "batch_size", "seed")),
                 run.steps[-1] if run.steps else None,
                 Figure(f"{best[1]:.1f}", best[1], f"at step {best[0]:,}") if best else "not validated",
                 None if middle is None else Figure(f"{middle:.2f} s", middle),
             )
         )
-    heads = ("run", "features", "held-out fold", "batch", "seed", "steps", "best validation mIoU", "median step")
+    heads = (
+        "run",
+        "features",
+        "backbone",
+        "held-out fold",
+        "batch",
+        "seed",
+        "steps",
+        "best validation mIoU",
+        "median step",
+    )
     return Table(
         "Training runs",
-        columns(*heads, texts=2),
+        columns(*heads, texts=3),
         rows,
         key="runs",
         notes=(
@@ -95,6 +106,13 @@ def run_facts(runs: Sequence[Run]) -> Table | None:
             "interval, not a result.",
         ),
     )
+
+
+def _backbone_rate(config: Mapping[str, Any]) -> str:
+    """ "frozen", or that it was trained too and the greatest learning rate it had."""
+    if not config.get("finetune_backbone"):
+        return "frozen"
+    return f"finetuned, {config.get('backbone_lr') or config.get('learning_rate')}"
 
 
 def store_table(sets: Sequence[ResultSet], store: str | Path | None = None) -> tuple[Table | None, list[str]]:
