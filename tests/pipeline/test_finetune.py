@@ -1,6 +1,7 @@
 """Runs that train the backbone too: exact, whole in their checkpoints, and never mixed with frozen features."""
 
 import json
+import multiprocessing
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 from hsnet.backbone import FrozenBackbone
 from hsnet.errors import CheckpointError, CheckpointMismatch, ConfigError
 from hsnet.metrics import mean_iou, sum_by_class
+from pipeline.common.process_group import Distributed
 from pipeline.features.network import LevelLayout, Network
 from pipeline.features.recipe import Recipe, normalisation_text
 from pipeline.features.weights import load_weights
@@ -232,3 +234,36 @@ def test_a_weights_file_replaces_nothing(run, tmp_path):
     with pytest.raises(CheckpointError, match=r"must end in \.safetensors"):
         save_backbone(last, tmp_path / "weights.pth")
     assert (tmp_path / "there.safetensors").read_text() == "precious"
+
+
+def gloo_rank(rank, file, config, recipe, shapes, state_dict, path):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    source = PhotoSource(shapes, FrozenBackbone("squeezenet1_1", state_dict), recipe)
+    fit(config, source, path, ranks=Distributed(), micro_batch=2)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_are_the_same_run(run, config, tiny_recipe, tiny_shapes, squeezenet, tmp_path):
+    """Gradients of the backbone are averaged over the group too: as in one process, up to rounding."""
+    given = (
+        tmp_path / "group",
+        replace(config, steps=2),
+        tiny_recipe,
+        tiny_shapes,
+        squeezenet.state_dict,
+        tmp_path / "two",
+    )
+    spawn = multiprocessing.get_context("spawn")
+    processes = [spawn.Process(target=gloo_rank, args=(rank, *given)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+        if process.is_alive():
+            process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(run)[:2], rtol=0, atol=2e-4)
+    trained = load_checkpoint(tmp_path / "two" / "last.safetensors").backbone
+    moved = [float((value - squeezenet.state_dict[name]).abs().max()) for name, value in trained.items()]
+    assert all(0 < move <= 2.1e-4 for move in moved)
