@@ -146,7 +146,7 @@ def store_verify(
             )
         found = replace(found, recomputed=recomputed)
     emit(found, _verification_text(found), as_json)
-    if found.damage or (found.recomputed and found.recomputed.different):
+    if found.damage or found.summary or found.index or (found.recomputed and found.recomputed.different):
         ctx.exit(1)
 
 
@@ -162,7 +162,11 @@ def _verification_text(found: Verification) -> str:
         lines.append(f"shard {one.shard}, {what}{image}: {printable(one.reason)} ({printable(one.file)})")
     if len(found.damage) > 20:
         lines.append(f"... and {len(found.damage) - 20} more; --json lists all.")
-    if found.damage:
+    if found.summary:
+        lines.append(f"the summary of all markers is wrong: {printable(found.summary)}")
+    if found.index:
+        lines.append(f"the index of the data set is wrong: {found.index}. Extract into a new store.")
+    if found.damage or found.summary:
         lines.append("Mend it with `hsnet store repair` and the options of the `hsnet extract` that made it.")
     again = found.recomputed
     if again is not None:
@@ -198,9 +202,19 @@ def store_repair(**options: Any) -> Any:
       hsnet store repair pascal --data-root VOC2012 --backbone resnet50 --store voc.zarr
     """
     set_up_logging(options["quiet"])
+    _drop_damaged_summary(options["store"])
     _restore_metadata(options)
     found = _verify(options["store"], options["quiet"])
     return run_extraction(**options, dry_run=False, damaged=found.damaged_shards)
+
+
+def _drop_damaged_summary(path: str | Path) -> None:
+    """Remove a summary of the markers that cannot be used; it is written anew when the store is whole."""
+    from pipeline.store.restore import drop_damaged_summary
+
+    reason = drop_damaged_summary(path)
+    if reason is not None:
+        click.echo(f"{printable(reason)}\nIt was removed; the store is read by its markers.", err=True)
 
 
 def _restore_metadata(options: Mapping[str, Any]) -> None:

@@ -22,11 +22,11 @@ doctor      what works on this machine and what will not
 
 Folders, each importing only those above it:
 
-common      no subject of this project: whole files, locks, seeded randomness, runners, pictures
+common      no subject of this project: whole files, columns, locks, seeded randomness, runners, pictures
 datasets    photos, masks, classes and lists: readers by name
 episodes    which photos meet: drawing, protocols, manifests
 features    what a stored feature is: recipe, weights, precisions, the budgeted codec
-store       features on disk or in a bucket: shards, markers, growth, repair
+store       features on disk or in a bucket: shards, markers, their summary, growth, repair
 loading     from episodes to tensors: sources, batches, residence in memory
 heads       what answers an episode: configurations, checkpoints, runs, segmenters
 scores      rows of an evaluation and what is computed from them; stands on common and episodes alone

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hsnet.errors import ConfigError, DataError
+from pipeline.common.columns import Pairs, Texts, column, pack, unpack
 
 ROLES = ("trn", "val", "test")
 QUERY_ORDERS = ("list", "class")
@@ -30,19 +33,31 @@ Entry = tuple[int, int]
 class Split:
     """One list of (image, class) pairs: in each, the image can be the query for that class."""
 
-    entries: tuple[Entry, ...] = ()
-    """(image number, class id), in the order of the published list."""
+    entries: Sequence[Entry] = ()
+    """(image number, class id), in the order of the published list: a tuple, or columns read from a store."""
     declared: tuple[int, ...] = ()
     """Classes that belong to the split even if no image is listed for them: they count as IoU 0 in a mean."""
 
     @cached_property
     def class_ids(self) -> tuple[int, ...]:
         """All classes of the split, listed or declared, sorted."""
-        return tuple(sorted({class_id for _, class_id in self.entries} | set(self.declared)))
+        if isinstance(self.entries, Pairs):
+            listed = set(np.unique(self.entries.second).tolist())
+        else:
+            listed = {class_id for _, class_id in self.entries}
+        return tuple(sorted(listed | set(self.declared)))
 
     @cached_property
     def by_class(self) -> dict[int, tuple[int, ...]]:
         """Class id -> its image numbers in list order. A class without an entry maps to ()."""
+        if isinstance(self.entries, Pairs):
+            order = np.argsort(self.entries.second, kind="stable")
+            images, ids = self.entries.first[order], self.entries.second[order]
+            bounds = np.searchsorted(ids, [*self.class_ids, MAX_CLASS_ID + 1]).tolist()
+            return {
+                class_id: tuple(images[start:end].tolist())
+                for class_id, start, end in zip(self.class_ids, bounds[:-1], bounds[1:], strict=True)
+            }
         groups: dict[int, list[int]] = {class_id: [] for class_id in self.class_ids}
         for image, class_id in self.entries:
             groups[class_id].append(image)
@@ -72,8 +87,9 @@ class DatasetIndex:
     """Which reader made it: pascal, coco, fss, folder, shapes."""
     classes: dict[int, str]
     """Class id, from 0, -> name."""
-    images: tuple[str, ...]
-    """Unique ids with forward slashes, such as "2007_000032", "fountain/1.jpg"; never outside the data root."""
+    images: Sequence[str]
+    """Unique ids with forward slashes, such as "2007_000032", "fountain/1.jpg"; never outside the data root. A tuple,
+    or texts read from a store, each decoded when it is asked for."""
     splits: dict[int, dict[str, Split]]
     """Fold -> role ("trn", "val", "test") -> list. A role that is missing is empty."""
     query_order: str = "list"
@@ -116,6 +132,10 @@ class DatasetIndex:
     @cached_property
     def digest(self) -> str:
         """ "sha256:..." of everything but the notes: two data sets with one digest give the same episodes."""
+        return self.content_digest()
+
+    def content_digest(self) -> str:
+        """The digest computed anew. That of an index read from columns is the one that was written with them."""
         return "sha256:" + hashlib.sha256(_canonical(_content(self)).encode()).hexdigest()
 
     def to_json(self) -> str:
@@ -134,6 +154,53 @@ class DatasetIndex:
         except (ValueError, RecursionError) as error:
             raise DataError(f"The data-set index is not JSON: {error}.") from error
         return _from_raw(raw)
+
+    def to_columns(self) -> NDArray[np.uint8]:
+        """One block of columns (`pipeline.common.columns`); `from_columns` gives the same index back.
+
+        Facts: `format`, `digest`, `name`, `classes`, `query_order`, `has_ignore`, `notes`, and in `declared` the
+        declared classes of every fold and role. Columns: `images` and `images.ends`, the ids in UTF-8 and where each
+        ends; `FOLD.ROLE.images` and `FOLD.ROLE.classes`, the entries of a list.
+        """
+        ids = Texts.of(self.images)
+        columns: dict[str, NDArray[Any]] = {"images": ids.text, "images.ends": ids.ends}
+        declared: dict[str, dict[str, list[int]]] = {}
+        for fold, roles in self.splits.items():
+            declared[str(fold)] = {role: list(split.declared) for role, split in roles.items()}
+            for role, split in roles.items():
+                entries = Pairs.of(split.entries)
+                columns[f"{fold}.{role}.images"] = entries.first
+                columns[f"{fold}.{role}.classes"] = entries.second.astype(np.uint16)
+        return pack({**_facts(self), "digest": self.digest, "notes": list(self.notes), "declared": declared}, columns)
+
+    @classmethod
+    def from_columns(cls, block: NDArray[np.uint8]) -> DatasetIndex:
+        """Read what `to_columns` wrote, without decoding images and entries; the block must stay as it is.
+
+        Numbers and ids are checked to be possible. Taken as said: the digest, and that no id occurs twice. `verify` of
+        a store compares both with the content.
+
+        Raises:
+            DataError: a field or column is missing, of another type, or contradicts another.
+        """
+        try:
+            fields, columns = unpack(block)
+            images = Texts(column(columns, "images", "uint8"), column(columns, "images.ends", "int64"))
+            splits = {
+                fold: {
+                    role: {"pairs": _pairs(columns, f"{fold}.{role}"), "declared": classes}
+                    for role, classes in _object(roles, "a fold").items()
+                }
+                for fold, roles in _object(fields.pop("declared"), "declared").items()
+            }
+            digest = fields.pop("digest")
+        except (KeyError, ValueError) as error:
+            raise DataError(f"The columns of the data-set index are damaged: {error!r:.300}.") from error
+        if not isinstance(digest, str) or not re.fullmatch("sha256:[0-9a-f]{64}", digest):
+            raise DataError(f"The digest of the data-set index is {digest!r:.80}.")
+        index = _from_raw({**fields, "images": images, "splits": splits})
+        index.__dict__["digest"] = digest
+        return index
 
 
 def label_dtype(classes: Iterable[int]) -> np.dtype[Any]:
@@ -176,11 +243,12 @@ def _check(index: DatasetIndex) -> None:
             raise DataError(f"Class {class_id!r}: {name!r} is not an id in 0..{MAX_CLASS_ID} with a name.")
     if not index.classes:
         raise DataError(f"Data set '{index.name}' has no classes.")
-    for image_id in index.images:
+    texts = isinstance(index.images, Texts)
+    for image_id in _doubtful(index.images) if isinstance(index.images, Texts) else index.images:
         problem = image_id_problem(image_id)
         if problem:
             raise DataError(f"{image_id!r} cannot be an image id: {problem}.")
-    if len(set(index.images)) != len(index.images):
+    if not texts and len(set(index.images)) != len(index.images):
         raise DataError("The same image id occurs twice in the index.")
     if index.query_order not in QUERY_ORDERS:
         raise DataError(f"query_order is {index.query_order!r}, must be one of {', '.join(QUERY_ORDERS)}.")
@@ -195,7 +263,13 @@ def _check(index: DatasetIndex) -> None:
 
 def _check_split(index: DatasetIndex, where: str, split: Split) -> None:
     count = len(index.images)
-    for image, class_id in split.entries:
+    entries = split.entries
+    if isinstance(entries, Pairs):
+        known = np.zeros(1 << 16, bool)
+        known[list(index.classes)] = True
+        wrong = (entries.first < 0) | (entries.first >= count) | ~known[entries.second]
+        entries = [entries[int(place)] for place in np.flatnonzero(wrong)[:1]]  # none, unless it is an error
+    for image, class_id in entries:
         if not (_is_int(image) and 0 <= image < count):
             raise DataError(f"{where}: image number {image!r}, but there are {count} images.")
         if not _is_int(class_id) or class_id not in index.classes:
@@ -205,14 +279,42 @@ def _check_split(index: DatasetIndex, where: str, split: Split) -> None:
             raise DataError(f"{where}: declared class {class_id!r} has no name.")
 
 
-def _content(index: DatasetIndex) -> dict[str, Any]:
+def _pairs(columns: Mapping[str, NDArray[Any]], name: str) -> Pairs:
+    return Pairs(column(columns, f"{name}.images", "int32", "int64"), column(columns, f"{name}.classes", "uint16"))
+
+
+def _doubtful(ids: Texts) -> Iterator[str]:
+    """The ids among them that `image_id_problem` must look at: all others cannot leave the data root."""
+    text, ends = ids.text, ids.ends
+    if not len(ends):
+        return
+    starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
+    empty = ends == starts
+    odd = np.zeros(256, bool)
+    odd[list(b"\\\0\n:")] = True
+    places = np.flatnonzero(odd[text])
+    dots = np.flatnonzero(text == ord("."))
+    places = np.concatenate([places, dots[:-1][np.diff(dots) == 1]])
+    first = text[np.minimum(starts, max(0, len(text) - 1))] if len(text) else np.zeros(len(ends), np.uint8)
+    leading = np.flatnonzero(empty | (first == ord("/")) | (first == ord(".")))
+    for number in np.unique(np.concatenate([np.searchsorted(ends, places, side="right"), leading])).tolist():
+        yield ids[number]
+
+
+def _facts(index: DatasetIndex) -> dict[str, Any]:
     return {
         "format": 1,
         "name": index.name,
         "classes": {str(class_id): name for class_id, name in index.classes.items()},
-        "images": list(index.images),
         "query_order": index.query_order,
         "has_ignore": index.has_ignore,
+    }
+
+
+def _content(index: DatasetIndex) -> dict[str, Any]:
+    return {
+        **_facts(index),
+        "images": list(index.images),
         "splits": {
             str(fold): {
                 role: {
@@ -249,7 +351,7 @@ def _from_raw(raw: object) -> DatasetIndex:
     return DatasetIndex(
         name=fields["name"],
         classes={_number(key, "class id"): name for key, name in _object(fields["classes"], "classes").items()},
-        images=tuple(_list(fields["images"], "images", str)),
+        images=images if isinstance(images := fields["images"], Texts) else tuple(_list(images, "images", str)),
         splits=splits,
         query_order=fields["query_order"] if isinstance(fields["query_order"], str) else "",
         has_ignore=fields["has_ignore"],
@@ -259,6 +361,8 @@ def _from_raw(raw: object) -> DatasetIndex:
 
 def _split(raw: object, pairs: dict[Entry, Entry]) -> Split:
     fields = _object(raw, "a split")
+    if isinstance(pairs_read := fields.get("pairs"), Pairs):
+        return Split(pairs_read, tuple(_list(fields["declared"], "declared classes", int)))
     if set(fields) != {"images", "classes", "declared"}:
         raise DataError("A split of the data-set index needs exactly images, classes and declared.")
     images = _list(fields["images"], "images of a split", int)

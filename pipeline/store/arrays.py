@@ -1,9 +1,9 @@
 """What the arrays of a store must look like, checked before anyone acts on what is on disk; and the small ones read.
 
 Nothing here asks zarr: metadata are plain JSON, compared to the letter. The small arrays (index, rows, fit) are one
-chunk each of little-endian values, compressed by zstd and followed by its crc32c. Shape, length of the file and what it
-unpacks to are known and compared before memory is taken; zarr would unpack whatever a few bytes stand for, follow links
-and ask any file that is named.
+chunk each of little-endian values, compressed by zstd (the index is not: it is mapped) and followed by its crc32c.
+Shape, length of the file and what it unpacks to are known and compared before memory is taken; zarr would unpack
+whatever a few bytes stand for, follow links and ask any file that is named.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hsnet.errors import StoreError
+from hsnet.errors import ConfigError, StoreError
+from pipeline.common.columns import CRC, map_block
 from pipeline.common.files import read_json, replace_json
 from pipeline.datasets.index import DatasetIndex
 from pipeline.features.budgeted import TransformCodec
@@ -25,6 +26,13 @@ from pipeline.features.recipe import Recipe, difference_lines
 from pipeline.store.shard_file import read_small_array
 
 ZSTD_LEVEL = 3
+SHARD_BYTES = 64_000_000
+"""Size of the shards of a new store, if nothing else is said; docs/store.md has what was measured."""
+SHARD_IMAGES = 16
+"""Images of a shard at least."""
+FEWEST_SHARDS = 64
+"""There may be more images in a shard where a data set is divided into so many shards all the same."""
+MOST_IMAGES = 4096
 FIT = "codec"
 """Group of the arrays that hold the fit of coded features: `codec/level0.layer0.basis` and so on."""
 _MOST_FIT_VALUES = 4 << 20
@@ -138,6 +146,26 @@ def image_nbytes(recipe: Recipe, index: DatasetIndex) -> int:
     return sum(math.prod(layout.image_shape) * layout.dtype.itemsize + per_chunk for layout in layouts)
 
 
+def images_per_shard(recipe: Recipe, index: DatasetIndex, shard_bytes: int | None = None) -> int:
+    """Images in each shard of a new store, at most 4096.
+
+    Args:
+        shard_bytes: how large a shard shall be, all its files together. None chooses: `SHARD_BYTES`, but not so many
+            images that a small data set has few shards for workers to share and for a killed run to lose. A multiple of
+            16: so many images are what a GPU is given at a time.
+
+    Raises:
+        ConfigError: it is less than an image takes.
+    """
+    each = image_nbytes(recipe, index)
+    if shard_bytes is None:
+        images = min(SHARD_BYTES // each, len(index.images) // FEWEST_SHARDS, MOST_IMAGES)
+        return max(images // SHARD_IMAGES, 1) * SHARD_IMAGES
+    if shard_bytes < each:
+        raise ConfigError(f"A shard of {shard_bytes:,} bytes holds no image: each takes {each:,}. Make shards larger.")
+    return min(shard_bytes // each, MOST_IMAGES)
+
+
 def read_small(root: Path, name: str, dtypes: Collection[str], most: int, dimensions: int = 1) -> NDArray[Any]:
     """A small array at `root / name`.
 
@@ -148,8 +176,40 @@ def read_small(root: Path, name: str, dtypes: Collection[str], most: int, dimens
     Raises:
         StoreError: it is damaged, larger, of another type or not laid out as this program writes it.
     """
-    folder = root / name
-    stored = read_json(folder / "zarr.json")
+    shape, values = _small_metadata(root, name, dtypes, most, dimensions, ["bytes", "zstd", "crc32c"])
+    path = root.joinpath(name, "c", *["0"] * dimensions)
+    try:
+        _require_inside(root, path)
+        data = read_small_array(path, math.prod(shape) * values.itemsize)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise StoreError(f"{root}: the {name} cannot be read: {error!r}.") from error
+    return data.view(values).reshape(shape)
+
+
+def map_small(root: Path, name: str, most: int) -> NDArray[np.uint8]:
+    """The bytes of a small array of bytes that is not compressed, mapped. Errors as `read_small`."""
+    (length,), _ = _small_metadata(root, name, ["uint8"], most, 1, ["bytes", "crc32c"])
+    path = root / name / "c" / "0"
+    try:
+        _require_inside(root, path)
+        data = map_block(path, most + CRC)
+        if len(data) != length:
+            raise ValueError(f"it has {len(data)} bytes, its metadata says {length}")
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{root}: the {name} cannot be read: {error!r}.") from error
+    return data
+
+
+def _require_inside(root: Path, path: Path) -> None:
+    if path.parent.resolve() != root.resolve() / path.parent.relative_to(root):
+        raise ValueError(f"its file lies outside of the store, at {path.parent.resolve()}")
+
+
+def _small_metadata(
+    root: Path, name: str, dtypes: Collection[str], most: int, dimensions: int, codecs: list[str]
+) -> tuple[list[int], np.dtype]:
+    """Shape and type of a small array, each checked. Raises StoreError."""
+    stored = read_json(root / name / "zarr.json")
     shape, dtype = stored.get("shape"), stored.get("data_type")
     if not (isinstance(shape, list) and len(shape) == dimensions and all(type(side) is int for side in shape)):
         raise StoreError(
@@ -161,16 +221,9 @@ def read_small(root: Path, name: str, dtypes: Collection[str], most: int, dimens
     if not all(0 < side <= most for side in shape) or math.prod(shape) > most:
         raise StoreError(f"{root}: array '{name}' claims the shape {_short(shape)}; {most:,} is the most that is read.")
     values = np.dtype(dtype)
-    if not _one_chunk(stored, shape, values):
-        raise StoreError(f"{root}: array '{name}' is not laid out as one chunk of bytes, zstd and crc32c.")
-    path = folder.joinpath("c", *["0"] * dimensions)
-    try:
-        if path.parent.resolve() != root.resolve() / path.parent.relative_to(root):
-            raise ValueError(f"its file lies outside of the store, at {path.parent.resolve()}")
-        data = read_small_array(path, math.prod(shape) * values.itemsize)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise StoreError(f"{root}: the {name} cannot be read: {error!r}.") from error
-    return data.view(values).reshape(shape)
+    if not _one_chunk(stored, shape, values, codecs):
+        raise StoreError(f"{root}: array '{name}' is not laid out as one chunk of {', '.join(codecs)}.")
+    return shape, values
 
 
 def read_fit(root: Path, recipe: Recipe) -> TransformCodec | None:
@@ -202,12 +255,12 @@ def read_fit(root: Path, recipe: Recipe) -> TransformCodec | None:
     return codec
 
 
-def _one_chunk(stored: Mapping[str, Any], shape: list[int], dtype: np.dtype) -> bool:
+def _one_chunk(stored: Mapping[str, Any], shape: list[int], dtype: np.dtype, codecs: list[str]) -> bool:
     try:
         return (
             stored["chunk_grid"] == {"name": "regular", "configuration": {"chunk_shape": shape}}
             and stored["chunk_key_encoding"] == _KEYS
-            and [codec["name"] for codec in stored["codecs"]] == ["bytes", "zstd", "crc32c"]
+            and [codec["name"] for codec in stored["codecs"]] == codecs
             and stored["codecs"][0] == _bytes_codec(dtype)
             and not stored.get("storage_transformers")
         )

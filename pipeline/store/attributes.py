@@ -19,20 +19,28 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
 from hsnet.errors import ConfigError, DataError, StoreError, StoreMismatch
+from pipeline.common.columns import Texts
 from pipeline.common.files import read_json, replace_json
 from pipeline.datasets.index import DatasetIndex
 from pipeline.features.recipe import STORE_FORMAT, Recipe, difference_lines
-from pipeline.store.arrays import read_small
+from pipeline.store.arrays import map_small, read_small
 from pipeline.store.shard_file import require_little_endian
 
 GROWN_FORMAT = 2
-"""Format of a store that grew: programs that know only the first format must not take image numbers for rows."""
+"""Of a store that grew: programs that know only the first format must not take image numbers for rows."""
+SEALED_FORMAT = 3
+"""What is written now: programs that know only the first two would write without breaking the seal, and read no
+columns."""
 LARGEST_INDEX = 256 << 20
-"""Bytes."""
+"""Bytes of JSON: parsed they take some ten times that in memory."""
+LARGEST_COLUMNS = 4 << 30
+"""Bytes of an index in columns, which is mapped: an image takes some 50."""
+COLUMNS = "columns"
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,8 @@ class DatasetState:
     images: int
     number: int = 0
     """Number in the names of its arrays; 0 is the first state: `index`, and image i is row i."""
+    columns: bool = True
+    """Whether its index is a block of columns; before format 3 it was JSON."""
 
     @property
     def index_array(self) -> str:
@@ -58,7 +68,8 @@ class DatasetState:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         names = {"index": self.index_array, "row": self.rows_array} if self.number else {}
-        return {"digest": self.digest, "images": self.images, **names}
+        encoding = {"encoding": COLUMNS} if self.columns else {}
+        return {"digest": self.digest, "images": self.images, **encoding, **names}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DatasetState:
@@ -66,7 +77,8 @@ class DatasetState:
         index = values.get("index", "index")
         if not re.fullmatch(r"index(-[1-9][0-9]{0,8})?", index):
             raise ValueError(f"no array of an index can be called {index!r}")
-        state = cls(values["digest"], values["images"], int(index.partition("-")[2] or 0))
+        columns = values.get("encoding") == COLUMNS
+        state = cls(values["digest"], values["images"], int(index.partition("-")[2] or 0), columns)
         if not (isinstance(state.digest, str) and type(state.images) is int and 1 <= state.images < 1 << 40):
             raise ValueError(f"a data set of {state.images!r} images with digest {state.digest!r}")
         if state.to_dict() != values:
@@ -88,6 +100,8 @@ class StoreFacts:
     """States of the data set in the order in which they were added; the number of images never falls."""
     current: int = 0
     """Which of the states readers are given."""
+    format: int = SEALED_FORMAT
+    """Of the attributes as they were read; what is written has the newest."""
 
     def __post_init__(self) -> None:
         if type(self.shard_images) is not int or not 1 <= self.shard_images <= 4096:
@@ -134,31 +148,37 @@ class Placement:
         self.images = sum(counts)
         self.shards = sum(-(-count // shard_images) for count in counts)
         self._shard_images = shard_images
-        self._rows: Sequence[int] = range(self.images)
-        self._members: list[tuple[int, ...]] | None = None
+        self.rows, self._order = rows, rows
         if rows is None:
             return
-        wanted = [np.arange(part.start, part.stop) for part in row_ranges(counts, shard_images)]
+        ranges = [part for part in row_ranges(counts, shard_images) if part]
+        wanted = np.concatenate([np.arange(part.start, part.stop) for part in ranges])
         order = np.argsort(rows, kind="stable")
-        if rows.shape != (self.images,) or not np.array_equal(rows[order], np.concatenate(wanted)):
+        if rows.shape != (self.images,) or not np.array_equal(rows[order], wanted):
             raise ValueError(f"the rows of {len(rows)} images do not fit growths of {list(counts)} images")
-        self._rows = rows.tolist()
-        self._members = [
-            tuple(part.tolist())
-            for added in np.split(order, np.cumsum(counts)[:-1])
-            for part in np.split(added, range(shard_images, len(added), shard_images))
-            if len(part)
-        ]
+        self._order = order
+        # Where the images of each shard begin among all images in the order of their rows.
+        self._starts = np.searchsorted(wanted, np.arange(self.shards + 1) * shard_images)
 
     def row(self, image: int) -> int:
         """Row of an image, in every array."""
-        return self._rows[image]
+        return image if self.rows is None else int(self.rows[image])
 
     def images_in(self, shard: int) -> Sequence[int]:
         """Image numbers of a shard, in the order of its rows."""
-        if self._members is not None:
-            return self._members[shard]
+        if self._order is not None:
+            return tuple(self._order[self._starts[shard] : self._starts[shard + 1]].tolist())
         return range(shard * self._shard_images, min((shard + 1) * self._shard_images, self.images))
+
+
+def state_checksum(index: DatasetIndex, placement: Placement) -> int:
+    """crc32c of the ids of a state's images and of the row of each: which image a row holds."""
+    ids = Texts.of(index.images)
+    checksum = 0
+    for values in (ids.text, ids.ends, placement.rows):
+        if values is not None:
+            checksum = google_crc32c.extend(checksum, np.ascontiguousarray(values).view(np.uint8))
+    return checksum
 
 
 def row_ranges(counts: Sequence[int], shard_images: int) -> list[range]:
@@ -197,16 +217,20 @@ def read_facts(root: Path) -> StoreFacts:
             f"'hsnet_store'. Nothing was changed."
         )
     version = values.get("format")
-    if version not in (STORE_FORMAT, GROWN_FORMAT):
+    if version not in (STORE_FORMAT, GROWN_FORMAT, SEALED_FORMAT):
         raise StoreError(
-            f"{root} has store format {version!r}; this version of the program reads formats {STORE_FORMAT} and "
-            f"{GROWN_FORMAT}. Use the version that wrote it, or extract into a new store."
+            f"{root} has store format {version!r}; this version of the program reads formats {STORE_FORMAT} to "
+            f"{SEALED_FORMAT}. Use the version that wrote it, or extract into a new store."
         )
     try:
         dataset = {name: value for name, value in values["dataset"].items() if name != "name"}
         current = DatasetState.from_dict(dataset)
-        states = tuple(map(DatasetState.from_dict, values["growth"])) if version == GROWN_FORMAT else (current,)
-        return StoreFacts(Recipe.from_dict(values["recipe"]), values["shard_images"], states, states.index(current))
+        grown = version == GROWN_FORMAT or (version == SEALED_FORMAT and "growth" in values)
+        states = tuple(map(DatasetState.from_dict, values["growth"])) if grown else (current,)
+        if version < SEALED_FORMAT and any(state.columns for state in states):
+            raise ValueError(f"an index in columns, in format {version}")
+        recipe = Recipe.from_dict(values["recipe"])
+        return StoreFacts(recipe, values["shard_images"], states, states.index(current), version)
     except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
         raise StoreError(f"{root}: the store's attributes are damaged: {error!r}") from None
 
@@ -232,7 +256,7 @@ def attributes(facts: StoreFacts, name: str) -> dict[str, Any]:
     """The attribute `hsnet_store`; `name` is the data set's. `read_facts` reads it."""
     grown = len(facts.states) > 1
     return {
-        "format": GROWN_FORMAT if grown else STORE_FORMAT,
+        "format": SEALED_FORMAT,
         "recipe": facts.recipe.to_dict(),
         "dataset": {"name": name, **facts.states[facts.current].to_dict()},
         "shard_images": facts.shard_images,
@@ -250,9 +274,12 @@ def write_facts(root: Path, facts: StoreFacts) -> None:
 
 def read_index(root: Path, state: DatasetState) -> DatasetIndex:
     """The index of a state. Raises StoreError if it is damaged or another one."""
-    text = read_small(root, state.index_array, ["uint8"], LARGEST_INDEX).tobytes()
     try:
-        index = DatasetIndex.from_json(text.decode())
+        if state.columns:
+            index = DatasetIndex.from_columns(map_small(root, state.index_array, LARGEST_COLUMNS))
+        else:
+            text = read_small(root, state.index_array, ["uint8"], LARGEST_INDEX).tobytes()
+            index = DatasetIndex.from_json(text.decode())
     except (DataError, ValueError) as error:
         raise StoreError(f"{root}: the index is damaged: {error}") from error
     if index.digest != state.digest or len(index.images) != state.images:

@@ -2,12 +2,13 @@
 
     S.zarr/
       zarr.json           attributes: format, recipe, data set (name, digest, number of images), images per shard
-      index/              the data set's index as JSON bytes
+      index/              the data set's index, a block of columns
       index-1/ row-1/     of a store that grew: the index after the first growth, and the row of each image
       level0/ level1/ ... features (image, layer, row, column, channel), finest grid first
       codec/              the fit of coded features, as arrays; only where there is one
       label/              class-index masks at network size (image, row, column)
       _done/000000.json   one marker per complete shard, written last
+      _done/summary       what all markers say, once all are there
 
 docs/store.md describes it for readers that do not have this program.
 """
@@ -27,22 +28,22 @@ from hsnet.errors import ConfigError, DataError, ShapeError, StoreError, StoreIn
 from pipeline.datasets.index import DatasetIndex
 from pipeline.features.budgeted import TransformCodec
 from pipeline.features.recipe import Recipe
-from pipeline.store.arrays import ArrayLayout, array_layouts, read_fit
-from pipeline.store.attributes import StoreFacts, choose_state, read_facts, read_index, read_placement
+from pipeline.store.arrays import MOST_IMAGES, SHARD_IMAGES, ArrayLayout, array_layouts, read_fit
+from pipeline.store.attributes import StoreFacts, choose_state, read_facts, read_index, read_placement, state_checksum
 from pipeline.store.buffers import Buffers
 from pipeline.store.local_place import Place
 from pipeline.store.markers import (
     ShardFacts,
     marker_file,
-    read_marker,
+    require_no_links,
     shard_file,
     sweep_partials,
 )
 from pipeline.store.place import place_of
 from pipeline.store.shard_file import OPEN_SHARDS, ChunkReader, OpenShards
+from pipeline.store.shard_table import ShardTable
 from pipeline.store.shard_writer import write_whole_shard
 
-SHARD_IMAGES = 16
 MAPPED_OF_MIRROR = 32
 """Shard files of a bucket's store that stay mapped; see `pipeline.store.shard_file.OPEN_SHARDS`."""
 
@@ -59,7 +60,7 @@ class FeatureStore:
     def __init__(self, place: Place, facts: StoreFacts, state: int) -> None:
         root = place.root
         self.place, self.root, self.path = place, root, place.path
-        self.recipe = facts.recipe
+        self.format, self.recipe = facts.format, facts.recipe
         self.states, self.state = facts.states, state
         self.index = read_index(root, facts.states[state])
         self.shard_images = facts.shard_images
@@ -80,8 +81,9 @@ class FeatureStore:
             for layout in self._layouts
         ]
         self._memory = Buffers()
-        self._facts: dict[int, ShardFacts] = {}
-        self._read_markers()
+        self._table = ShardTable(place, self.identity, self._names, self.shards, self._ids)
+        digests = [each.digest for each in facts.states]
+        self._table.use_seal(digests, state, state_checksum(self.index, self.placement), facts.shard_images)
 
     @classmethod
     def create(
@@ -105,8 +107,8 @@ class FeatureStore:
         # zarr takes a while to import, and nothing that reads needs it.
         from pipeline.store.skeleton import build_skeleton
 
-        if not 1 <= shard_images <= 4096:
-            raise ConfigError(f"Images per shard must be 1 to 4096, got {shard_images}.")
+        if not 1 <= shard_images <= MOST_IMAGES:
+            raise ConfigError(f"Images per shard must be 1 to {MOST_IMAGES}, got {shard_images}.")
         if not index.images:
             raise DataError(f"Data set {index.name} has no images: nothing to store.")
         place = place_of(path)
@@ -138,8 +140,12 @@ class FeatureStore:
             StoreError: not a store, damaged, or written by a newer version.
         """
         store = cls._open(place_of(path), recipe, index_digest)
+        if not require_complete:
+            return store
+        if not store.sealed:
+            store.check_markers()
         missing = store.missing_shards()
-        if require_complete and missing:
+        if missing:
             raise StoreIncomplete(
                 f"{store.path} is not complete: {len(missing)} of {store.shards} shards are missing "
                 f"(first: number {missing[0]}, image '{store.index.images[store.images_in(missing[0])[0]]}'). "
@@ -184,12 +190,26 @@ class FeatureStore:
         return self.placement.images_in(number)
 
     def missing_shards(self) -> tuple[int, ...]:
-        """Shards that are not complete, as of opening or the last `refresh`."""
-        return tuple(number for number in range(self.shards) if number not in self._facts)
+        """Shards that are not complete: that have no marker, or one of which is known that it does not count.
+
+        What markers hold is known once they were read: `check_markers`, and where a shard is read.
+        """
+        return self._table.missing()
+
+    def check_markers(self) -> None:
+        """Read every marker now, and look for the files that each names."""
+        self._table.check()
 
     def facts(self, number: int) -> ShardFacts:
         """What the marker of a complete shard says. Raises StoreIncomplete if it is missing."""
-        return self._locate(self.images_in(number)[0])[0]
+        self._locate(self.images_in(number)[0])
+        facts = self._table.get(number)
+        assert facts is not None
+        return facts
+
+    def sealed_facts(self, number: int) -> ShardFacts | None:
+        """What the summary says of a shard, to be compared with its marker; None if there is no summary."""
+        return self._table.sealed(number)
 
     @property
     def complete(self) -> bool:
@@ -197,38 +217,27 @@ class FeatureStore:
         return not self.missing_shards()
 
     def refresh(self) -> None:
-        """Read all markers again."""
+        """Look again which shards are there."""
         self.place.sync()
-        self._read_markers()
+        self._table.refresh()
 
     def is_done(self, number: int) -> bool:
         """Look on disk, or in the bucket, whether a shard is complete now."""
-        self.place.fetch_marker(number)
-        return self._read_marker(number)
+        return self._table.look(number) is not None
 
-    def _read_markers(self) -> None:
-        for number in range(self.shards):
-            self._read_marker(number)
+    def _ids(self, number: int) -> tuple[str, ...]:
+        return tuple(self.index.images[image] for image in self.images_in(number))
 
-    def _read_marker(self, number: int) -> bool:
-        images = tuple(self.index.images[i] for i in self.images_in(number))
-        facts = read_marker(self.root, number, self.identity, images, self._names, look=not self.place.remote)
-        self._facts.pop(number, None)
-        if facts is not None:
-            self._facts[number] = facts
-        return facts is not None
+    @property
+    def sealed(self) -> bool:
+        """Whether there is a summary of all markers, so that none of them is read."""
+        return self._table.is_sealed
 
     @property
     def skipped(self) -> dict[int, str]:
         """Image number -> reason, for images that could not be read. They hold zeros and are never to be drawn."""
-        reasons = {
-            i: facts.skipped[self.index.images[i]]
-            for number, facts in self._facts.items()
-            if facts.skipped
-            for i in self.images_in(number)
-            if self.index.images[i] in facts.skipped
-        }
-        return dict(sorted(reasons.items()))
+        known = self._table.skipped().items()
+        return dict(sorted((self.images_in(number)[row], reason) for (number, row), reason in known))
 
     @cached_property
     def codec(self) -> TransformCodec | None:
@@ -239,14 +248,15 @@ class FeatureStore:
     @property
     def nbytes(self) -> int:
         """Bytes of the complete shards on disk."""
-        return sum(facts.nbytes for facts in self._facts.values())
+        return self._table.nbytes()
 
     def info(self) -> dict[str, Any]:
         """Facts for people and machines, as JSON values."""
-        images_done = sum(len(facts.images) for facts in self._facts.values())
+        nbytes, missing = self.nbytes, self.missing_shards()  # in this order: the first reads what is not known
+        images_done = len(self.index.images) - sum(len(self.images_in(number)) for number in missing)
         return {
             "path": self.path,
-            "format": self.recipe.format,
+            "format": self.format,
             "dataset": self.index.name,
             "dataset_digest": self.index.digest,
             "classes": len(self.index.classes),
@@ -257,11 +267,12 @@ class FeatureStore:
             "images_done": images_done,
             "skipped": {self.index.images[i]: reason for i, reason in self.skipped.items()},
             "shards": self.shards,
-            "shards_missing": len(self.missing_shards()),
+            "shards_missing": len(missing),
             "shard_images": self.shard_images,
-            "complete": self.complete,
-            "bytes": self.nbytes,
-            "bytes_per_image": round(self.nbytes / images_done) if images_done else None,
+            "complete": not missing,
+            "sealed": self.sealed,
+            "bytes": nbytes,
+            "bytes_per_image": round(nbytes / images_done) if images_done else None,
             "recipe": self.recipe.to_dict(),
             "levels": [list(layout.image_shape) for layout in self._layouts[:-1]],
         }
@@ -307,13 +318,11 @@ class FeatureStore:
 
     def size(self, image: int) -> tuple[int, int]:
         """Original (height, width) of a photo, pixels."""
-        facts, row = self._locate(image)
-        return facts.sizes[row]
+        return self._table.size(*self._locate(image))
 
     def classes_present(self, image: int) -> tuple[int, ...]:
         """Class ids in the photo's full-size mask, ascending. Small objects may be absent from the label map."""
-        facts, row = self._locate(image)
-        return facts.classes[row]
+        return self._table.classes(*self._locate(image))
 
     def _read(self, number: int, images: Sequence[int], buffer: NDArray[Any]) -> None:
         layout = self._layouts[number]
@@ -333,33 +342,33 @@ class FeatureStore:
                     buffer[row] = buffer[first[image]]
                     continue
                 first[image] = row
-                facts, _ = self._locate(image)
-                if self.index.images[image] in facts.skipped:
+                reason = self._table.reason(*self._locate(image))
+                if reason is not None:
                     raise StoreError(
                         f"Image '{self.index.images[image]}' has no features in {self.path}: it was skipped at "
-                        f"extraction ({facts.skipped[self.index.images[image]]}). Leave it out of the episodes."
+                        f"extraction ({reason}). Leave it out of the episodes."
                     )
                 try:
-                    self._read_image(number, facts, image, buffer[row])
+                    self._read_image(number, image, buffer[row])
                 except FileNotFoundError as error:
                     raise self._damage(layout, image, "the chunk is not there, nor is its file") from error
                 except (ValueError, OSError, RuntimeError) as error:
                     raise self._damage(layout, image, str(error) or repr(error)) from error
 
-    def _read_image(self, number: int, facts: ShardFacts, image: int, out: NDArray[Any]) -> None:
+    def _read_image(self, number: int, image: int, out: NDArray[Any]) -> None:
         try:
             self._readers[number].read(self.row(image), out)
         except (ValueError, OSError, RuntimeError):
             if not self.place.remote:
                 raise
             # The copy on this machine may be what is damaged.
-            self.place.fetch_anew(facts.stored([self._layouts[number].name]))
+            self.place.fetch_anew(self._table.stored(self.shard_of(image), [self._layouts[number].name]))
             self._readers[number].read(self.row(image), out)
 
     def _present(self, names: Sequence[str], images: Sequence[int]) -> AbstractContextManager[None]:
         """Inside the block the images' shards are on this machine."""
         shards = (self._locate(int(image))[0] for image in images)  # looked at for a bucket only
-        return self.place.present(file for facts in shards for file in facts.stored(names))
+        return self.place.present(file for number in shards for file in self._table.stored(number, names))
 
     def read_chunk(self, name: str, image: int) -> NDArray[Any]:
         """One image of one array, verified. Errors as `features`."""
@@ -368,18 +377,18 @@ class FeatureStore:
         self._read(number, [image], out)
         return out[0]
 
-    def _locate(self, image: int) -> tuple[ShardFacts, int]:
+    def _locate(self, image: int) -> tuple[int, int]:
+        """(shard, row in it) of an image of a complete shard."""
         if not 0 <= image < len(self.index.images):
             raise StoreError(f"{self.path} has images 0 to {len(self.index.images) - 1}, asked for {image}.")
         number, row = divmod(self.row(image), self.shard_images)
-        facts = self._facts.get(number)
-        if facts is None:
+        if not self._table.has(number):
             raise StoreIncomplete(
                 f"Image '{self.index.images[image]}' is in shard {number} of {self.path}, which is missing. "
                 f"Run the same `hsnet extract ... --store {self.path}` again: it makes only what is missing.",
                 [number],
             )
-        return facts, row
+        return number, row
 
     def _damage(self, layout: ArrayLayout, image: int, what: str) -> StoreError:
         number = self.shard_of(image)
@@ -396,22 +405,26 @@ class FeatureStore:
     def writing(self) -> Iterator[str]:
         """Hold the store as its only writer and clear away what a killed writer left.
 
-        Yields a token for helper processes: `Place.still_owned`.
+        Yields a token for helper processes: `Place.still_owned`. If the block ends well and every shard is there (in
+        this store object's knowledge: `refresh`), the store is sealed, see `pipeline.store.summary`.
 
         Raises:
             StoreError: another process is writing it.
         """
         with self.place.sole_writer() as token:
-            sweep_partials(self.root, self._names)
-            self._read_markers()
-            self.drop(self.place.absent(file for facts in self._facts.values() for file in facts.stored()))
+            require_no_links(self.root, self._names)
+            self.check_markers()
+            self._table.break_false_seal()
+            sweep_partials(self.root, self._names, self.missing_shards())
+            self.drop(self.place.absent(file for facts in self._table.all() for file in facts.stored()))
             yield token
+            self._table.write_seal(self.index.digest, self.shard_images, token)
 
     def drop(self, numbers: Iterable[int]) -> None:
         """Delete shards, to be made anew. Inside `writing`."""
         for number in list(numbers):
             self.place.remove_shard(number, self._names)
-            self._facts.pop(number, None)
+            self._table.drop(number)
 
     def write_shard(
         self,
@@ -454,11 +467,11 @@ class FeatureStore:
             skipped={self.index.images[i]: reason for i, reason in sorted((skipped or {}).items())},
             files={},
         )
-        self._facts.pop(number, None)
+        self._table.drop(number)
         with self.place.writing_shard(number, sum(array.nbytes for array in data)):
             facts = write_whole_shard(self.root, self._layouts, data, facts)
             self.place.commit(facts, token)
-        self._facts[number] = facts
+        self._table.put(facts)
         return facts
 
     @property

@@ -144,6 +144,7 @@ def _grow(place: Place, facts: StoreFacts, index: DatasetIndex) -> None:
     layouts = array_layouts(facts.recipe, index.label_dtype, facts.shard_images)
     names = tuple(layout.name for layout in layouts)
     sweep_partials(root, names)
+    place.break_seal()
     if facts.find(index.digest) is None:
         kept, old = _base(root, facts, index)
         number = 1 + max(state.number for state in facts.states)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.common import lock
-from pipeline.store.markers import ShardFacts, StoredFile, remove_shard
+from pipeline.store.markers import ShardFacts, StoredFile, break_seal, remove_shard
 
 ROOT = "zarr.json"
 
@@ -51,7 +51,10 @@ class Place:
             build(self.root)
 
     def sync(self) -> None:
-        """Bring metadata and markers under `root` up to date."""
+        """Bring metadata under `root` up to date."""
+
+    def sync_markers(self) -> None:
+        """Bring all markers under `root` up to date."""
 
     def fetch_marker(self, number: int) -> None:
         """Bring one marker up to date."""
@@ -88,6 +91,13 @@ class Place:
     def absent(self, files: Iterable[StoredFile]) -> set[int]:
         """Shards with a marker under `root` of which a file is not in the store."""
         return set()  # markers are read beside the files
+
+    def break_seal(self) -> None:
+        """Remove the summary of all markers, before anything is changed. Raises OSError, too."""
+        break_seal(self.root)
+
+    def publish_seal(self) -> None:
+        """The summary under `root` was written."""
 
     def remove_shard(self, number: int, arrays: tuple[str, ...]) -> None:
         """Delete what there is of a shard, its marker first."""

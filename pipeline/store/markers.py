@@ -8,21 +8,25 @@ is there: zarr reads a missing shard as fill values, without an error.
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import stat
 import zlib
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from hsnet.errors import StoreError
-from pipeline.common.files import PARTIAL, replace_text
+from pipeline.common.files import PARTIAL, replace_text, sync
 
 MARKERS = "_done"
 _LARGEST_MARKER = 16 << 20
-_LARGEST_PHOTO = 1 << 28
+LARGEST_PHOTO = 1 << 28
 """Pixels. Three times what Pillow opens; masks are made at this size on request."""
 _PIECE = 8 << 20
+_MARKER = re.compile(r"(\d{6,9})\.json")
 _FIRST_FIELDS = {"shard", "store", "images", "sizes", "classes", "skipped", "files"}
 
 
@@ -77,6 +81,20 @@ def marker_file(root: Path, number: int) -> Path:
     return root / MARKERS / f"{number:06d}.json"
 
 
+def summary_file(root: Path) -> Path:
+    """Path of the summary of all markers (`pipeline.store.summary`). Among them: who deletes all deletes it, too."""
+    return root / MARKERS / "summary"
+
+
+def break_seal(root: Path) -> None:
+    """Remove the summary, from the disk too: before anything is written or deleted. Raises OSError."""
+    try:
+        summary_file(root).unlink()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    sync(root / MARKERS)
+
+
 def write_marker(root: Path, facts: ShardFacts) -> None:
     """Commit a shard: write its marker so that it is there whole or not at all, even through a power cut."""
     path = marker_file(root, facts.number)
@@ -97,8 +115,26 @@ def write_marker(root: Path, facts: ShardFacts) -> None:
 
 def _text(values: Mapping[str, object]) -> str:
     """A marker's text, with its own checksum at the end whatever `values` says of it."""
-    text = json.dumps({name: value for name, value in values.items() if name != "crc32"})
+    text = json.dumps(values)
     return f'{text[:-1]}, "crc32": "{zlib.crc32(text.encode()):08x}"}}\n'
+
+
+def _summed(text: str) -> bool:
+    """Whether a marker's text ends with its checksum."""
+    body, found, end = text.rpartition(', "crc32": "')
+    return bool(found) and end == f'{zlib.crc32(body.encode() + b"}"):08x}"}}\n'
+
+
+def marked_shards(root: Path) -> set[int]:
+    """Numbers of the shards that have a marker, by the names of the files alone. Raises StoreError."""
+    try:
+        with os.scandir(root / MARKERS) as entries:
+            names = [_MARKER.fullmatch(entry.name) for entry in entries]
+    except FileNotFoundError:  # somebody may have deleted all of them, to have everything made anew
+        return set()
+    except OSError as error:
+        raise StoreError(f"{root}: its markers cannot be listed: {error}.") from error
+    return {int(name[1]) for name in names if name}
 
 
 def read_marker(
@@ -118,7 +154,7 @@ def read_marker(
         text = path.read_text(encoding="utf-8")
         values = json.loads(text)
         # Markers of the first version of this program have no checksum, and exactly the other fields.
-        if text != _text(values) and set(values) != _FIRST_FIELDS:
+        if not _summed(text) and set(values) != _FIRST_FIELDS:
             return None
         facts = ShardFacts(
             number=int(values["shard"]),
@@ -137,32 +173,54 @@ def read_marker(
     whole = (
         (facts.number, facts.store, facts.images) == (number, store, images)
         and len(facts.sizes) == len(facts.classes) == len(images)
-        and all(min(size) >= 0 and size[0] * size[1] <= _LARGEST_PHOTO for size in facts.sizes)
+        and all(min(size) >= 0 and size[0] * size[1] <= LARGEST_PHOTO for size in facts.sizes)
         and set(facts.skipped) <= set(images)
         and {name: size for name, (size, _) in facts.files.items()} == sizes
     )
     return facts if whole else None
 
 
-def _require_no_links(root: Path, files: tuple[str, ...]) -> None:
+def require_no_links(root: Path, files: tuple[str, ...]) -> dict[str, set[str]]:
     """Refuse to write or delete through links: a folder of the store may lead anywhere.
+
+    Returns:
+        Array name -> names of the folders of its shards. One folder for each is read and nothing else.
 
     Raises:
         StoreError: names the link.
     """
-    for name in (*files, MARKERS):
-        folder = root / name
-        data = folder / "c"
-        for path in (folder, data, *(data.iterdir() if data.is_dir() and not folder.is_symlink() else ())):
-            if path.is_symlink():
-                raise StoreError(f"{path} is a link: nothing is written or deleted through it. Nothing was changed.")
+    _shard_folders(root, MARKERS)
+    return {name: _shard_folders(root, name) for name in files}
+
+
+def _shard_folders(root: Path, array: str) -> set[str]:
+    names = set()
+    for path in (root / array, root / array / "c"):
+        if path.is_symlink():
+            raise _link(path)
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(root / array / "c") as entries:
+        for entry in entries:
+            if entry.is_symlink():
+                raise _link(Path(entry.path))
+            names.add(entry.name)
+    return names
+
+
+def _link(path: Path) -> StoreError:
+    return StoreError(f"{path} is a link: nothing is written or deleted through it. Nothing was changed.")
 
 
 def remove_shard(root: Path, number: int, files: tuple[str, ...]) -> None:
-    """Delete what there is of a shard, its marker first: a marker must never outlive its data."""
+    """Delete what there is of a shard, its marker first: a marker must never outlive its data.
+
+    The seal goes before, and again after: a writer that lost the store may be late, and its successor have sealed it in
+    between. Whoever seals looks for all markers afterwards.
+    """
     marker = marker_file(root, number)
+    break_seal(root)
     for path in (marker, *marker.parent.glob(f".{marker.name}*{PARTIAL}")):
         path.unlink(missing_ok=True)
+    break_seal(root)
     for name in files:
         path = shard_file(root, name, number)
         path.unlink(missing_ok=True)
@@ -170,23 +228,36 @@ def remove_shard(root: Path, number: int, files: tuple[str, ...]) -> None:
             partial.unlink(missing_ok=True)
 
 
-def sweep_partials(root: Path, files: tuple[str, ...]) -> int:
+def sweep_partials(root: Path, files: tuple[str, ...], missing: Collection[int] = ()) -> int:
     """Delete temporary files and folders that killed writers left behind; returns how many.
+
+    Those of shard files are looked for where shards are missing: the marker of a shard goes before its files are
+    touched.
 
     Raises:
         StoreError: a folder of the store is a link. Nothing is deleted then.
     """
-    _require_no_links(root, files)
-    leftovers = [*(root / MARKERS).glob("*.partial"), *root.glob("*.partial")]
-    for name in files:
-        leftovers += (root / name).glob("*.partial")
-        leftovers += (root / name / "c").rglob("*.partial")
+    folders = require_no_links(root, files)
+    leftovers = [path for folder in (root, root / MARKERS) for path in _partials(folder)]
+    wanted = {str(number) for number in missing}
+    for name, there in folders.items():
+        leftovers += [*_partials(root / name), *_partials(root / name / "c")]
+        for number in wanted & there:
+            leftovers += (root / name / "c" / number).rglob(f"*{PARTIAL}")
     for path in leftovers:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
     return len(leftovers)
+
+
+def _partials(folder: Path) -> list[Path]:
+    try:
+        with os.scandir(folder) as entries:
+            return [Path(entry.path) for entry in entries if entry.name.endswith(PARTIAL)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def sum_file(path: Path) -> tuple[int, str]:

@@ -19,7 +19,9 @@ from pipeline.datasets.index import DatasetIndex
 from pipeline.features.budgeted import TransformCodec
 from pipeline.features.recipe import Recipe
 from pipeline.store.feature_store import FeatureStore
-from pipeline.store.markers import marker_file, read_marker, shard_file
+from pipeline.store.markers import break_seal, marker_file, read_marker, shard_file
+from pipeline.store.place import place_of
+from pipeline.store.summary import SummaryDamaged
 
 _LOOKED_AT = 64
 """Shards that are asked what store they belong to."""
@@ -54,6 +56,7 @@ def restore_metadata(
                 for number in range(min(new.shards, _LOOKED_AT)):
                     images = tuple(index.images[image] for image in new.images_in(number))
                     if read_marker(root, number, new.identity, images, names) is not None:
+                        break_seal(root)
                         return tuple(_replace(new.root, root))
     except OSError as error:
         raise StoreError(f"The metadata of {root} cannot be restored: {error}.") from error
@@ -104,4 +107,26 @@ def needs_restoring(path: str | Path) -> StoreError | None:
         return None
     except StoreError as error:
         return error
+    return None
+
+
+def drop_damaged_summary(path: str | Path) -> str | None:
+    """Remove the summary of a store's markers if it cannot be used; says why it could not, None if it can.
+
+    Raises:
+        StoreError: the store is being written, or the disk or the server refuses.
+    """
+    place = place_of(path)
+    try:
+        if place.exists():
+            FeatureStore.open(place, require_complete=False)
+    except SummaryDamaged as error:
+        with place.sole_writer():
+            try:
+                place.break_seal()
+            except OSError as refused:
+                raise StoreError(f"{place.path}: its summary cannot be removed: {refused}.") from refused
+        return str(error)
+    except StoreError:
+        return None  # damaged otherwise: `needs_restoring` says how
     return None

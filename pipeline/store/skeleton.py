@@ -29,7 +29,7 @@ from pipeline.store.shard_file import require_little_endian
 zarr.config.set({"threading.max_workers": 2, "async.concurrency": 4})
 
 _AXES = ("image", "layer", "row", "column", "channel")
-_INDEX_CONTENT = "JSON, UTF-8: the data set's images, classes and splits"
+_INDEX_CONTENT = "block of columns (docs/store.md): the data set's images, classes and splits"
 _ROWS_CONTENT = "row of every array that holds image i of the index of the same number"
 
 
@@ -69,13 +69,12 @@ def build_skeleton(
 
 def write_state(root: Path, state: DatasetState, index: DatasetIndex, rows: NDArray[np.int64] | None = None) -> None:
     """Write the arrays of a state, on disk when this returns. Only the attributes make it count. Raises OSError."""
-    text = np.frombuffer(index.to_json().encode(), np.uint8)
-    write_vector(root, state.index_array, text, _INDEX_CONTENT)
+    write_vector(root, state.index_array, index.to_columns(), _INDEX_CONTENT, compressed=False)
     if rows is not None:
         write_vector(root, state.rows_array, rows, _ROWS_CONTENT)
 
 
-def write_vector(root: Path, name: str, values: NDArray[Any], content: str) -> None:
+def write_vector(root: Path, name: str, values: NDArray[Any], content: str, compressed: bool = True) -> None:
     """Write a small array, whole or not at all: the attributes do not name it yet.
 
     Args:
@@ -90,7 +89,7 @@ def write_vector(root: Path, name: str, values: NDArray[Any], content: str) -> N
             data=values,
             chunks=values.shape,
             filters=None,
-            compressors=[ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()],
+            compressors=[ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()] if compressed else [Crc32cCodec()],
             attributes={"content": content},
             config={"write_empty_chunks": True},  # a single image is in row 0, which is what zarr takes for empty
             zarr_format=3,

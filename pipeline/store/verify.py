@@ -45,6 +45,10 @@ class Verification:
     bytes: int
     """Bytes read."""
     damage: tuple[Damage, ...]
+    summary: str = ""
+    """What is wrong with the summary of all markers; empty if it says what they say, or there is none."""
+    index: str = ""
+    """What is wrong with the data set's index; empty if its content is what its digest says."""
     recomputed: Recomputation | None = None
     """What `pipeline.store.recompute` found, if it was asked for."""
 
@@ -66,11 +70,13 @@ def verify(
         on_shard: called with (shards done, shards) after each.
         threads: shards read at a time.
 
-    A shard with a marker that cannot be used is damaged; one without any is missing.
+    A shard with a marker that cannot be used is damaged; one without any is missing. The summary of a sealed store must
+    say what every marker says.
     """
     damage: list[Damage] = []
     images = nbytes = 0
     missing = []
+    unlike = []
     with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
         try:
             for number, shard_damage in enumerate(
@@ -83,11 +89,27 @@ def verify(
                 if store.is_done(number):
                     images += len(store.images_in(number))
                     nbytes += store.facts(number).nbytes
+                    if store.sealed and store.facts(number) != store.sealed_facts(number):
+                        unlike.append(number)
                 on_shard(number + 1, store.shards)
         except BaseException:
             pool.shutdown(cancel_futures=True)  # interrupted: do not read the rest first
             raise
-    return Verification(store.path, store.shards, tuple(missing), images, nbytes, tuple(damage))
+    summary = f"it does not say what the markers of {len(unlike)} shards say, such as {unlike[0]}" if unlike else ""
+    return Verification(
+        store.path, store.shards, tuple(missing), images, nbytes, tuple(damage), summary, _index_damage(store)
+    )
+
+
+def _index_damage(store: FeatureStore) -> str:
+    """Opening takes the digest of an index in columns as it is written there."""
+    ids = store.index.images
+    if len(set(ids)) < len(ids):
+        return "an image id occurs twice in it"
+    digest = store.index.content_digest()
+    return (
+        "" if digest == store.index.digest else f"it says that its digest is {store.index.digest}, but it is {digest}"
+    )
 
 
 def _look_at(store: FeatureStore, number: int) -> list[Damage] | None:

@@ -129,10 +129,16 @@ def run(photos: fakes.Photos, path: Path | str, runner=None, **options) -> Extra
     )
 
 
+def missing_shards(path: Path) -> set[int]:
+    """Shards that are not whole, each looked at."""
+    store = FeatureStore.open(path, require_complete=False)
+    store.check_markers()
+    return set(store.missing_shards())
+
+
 def complete_files(path: Path) -> dict[str, tuple[int, int]]:
     """Inode and time of every file of the shards that are complete."""
-    store = FeatureStore.open(path, require_complete=False)
-    numbers = set(range(store.shards)) - set(store.missing_shards())
+    numbers = set(range(5)) - missing_shards(path)
     files = [shard_file(path, name, number) for name in ARRAYS for number in numbers]
     files += [marker_file(path, number) for number in numbers]
     return {str(file): (file.stat().st_ino, file.stat().st_mtime_ns) for file in files}
@@ -140,7 +146,7 @@ def complete_files(path: Path) -> dict[str, tuple[int, int]]:
 
 def finish(path: Path, quiet: Path, missing: set[int]) -> None:
     """Run again: only what is missing is made, and all bytes are right."""
-    assert set(FeatureStore.open(path, require_complete=False).missing_shards()) == missing
+    assert missing_shards(path) == missing
     before = complete_files(path)
     photos = Photos()
     summary = run(photos, path)
@@ -222,7 +228,7 @@ def test_a_disk_that_is_full_for_a_worker(ray_runner, quiet, tmp_path):
     with pytest.raises(StoreError, match=r"No space left on device.*Free some space") as caught:
         run(harmed(partial(if_first, tmp_path / "died", fill_disk)), path, ray_runner)
     assert type(caught.value) is StoreError
-    left = set(FeatureStore.open(path, require_complete=False).missing_shards())
+    left = missing_shards(path)
     assert left
     finish(path, quiet, left)
 
@@ -280,7 +286,7 @@ def test_a_program_killed_at_any_moment_of_a_shard_is_finished_by_running_again(
     path = tmp_path / "s.zarr"
     assert program(dies, moment, path) == -signal.SIGKILL
     assert bool(list(path.rglob("*.partial"))) == (moment in ("in its first array", "in its marker"))
-    missing = set(FeatureStore.open(path, require_complete=False).missing_shards())
+    missing = missing_shards(path)
     # Dying while photos are read, it may not have written the shard before.
     assert (SHARD_OF_FAULT in missing) == (moment != "after its marker")
     assert moment == MOMENTS[0] or missing == set(range(3 if moment == "after its marker" else 2, 5))
@@ -343,7 +349,7 @@ def test_a_killed_driver_on_ray_is_finished_by_running_again(quiet, tmp_path):
         driver.kill()
         driver.wait()
     # Its workers follow it within seconds; until then one may still commit the shard it has in hand.
-    left = set(FeatureStore.open(path, require_complete=False).missing_shards())
+    left = missing_shards(path)
     assert left
     summary = run(Photos(), path)
     assert summary.written_shards <= len(left)
@@ -365,7 +371,7 @@ def test_a_killed_ray_node_ends_the_program_which_is_finished_by_running_again(q
     finally:
         driver.kill()
         driver.wait()
-    left = set(FeatureStore.open(path, require_complete=False).missing_shards())
+    left = missing_shards(path)
     assert left
     finish(path, quiet, left)
 
@@ -387,7 +393,7 @@ def test_a_file_that_may_not_grow(program, quiet, tmp_path):
     path = tmp_path / "s.zarr"
     assert program(cut_off, path) == 0
     assert not list(path.rglob("*.partial"))
-    missing = set(FeatureStore.open(path, require_complete=False).missing_shards())
+    missing = missing_shards(path)
     assert SHARD_OF_FAULT in missing
     finish(path, quiet, missing)
 
@@ -416,7 +422,7 @@ def fills_up(mount: str, quiet: str) -> None:
 
     with pytest.raises(StoreError, match=r"Shard \d of .*No space left on device.*Free some space"):
         run(harmed(fill), path)
-    left = set(FeatureStore.open(path, require_complete=False).missing_shards())
+    left = missing_shards(path)
     assert SHARD_OF_FAULT in left
     before = fingerprints(path)
     with pytest.raises(StoreError, match=r"needs [\d,]+ bytes more .* are free there"):
@@ -459,7 +465,7 @@ def test_a_folder_that_becomes_read_only(quiet, open_folder):
     before.pop(OWNER), after.pop(OWNER)  # it could not be deleted either; the lock is not its existence
     assert after == before
     allow(path, 0o755)
-    left = set(FeatureStore.open(path, require_complete=False).missing_shards())
+    left = missing_shards(path)
     assert SHARD_OF_FAULT in left
     finish(path, quiet, left)
 

@@ -90,6 +90,7 @@ WRITERS = {
     "pipeline.store.skeleton:write_vector": lambda write, path, version: write(
         path.parent, path.name, np.arange(9 + version), "numbers"
     ),
+    "pipeline.store.summary:write_summary": lambda write, path, version: write(path, np.full(9999, version, np.uint8)),
     "pipeline.store.export:export_sample": lambda write, path, version: write(fill(path.parent / "s.zarr", 1), path),
     "pipeline.store.skeleton:build_skeleton": lambda write, path, version: write(path, RECIPE, INDEX, 4, None),
     "pipeline.store.shard_file:write_shard_file": lambda write, path, version: write(
@@ -222,7 +223,12 @@ def test_every_writer_of_the_product_is_killed_here():
 def test_nothing_else_is_written_under_another_name():
     others = {name.partition(":")[0] for name in functions_that_call({"os.replace", "os.rename"})}
     # The cache of a bucket sweeps its own folder; restored metadata was made whole before it is moved.
-    assert others <= {"pipeline.common.files", "pipeline.store.mirror", "pipeline.store.restore"}
+    assert others <= {
+        "pipeline.common.files",
+        "pipeline.store.mirror",
+        "pipeline.store.mirror_metadata",
+        "pipeline.store.restore",
+    }
 
 
 @pytest.mark.parametrize("there", [False, True])

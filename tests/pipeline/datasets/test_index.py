@@ -75,6 +75,40 @@ def test_json_gives_the_same_index_back():
     assert again.to_json() == index.to_json()
 
 
+def large_index() -> DatasetIndex:
+    names = (*(f"{i % 7}/photo ü {i}.jpg" for i in range(1000)), "a:b/\udcff.jpg", "..x/y..z", "./1.jpg")
+    splits = {
+        fold: {role: Split(tuple((i * 7 % 1003, (i + fold) % 3) for i in range(500)), (2,)) for role in ("trn", "test")}
+        for fold in (0, 10, 2)
+    }
+    return DatasetIndex("folder", {0: "cat", 11: "x", 1: "dog", 2: "ü"}, names, splits, notes=("a note",))
+
+
+@pytest.mark.parametrize("index", [make(), large_index()], ids=["small", "large"])
+def test_columns_give_the_same_index_back(index):
+    again = DatasetIndex.from_columns(index.to_columns())
+    assert (again == index, index == again) == (True, True)
+    assert not isinstance(again.images, tuple)
+    assert (again.notes, again.digest, again.content_digest()) == (index.notes, index.digest, index.digest)
+    assert again.to_json() == index.to_json()
+    assert list(again.classes) == list(DatasetIndex.from_json(index.to_json()).classes)
+    assert again.to_columns().tobytes() == index.to_columns().tobytes()
+    assert [again.images[i] for i in (0, -1)] == [index.images[i] for i in (0, -1)]
+    assert again.images[1:3] == index.images[1:3]
+    for fold in index.folds:
+        for role in ("trn", "val", "test"):
+            one, other = index.split(fold, role), again.split(fold, role)
+            assert (one.class_ids, one.by_class) == (other.class_ids, other.by_class)
+            assert list(one.by_class) == list(other.by_class)
+            assert (list(one.entries), one.entries[:2]) == (list(other.entries), other.entries[:2])
+            assert all(type(number) is int for entry in other.entries for number in entry)
+    copy = pickle.loads(pickle.dumps(again))
+    assert (copy, copy.digest) == (index, index.digest)
+    assert again != make(images=("x", "y", "z"))
+    with pytest.raises(IndexError):
+        again.images[len(index.images)]
+
+
 def test_index_pickles_with_its_cached_values():
     index = make()
     digest = index.digest

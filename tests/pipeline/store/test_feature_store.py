@@ -14,13 +14,17 @@ import pytest
 import zarr
 from fakes import fingerprints, plain_user
 
+import pipeline.store.shard_table as table
 import pipeline.store.skeleton as skeleton
 from hsnet.errors import ConfigError, DataError, StoreError, StoreIncomplete, StoreMismatch
+from pipeline.common.columns import unpack
 from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.features.precision import encode
 from pipeline.features.recipe import Recipe
+from pipeline.store.arrays import image_nbytes, images_per_shard
+from pipeline.store.attributes import read_facts
 from pipeline.store.feature_store import FeatureStore
-from pipeline.store.markers import marker_file, shard_file
+from pipeline.store.markers import marker_file, shard_file, summary_file
 
 SHA = "sha256:" + "0" * 64
 SIZE = 64
@@ -56,6 +60,24 @@ def fill(path: Path, precision: str = "int8", shards: range | None = None, image
         for number in shards if shards is not None else range(store.shards):
             store.write_shard(number, **contents(store, number))
     return store
+
+
+def make_old(path: Path) -> None:
+    """Make a store one as the first versions of this program wrote it: format 1 or 2, the index in JSON, no summary."""
+    summary_file(path).unlink(missing_ok=True)
+    indices = {
+        name: FeatureStore.open(path, require_complete=False, index_digest=state.digest).index
+        for state in read_facts(path).states
+        for name in (state.index_array,)
+    }
+    values = json.loads((path / "zarr.json").read_text())
+    attributes = values["attributes"]["hsnet_store"]
+    for state in (attributes["dataset"], *attributes.get("growth", ())):
+        state.pop("encoding", None)
+    attributes["format"] = 2 if "growth" in attributes else 1
+    for name, index in indices.items():
+        skeleton.write_vector(path, name, np.frombuffer(index.to_json().encode(), np.uint8), "JSON")
+    (path / "zarr.json").write_text(json.dumps(values))
 
 
 def change_json(path: Path, change) -> None:
@@ -104,7 +126,9 @@ def test_plain_zarr_reads_it(tmp_path):
     group = zarr.open_group(str(tmp_path / "s.zarr"), mode="r")
     np.testing.assert_array_equal(group["level1"][9], store.features([9])[1][0])
     np.testing.assert_array_equal(group["label"][9], store.labels([9])[0])
-    assert json.loads(bytes(group["index"][:]).decode())["images"][9] == "a/9.jpg"
+    facts, columns = unpack(group["index"][:])
+    assert facts["classes"] == {"0": "cat", "1": "dog"}
+    assert columns["images"].tobytes()[columns["images.ends"][8] : columns["images.ends"][9]] == b"a/9.jpg"
     assert group.attrs["hsnet_store"]["recipe"]["backbone"] == "squeezenet1_1"
     assert group["level0"].dtype == np.int8
     assert group["level0"].metadata.dimension_names == ("image", "layer", "row", "column", "channel")
@@ -120,7 +144,7 @@ def test_the_bytes_are_those_that_zarr_would_write(tmp_path, precision):
         for name, values in zip(("level0", "level1", "level2"), written["levels"], strict=True):
             group[name][8 * number : 8 * number + len(values)] = values
         group["label"][8 * number : 8 * number + len(values)] = written["labels"]
-    markers = {f"_done/{number:06d}.json" for number in range(ours.shards)}
+    markers = {"_done/summary", *(f"_done/{number:06d}.json" for number in range(ours.shards))}
     there = fingerprints(tmp_path / "ours.zarr")
     assert {name: there[name] for name in there.keys() - markers} == fingerprints(tmp_path / "zarr.zarr")
 
@@ -277,6 +301,10 @@ def test_a_truncated_or_missing_shard_counts_as_missing_and_can_be_rewritten(tmp
         file.unlink()
     else:
         os.truncate(file, file.stat().st_size // 2 if damage == "truncated" else 0)
+    sealed = FeatureStore.open(path)  # nobody looks for the files until they are read
+    with pytest.raises(StoreError, match=rf"array '{array}' is damaged at image 'a/8\.jpg'"):
+        sealed.labels([8]) if array == "label" else sealed.features([8])
+    summary_file(path).unlink()
     with pytest.raises(StoreIncomplete) as caught:
         FeatureStore.open(path)
     assert caught.value.missing == (1,)
@@ -325,8 +353,34 @@ def test_a_damaged_shard_of_full_length_can_be_rewritten(tmp_path):
 def test_a_marker_that_is_damaged_or_foreign_does_not_count(tmp_path, damage):
     path = tmp_path / "s.zarr"
     fill(path)
+    summary_file(path).unlink()
     damage(marker_file(path, 1))
-    assert FeatureStore.open(path, require_complete=False).missing_shards() == (1,)
+    store = FeatureStore.open(path, require_complete=False)
+    with pytest.raises(StoreIncomplete, match=r"'a/9.jpg' is in shard 1 .* which is missing"):
+        store.features([9])
+    assert store.missing_shards() == (1,)
+    store = FeatureStore.open(path, require_complete=False)
+    store.check_markers()
+    assert store.missing_shards() == (1,)
+    with pytest.raises(StoreIncomplete, match="1 of 3 shards are missing"):
+        FeatureStore.open(path)
+
+
+def test_missing_shards_are_known_by_names_alone(tmp_path, monkeypatch):
+    path = tmp_path / "s.zarr"
+    fill(path, shards=range(0, 3, 2))
+    reads = []
+    real = table.read_marker
+    monkeypatch.setattr(
+        table,
+        "read_marker",
+        lambda root, number, *rest, **more: reads.append(number) or real(root, number, *rest, **more),
+    )
+    store = FeatureStore.open(path, require_complete=False)
+    assert (store.missing_shards(), reads) == ((1,), [])
+    store.features([17])
+    store.labels([18])
+    assert reads == [2]
 
 
 # -- not a store -----------------------------------------------------------------------------------------------
@@ -360,8 +414,10 @@ def test_an_empty_folder_becomes_a_store(tmp_path):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda a: a.update(format=3), "format 3"),
+        (lambda a: a.update(format=4), "format 4"),
+        (lambda a: a.update(format=1), "attributes are damaged.*in columns, in format 1"),
         (lambda a: a.update(format=2), "attributes are damaged"),
+        (lambda a: a["dataset"].update(encoding="json"), "attributes are damaged"),
         (lambda a: a.pop("format"), "format None"),
         (lambda a: a.pop("recipe"), "attributes are damaged"),
         (lambda a: a["recipe"].pop("taps"), "attributes are damaged"),
@@ -419,6 +475,47 @@ def test_a_huge_or_damaged_index_is_refused(tmp_path):
         FeatureStore.open(path, require_complete=False)
 
 
+def test_an_old_store_opens_reads_and_keeps_its_bytes(tmp_path):
+    path = tmp_path / "s.zarr"
+    fill(path)
+    new = FeatureStore.open(path)
+    make_old(path)
+    before = fingerprints(path)
+    old = FeatureStore.open(path, make_recipe(), index_digest=make_index().digest)
+    assert not old.sealed
+    assert old.index == new.index == make_index()
+    assert [level.tobytes() for level in old.features([20, 3])] == [level.tobytes() for level in new.features([20, 3])]
+    assert old.info() == {**new.info(), "sealed": False, "format": 1}
+    assert fingerprints(path) == before
+    marker_file(path, 1).unlink()
+    with pytest.raises(StoreIncomplete, match="1 of 3"):
+        FeatureStore.open(path)
+
+
+@pytest.mark.parametrize(
+    ("images", "size", "shard_bytes", "wanted"),
+    [
+        (21, 64, None, 16),  # few photos: as many shards as can be
+        (10_000, 64, None, 144),  # a 64th of them, in sixteens
+        (300_000, 64, None, 592),  # 64 MB
+        (300_000, 32, None, 3136),
+        (21, 64, 10**9, 4096),
+        (21, 64, 1_000_000, 9),
+    ],
+)
+def test_how_many_images_make_a_shard(images, size, shard_bytes, wanted):
+    recipe = Recipe.of("squeezenet1_1", SHA, size, "int8")
+    names = tuple(map(str, range(images)))
+    index = DatasetIndex("folder", {0: "cat"}, names, {})
+    assert images_per_shard(recipe, index, shard_bytes) == wanted
+    if images == 300_000:
+        assert 64e6 - 16 * image_nbytes(recipe, index) < wanted * image_nbytes(recipe, index) <= 64e6
+    if shard_bytes is not None:
+        assert wanted * image_nbytes(recipe, index) <= shard_bytes
+        with pytest.raises(ConfigError, match="holds no image: each takes"):
+            images_per_shard(recipe, index, 100)
+
+
 # -- writing ---------------------------------------------------------------------------------------------------
 
 
@@ -464,8 +561,9 @@ def test_a_full_disk_leaves_the_shard_missing_and_the_rest_whole(tmp_path, monke
 
 def test_leftovers_of_killed_writers_are_swept(tmp_path):
     path = tmp_path / "s.zarr"
-    store = fill(path)
+    store = fill(path, shards=range(0, 3, 2))
     before = fingerprints(path)
+    shard_file(path, "level0", 1).parent.mkdir(parents=True)
     for leftover in (shard_file(path, "level0", 1).parent / "0.abc.partial", path / "_done" / "000001.77.partial"):
         leftover.write_text("half")
     with store.writing():

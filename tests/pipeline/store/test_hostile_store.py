@@ -20,11 +20,13 @@ import pytest
 from numcodecs import zstd
 
 from hsnet.errors import HSNetError, StoreError
+from pipeline.common.columns import Texts, pack, unpack
 from pipeline.datasets.shapes import Shapes
 from pipeline.extract.stage import extract
 from pipeline.features.weights import load_weights
+from pipeline.store.attributes import read_facts
 from pipeline.store.feature_store import FeatureStore
-from pipeline.store.markers import marker_file, shard_file
+from pipeline.store.markers import marker_file, shard_file, summary_file
 from pipeline.store.verify import verify
 
 spec = importlib.util.spec_from_file_location("store_helpers", Path(__file__).with_name("test_feature_store.py"))
@@ -150,9 +152,10 @@ def test_metadata_that_is_a_link_is_not_followed(path, tmp_path, file, target):
     assert "is a link, a pipe or a device" in (text := str(attack(path))) or "is not a feature store" in text
 
 
-@pytest.mark.parametrize("file", [*FILES, "_done/000001.json", "level1/c/1/0/0/0/0", "index/c/0"])
+@pytest.mark.parametrize("file", [*FILES, "_done/000001.json", "_done/summary", "level1/c/1/0/0/0/0", "index/c/0"])
 def test_a_pipe_does_not_keep_anybody_waiting(path, file):
-    (path / file).unlink()
+    summary_file(path).unlink()  # or else no marker is read
+    (path / file).unlink(missing_ok=True)
     os.mkfifo(path / file)
     attack(path)
 
@@ -231,7 +234,9 @@ def test_attributes_that_cannot_be_meant(path, alter):
 
 
 def write_index(path: Path, text: bytes, shape: int | None = None) -> None:
-    """Another index in the store, the attributes left as they are."""
+    """Another index in a store of format 1, the attributes left as they are."""
+    if read_facts(path).format != 1:
+        helpers.make_old(path)
     length = len(text) if shape is None else shape
     helpers.change_json(
         path / "index" / "zarr.json",
@@ -273,7 +278,7 @@ def test_an_index_that_is_none(path, text):
 
 
 def test_many_images_and_no_data(tmp_path):
-    """Nothing but an index: it opens (a million take 14 s and 1.5 GB), and whatever is asked for is missing."""
+    """Nothing but an index: it opens, and whatever is asked for is missing."""
     path = tmp_path / "s.zarr"
     store = FeatureStore.create(path, helpers.make_recipe(), helpers.make_index(100_000), shard_images=400)
     assert len(store.missing_shards()) == store.shards == 250
@@ -285,6 +290,100 @@ def test_many_images_and_no_data(tmp_path):
 def test_an_index_that_claims_to_be_large(path, shape):
     write_index(path, b"{}", shape)
     attack(path)
+
+
+def write_columns(path: Path, change) -> None:
+    """Another index in columns, with a checksum that is right, the attributes left as they are."""
+    file = path / "index" / "c" / "0"
+    facts, columns = unpack(np.frombuffer(file.read_bytes()[:-4], np.uint8))
+    change(facts, columns)
+    write_block(path, pack(facts, columns).tobytes())
+
+
+def write_block(path: Path, data: bytes) -> None:
+    helpers.change_json(
+        path / "index" / "zarr.json",
+        lambda m: (m.update(shape=[len(data)]), m["chunk_grid"]["configuration"].update(chunk_shape=[len(data)])),
+    )
+    (path / "index" / "c" / "0").write_bytes(summed(data))
+
+
+def texts(*ids: str):
+    def change(facts, columns):
+        made = Texts.of(ids)
+        columns.update({"images": made.text, "images.ends": made.ends})
+
+    return change
+
+
+def column(name: str, values, dtype: str | None = None):
+    return lambda _, columns: columns.update({name: np.array(values, dtype or columns[name].dtype)})
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (texts("../up.jpg"), "leaves the data root"),
+        (texts("b/1", "/etc/passwd", "b/2"), "leaves the data root"),
+        (texts("b/1", "a/../../x"), "leaves the data root"),
+        (texts("b/1", "a\0b"), "zero byte"),
+        (texts("b/1", ""), "not a text"),
+        (texts("C:/x"), "leaves the data root"),
+        (texts(*(f"{i}.jpg" for i in range(200_000))), "does not belong"),
+        (column("images", [0xFF] * 150), "damaged"),
+        (column("images.ends", [-5] + [150] * 20), "damaged"),
+        (column("images.ends", [1 << 62] * 21), "damaged"),
+        (column("images.ends", [1] * 21, "uint8"), "must be int64"),
+        (column("0.trn.images", [21] * 21), "image number 21"),
+        (column("0.trn.images", [-1] * 21), "image number -1"),
+        (column("0.trn.images", [0] * 20), "damaged"),
+        (column("0.trn.classes", [9] * 21), "class 9"),
+        (column("0.trn.classes", [-1] * 21, "int32"), "must be uint16"),
+        (lambda facts, _: facts.update(classes=[]), "classes is a list"),
+        (lambda facts, _: facts.update(digest="x"), "digest"),
+        (lambda facts, _: facts.update(digest="sha256:" + "1" * 64), "does not belong"),
+        (lambda facts, _: facts.update(declared={"0": {"up": []}}), "damaged"),
+        (lambda facts, _: facts.update(declared={"0": []}), "must be an object"),
+        (lambda facts, _: facts.update(name=3), "name"),
+        (lambda facts, _: facts.update(format=2), "format"),
+        (lambda facts, _: facts.update(more=2), "unknown fields"),
+        (lambda facts, _: facts.pop("notes"), "missing"),
+    ],
+)
+def test_columns_that_cannot_be_meant(path, change, problem):
+    write_columns(path, change)
+    assert problem in str(attack(path))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"x",
+        b"\0" * 8,
+        b"\xff" * 100,
+        (1 << 40).to_bytes(8, "little") + b"{}",
+        (8).to_bytes(8, "little") + b"[" * 8,
+        (16).to_bytes(8, "little") + b'{"facts":1}     ',
+        (100_000).to_bytes(8, "little") + b"[" * 100_000,
+        (40).to_bytes(8, "little") + b'{"facts":{},"columns":{"images":["x"]}} ',
+        (56).to_bytes(8, "little") + b'{"facts":{},"columns":{"images":["uint8",0,999999999]}} '[:56].ljust(56),
+        (56).to_bytes(8, "little") + b'{"facts":{},"columns":{"images":["object",0,1]}}'.ljust(56),
+        (56).to_bytes(8, "little") + b'{"facts":{},"columns":{"images":["uint8",-8,1]}}'.ljust(56),
+    ],
+)
+def test_blocks_that_are_none(path, data):
+    write_block(path, data)
+    assert "the columns of the data-set index are damaged" in str(attack(path)).lower()
+
+
+def test_other_images_or_lists_under_the_same_digest(path):
+    """Their checksum is right. Images are compared with the summary and with the markers, all of it by `verify`."""
+    write_columns(path, texts(*(f"a/{i}.jpg" for i in reversed(range(21)))))
+    assert "3 of 3 shards are missing" in str(attack(path))
+    write_columns(path, texts(*(f"a/{i}.jpg" for i in range(21))))
+    assert not verify(FeatureStore.open(path)).index
+    write_columns(path, column("0.trn.classes", [0] * 21))
+    assert "but it is sha256:" in verify(FeatureStore.open(path)).index
 
 
 def test_an_index_in_chunks_that_are_larger_than_it(path):
@@ -340,6 +439,7 @@ def summed(data: bytes) -> bytes:
 
 def test_bombs_are_not_unpacked(path, coded, bomb):
     one = large_frame(600)
+    helpers.make_old(path)
     for packed in (bomb, one):
         (path / "index" / "c" / "0").write_bytes(summed(packed))
         assert attack(path)
@@ -371,6 +471,9 @@ def test_files_that_are_huge_and_empty(path, coded):
     for one in (path, coded):
         attack(one)
         assert "refused" in in_little_memory(one)
+    os.truncate(summary_file(path), 1 << 40)
+    assert "can be" in str(attack(path))
+    summary_file(coded).unlink()
     for file in (path / "zarr.json", marker_file(coded, 0)):
         os.truncate(file, 1 << 40)
     attack(path)
@@ -413,6 +516,12 @@ def test_a_fit_that_is_elsewhere_or_among_others(coded, tmp_path):
     assert "outside of the store" in str(attack(coded))
 
 
+def missing(path: Path) -> tuple[int, ...]:
+    store = FeatureStore.open(path, require_complete=False)
+    store.check_markers()
+    return store.missing_shards()
+
+
 # -- markers ---------------------------------------------------------------------------------------------------
 
 
@@ -438,16 +547,18 @@ def test_markers_that_cannot_be_meant_do_not_count(path, alter):
         marker.pop("crc32")
         alter(marker)
 
+    summary_file(path).unlink()
     helpers.change_json(marker_file(path, 1), changed)
-    assert FeatureStore.open(path, require_complete=False).missing_shards() == (1,)
+    assert missing(path) == (1,)
     attack(path)
 
 
 @pytest.mark.parametrize("target", ["/dev/zero", "outside.json"])
 def test_a_marker_that_is_a_link_does_not_count(path, tmp_path, target):
+    summary_file(path).unlink()
     marker_file(path, 0).rename(tmp_path / "outside.json")
     marker_file(path, 0).symlink_to(tmp_path / target)
-    assert 0 in FeatureStore.open(path, require_complete=False).missing_shards()
+    assert 0 in missing(path)
 
 
 # -- data ------------------------------------------------------------------------------------------------------
