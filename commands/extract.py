@@ -57,12 +57,12 @@ from pipeline.common.text import printable, size_text, time_text
     help="What an unreadable image does: stop, or be left out of all episodes.",
 )
 @click.option(
-    "--shard-images",
+    "--shard-mb",
     type=Whole(),
-    default=16,
-    show_default=True,
-    help="Images per shard of a new store.",
+    metavar="MB",
+    help="Size of a shard of a new store, in 10^6 bytes. [default: 64, less where photos are few]",
 )
+@click.option("--shard-images", type=Whole(), metavar="N", help="Instead of --shard-mb: images per shard.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done and how large it gets; write nothing.")
 @common_options
 def extract(**options: Any) -> Any:
@@ -95,7 +95,8 @@ def run_extraction(
     address: str | None,
     device: str,
     on_error: str,
-    shard_images: int,
+    shard_mb: int | None,
+    shard_images: int | None,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -107,6 +108,8 @@ def run_extraction(
     chosen = [given == click.core.ParameterSource.COMMANDLINE, bytes_per_image is not None, budget is not None]
     if sum(chosen) > 1:
         raise click.UsageError("Give one of --precision, --bytes-per-image and --budget.")
+    if shard_mb is not None and shard_images is not None:
+        raise click.UsageError("Give one of --shard-mb and --shard-images.")
     from pipeline.extract.plan import ExtractionPlan, plan_extraction
     from pipeline.extract.stage import extract as stage
     from pipeline.features.backbones import Reading, new_recipe
@@ -117,6 +120,7 @@ def run_extraction(
     if budget is not None:
         bytes_per_image = budget // max(1, len(data.index.images))
     sizes: dict[str, Any] = {"bytes_per_image": bytes_per_image, "shard_images": shard_images}
+    sizes["shard_bytes"] = None if shard_mb is None else shard_mb * 1_000_000
     reading = Reading(taps, autocast or "")
     if dry_run:
         exact = new_recipe(backbone, None, image_size, precision, reading)

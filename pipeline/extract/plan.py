@@ -11,9 +11,9 @@ from pipeline.datasets import Dataset
 from pipeline.features.fitting import nominal_recipe
 from pipeline.features.recipe import CODED, Recipe
 from pipeline.features.weights import Weights
-from pipeline.store.arrays import image_nbytes
+from pipeline.store.arrays import image_nbytes, images_per_shard
 from pipeline.store.attributes import read_facts
-from pipeline.store.feature_store import SHARD_IMAGES, FeatureStore
+from pipeline.store.feature_store import FeatureStore
 from pipeline.store.growth import Grown, growth
 from pipeline.store.local_place import Place
 from pipeline.store.place import place_of
@@ -53,7 +53,8 @@ def plan_extraction(
     path: str | Path | Place,
     *,
     bytes_per_image: int | None = None,
-    shard_images: int = SHARD_IMAGES,
+    shard_images: int | None = None,
+    shard_bytes: int | None = None,
     damaged: Collection[int] = (),
     weights: Callable[[], Weights] | None = None,
 ) -> Start:
@@ -61,7 +62,7 @@ def plan_extraction(
 
     Args:
         exact: what to store without a budget.
-        bytes_per_image, shard_images, damaged: as for `extract`.
+        bytes_per_image, shard_images, shard_bytes, damaged: as for `extract`.
         weights: gives those that `exact` does not know yet. They may have to be downloaded, and are needed only where
             there is a store to be compared with.
 
@@ -74,7 +75,7 @@ def plan_extraction(
     if place.is_free():
         recipe = exact if bytes_per_image is None else nominal_recipe(exact, bytes_per_image)
         recipe.require_trainable()
-        shards = -(-len(index.images) // shard_images)
+        shards = -(-len(index.images) // (shard_images or images_per_shard(recipe, index, shard_bytes)))
         nbytes = len(index.images) * image_nbytes(recipe, index)
         return Start(recipe, None, ExtractionPlan(len(index.images), 0, shards, 0, nbytes, place.bytes_free))
     place.sync()

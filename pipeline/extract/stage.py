@@ -22,8 +22,9 @@ from pipeline.extract.worker import ShardDone, ShardWorker
 from pipeline.features.backbones import Reading, new_recipe
 from pipeline.features.fitting import Fitting, fit_codec, sample_size
 from pipeline.features.weights import Weights
+from pipeline.store.arrays import images_per_shard
 from pipeline.store.bucket import location
-from pipeline.store.feature_store import SHARD_IMAGES, FeatureStore
+from pipeline.store.feature_store import FeatureStore
 from pipeline.store.growth import grow, make_current
 from pipeline.store.place import place_of
 
@@ -63,7 +64,8 @@ def extract(
     precision: str,
     reading: Reading = Reading(),  # noqa: B008  (frozen)
     bytes_per_image: int | None = None,
-    shard_images: int = SHARD_IMAGES,
+    shard_images: int | None = None,
+    shard_bytes: int | None = None,
     on_error: str = "fail",
     damaged: Collection[int] = (),
     runner: Runner | None = None,
@@ -83,6 +85,8 @@ def extract(
         bytes_per_image: budget of an image's features, kept by the budgeted codec (`pipeline.features.budgeted`), which
             is fitted first; an existing store keeps its fit.
         shard_images: images per shard of a new store.
+        shard_bytes: or bytes per shard; with neither `pipeline.store.arrays.images_per_shard` chooses. A store that is
+            there keeps its own.
         on_error: what to do with an image that cannot be read: "fail" stops with its name, "skip" records it in the
             store, where it is never drawn for an episode.
         damaged: shards to delete and make anew, once it is known that this call can make them.
@@ -105,7 +109,13 @@ def extract(
     exact = new_recipe(weights.backbone, weights, image_size, precision, reading)
     place = place_of(path)
     start = plan_extraction(
-        dataset, exact, place, bytes_per_image=bytes_per_image, shard_images=shard_images, damaged=damaged
+        dataset,
+        exact,
+        place,
+        bytes_per_image=bytes_per_image,
+        shard_images=shard_images,
+        shard_bytes=shard_bytes,
+        damaged=damaged,
     )
     store, recipe, codec = start.store, start.recipe, None
     if store is None or start.plan.grown is not None:
@@ -115,7 +125,8 @@ def extract(
         elif bytes_per_image is not None:
             emit(Fitting(sample_size(recipe, dataset.index)))
             codec, recipe = fit_codec(dataset, weights, recipe, bytes_per_image, device, on_error == "skip")
-        store = FeatureStore.create(place, recipe, dataset.index, shard_images, codec)
+        each = shard_images or images_per_shard(recipe, dataset.index, shard_bytes)
+        store = FeatureStore.create(place, recipe, dataset.index, each, codec)
     reports: list[ShardDone] = []
     with store.writing() as token:
         store.drop(mended_shards(store, dataset) | set(damaged))
