@@ -6,7 +6,7 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,9 @@ CACHE = "HSNET_CACHE"
 CACHE_BYTES = "HSNET_CACHE_BYTES"
 _KEPT_FREE = 1 << 30
 """Bytes of the cache's disk that are left free where no bound is given."""
+_TOTAL = ".total"
+_SPARE = 20
+"""One part in so many of the bound may be removed beyond what must be."""
 
 
 @dataclass(frozen=True, order=True)
@@ -65,24 +68,50 @@ def cached_shards(cache: Path) -> list[CachedShard]:
 
 
 def make_room(cache: Path, needed: int) -> None:
-    """Remove the shards that were not used for the longest, of any store, until `needed` bytes more may come."""
+    """Remove the shards that were not used for the longest, of any store, until `needed` bytes more may come.
+
+    How much is here is counted up with every call, in a file that one process of the machine holds at a time, and never
+    down: files that went otherwise, or never came, are noticed when the bound seems to be reached, and only then is the
+    cache looked through. Some more is removed then than must be, so that this is seldom.
+    """
     bound = cache_bytes()
-    shards = None if bound is None else cached_shards(cache)
-    if bound is None or shards is None:
-        excess = needed + _KEPT_FREE - shutil.disk_usage(cache).free
-    else:
-        excess = sum(shard.nbytes for shard in shards) + needed - bound
-    if excess <= 0:
-        return
-    for shard in cached_shards(cache) if shards is None else shards:
+    with locked(cache / _TOTAL):
+        if bound is None:
+            disk = shutil.disk_usage(cache)
+            excess = needed + _KEPT_FREE - disk.free
+            if excess > 0:
+                _evict(cached_shards(cache), excess, disk.total // _SPARE)
+            return
+        total = _counted(cache)
+        if total is None or total + needed > bound:
+            shards = cached_shards(cache)
+            total = sum(shard.nbytes for shard in shards)
+            if total + needed > bound:
+                total -= _evict(shards, total + needed - bound, bound // _SPARE)
+        (cache / _TOTAL).write_text(str(total + needed), encoding="ascii")
+
+
+def _counted(cache: Path) -> int | None:
+    """Bytes here, or more than are; None if nobody has counted."""
+    try:
+        return int((cache / _TOTAL).read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
+
+
+def _evict(shards: Iterable[CachedShard], needed: int, spare: int) -> int:
+    """Remove shards that nobody uses, in the order given; returns the bytes that were freed."""
+    freed = 0
+    for shard in shards:
+        if freed >= needed and freed + shard.nbytes > needed + spare:
+            break
         with locked(use_lock(shard.folder, shard.number), wait=False) as unused:
             if not unused:
                 continue
             for chunks in (shard.folder / "store").glob("l*/c"):
                 shard_file(shard.folder / "store", chunks.parent.name, shard.number).unlink(missing_ok=True)
-        excess -= shard.nbytes
-        if excess <= 0:
-            return
+        freed += shard.nbytes
+    return freed
 
 
 def use_lock(folder: Path, number: int) -> Path:

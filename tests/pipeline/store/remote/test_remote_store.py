@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import fakes
@@ -15,8 +18,10 @@ import pytest
 from fakes import Photos
 from PIL import Image
 
+import pipeline.store.cache as cache_module
 import pipeline.store.mirror as mirror_module
 from hsnet.errors import StoreError, StoreIncomplete, StoreMismatch
+from pipeline.store.bucket import Bucket
 from pipeline.store.cache import cached_shards, make_room
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.place import place_of
@@ -83,6 +88,105 @@ def test_only_what_is_read_is_fetched_and_only_once(s3, photos, run, tmp_path, m
     assert not [one for one in s3.seen if ("/c/" in one and "index" not in one) or "_done/0" in one], "no marker either"
 
 
+def test_opening_a_sealed_store_asks_for_two_objects(s3, photos, run, tmp_path, monkeypatch):
+    run(photos, URL)
+    forget_cache(monkeypatch, tmp_path)
+    s3.seen.clear()
+    assert FeatureStore.open(URL).sealed
+    assert not [one for one in s3.seen if "_done/0" in one], "no marker"
+    s3.seen.clear()
+    store = FeatureStore.open(URL)
+    assert sorted(s3.seen) == ["GET /bucket/a/x.zarr/zarr.json", "HEAD /bucket/a/x.zarr/_done/summary"]
+    assert store.info()["complete"]
+    assert len(s3.seen) == 2
+
+
+def test_a_worker_that_opens_an_unfinished_store_lists_no_markers(s3, photos, run, tmp_path, monkeypatch):
+    run(photos, URL)
+    store = FeatureStore.open(URL)
+    with store.writing():
+        store.drop([1])
+    forget_cache(monkeypatch, tmp_path)
+    listed, objects = [], Bucket.objects
+    monkeypatch.setattr(Bucket, "objects", lambda self, prefix="": listed.append(prefix) or objects(self, prefix))
+    store = FeatureStore.open(URL, require_complete=False)
+    assert (store.is_done(0), store.is_done(1)) == (True, False)
+    assert listed == ["index"]
+    assert store.missing_shards() == (1,)
+    assert listed == ["index", "_done"]
+
+
+def test_processes_that_wait_for_one_that_looks_do_not_look_again(s3, photos, run):
+    run(photos, URL)
+    mirror = mirror_module.Mirror(URL)
+    threads = [threading.Thread(target=mirror_module.Mirror(URL).sync) for _ in range(6)]
+    with mirror._lock("sync"):
+        for thread in threads:
+            thread.start()
+        time.sleep(0.5)
+        s3.seen.clear()
+    for thread in threads:
+        thread.join()
+    assert s3.seen.count("GET /bucket/a/x.zarr/zarr.json") == 1
+
+
+def test_cached_shards_survive_a_growth_and_go_when_the_summary_says_something_else(
+    s3, photos, run, local, tmp_path, monkeypatch
+):
+    run(photos, URL)
+    writer = os.environ["HSNET_CACHE"]
+    forget_cache(monkeypatch, tmp_path)
+    reader = os.environ["HSNET_CACHE"]
+    contents(FeatureStore.open(URL))
+    monkeypatch.setenv("HSNET_CACHE", writer)
+    run(Photos(range(15)), URL)
+    monkeypatch.setenv("HSNET_CACHE", reader)
+    s3.seen.clear()
+    store = FeatureStore.open(URL)
+    store.features(range(8))
+    assert not [one for one in s3.seen if "/level" in one and "/c/" in one], "shards 0 and 1 are those of before"
+    # Another store of the same images comes to the address, by other means, with other bytes in shard 1.
+    monkeypatch.setenv("HSNET_CACHE", writer)
+    store = FeatureStore.open(URL)
+    levels, labels = store.features(range(4, 8)), store.labels(range(4, 8))
+    with store.writing() as token:
+        store.write_shard(1, [level // 2 for level in levels], labels, [(9, 9)] * 4, [[0]] * 4, token=token)
+    monkeypatch.setenv("HSNET_CACHE", reader)
+    s3.seen.clear()
+    again = FeatureStore.open(URL)
+    assert again.sealed
+    np.testing.assert_array_equal(again.features([4])[0][0], levels[0][0] // 2)
+    assert again.size(5) == (9, 9)
+    again.features([0])
+    fetched = {one.split("/c/")[1].split("/")[0] for one in s3.seen if "/level" in one and "/c/" in one}
+    assert fetched == {"1"}
+
+
+def test_the_cache_is_looked_through_only_when_it_seems_full(s3, photos, run, tmp_path, monkeypatch, local):
+    one = sum(size for size, _ in FeatureStore.open(local).facts(0).files.values())
+    run(photos, URL)
+    forget_cache(monkeypatch, tmp_path)
+    monkeypatch.setenv("HSNET_CACHE_BYTES", str(10 * one))
+    looked, real = [], cache_module.cached_shards
+    monkeypatch.setattr(cache_module, "cached_shards", lambda cache: looked.append(cache) or real(cache))
+    store = FeatureStore.open(URL)
+    for image in range(11):
+        store.features([image])
+        store.labels([image])
+    assert len(looked) == 1, "nobody had counted before"
+    # Counted too high, as after a killed download: looked through, and counted right.
+    cache = Path(os.environ["HSNET_CACHE"])
+    (cache / ".total").write_text(str(10 * one))
+    shutil.rmtree(next(path for path in cache.iterdir() if path.is_dir()) / "store" / "level0" / "c")
+    store = FeatureStore.open(URL)
+    store.features([0])
+    assert len(looked) == 2
+    assert int((cache / ".total").read_text()) == sum(shard.nbytes for shard in real(cache))
+    (cache / ".total").write_text("half a num")
+    store.features([5])
+    assert len(looked) == 3
+
+
 def test_a_store_can_be_handed_to_another_process(s3, photos, run):
     run(photos, URL)
     store = FeatureStore.open(URL)
@@ -95,7 +199,7 @@ def test_a_process_that_looks_leaves_alone_what_another_of_the_machine_is_just_w
     s3, photos, run, local, monkeypatch
 ):
     """Workers share the folder: one that opens the store must not clear away a shard that has no marker there yet."""
-    put = mirror_module.Bucket.put
+    put = Bucket.put
 
     def looked_at(self, key, data):
         if key.startswith("level0/c"):
@@ -104,7 +208,7 @@ def test_a_process_that_looks_leaves_alone_what_another_of_the_machine_is_just_w
             looking.fetch_marker(0)
         put(self, key, data)
 
-    monkeypatch.setattr(mirror_module.Bucket, "put", looked_at)
+    monkeypatch.setattr(Bucket, "put", looked_at)
     run(photos, URL)
     assert objects(s3) == files(local)
 
@@ -125,7 +229,7 @@ def test_random_failures_and_slowness_end_well(s3, photos, run, local, seed, tmp
 @pytest.mark.parametrize("stop", [1, 5, 8, 14])
 def test_a_broken_upload_is_gone_on_with(s3, photos, run, local, monkeypatch, stop):
     """The upload number `stop` fails for good: nothing counts that is not whole, and the next run finishes."""
-    put, done = mirror_module.Bucket.put, []
+    put, done = Bucket.put, []
 
     def failing(self, key, data):
         if "/c/" in key or "_done" in key:
@@ -134,10 +238,10 @@ def test_a_broken_upload_is_gone_on_with(s3, photos, run, local, monkeypatch, st
                 raise StoreError("the line is cut")
         put(self, key, data)
 
-    monkeypatch.setattr(mirror_module.Bucket, "put", failing)
+    monkeypatch.setattr(Bucket, "put", failing)
     with pytest.raises(StoreError, match="the line is cut"):
         run(photos, URL)
-    monkeypatch.setattr(mirror_module.Bucket, "put", put)
+    monkeypatch.setattr(Bucket, "put", put)
     there = {key for key in objects(s3) if key.startswith("_done")}
     assert len(there) == (stop - 1) // 5
     run(photos, URL)
@@ -150,17 +254,17 @@ def test_a_killed_extraction_is_gone_on_with(s3, photos, run, local, after, tmp_
     code = f"""
 import os, signal, sys
 sys.path[:0] = {sys.path!r}
-from pipeline.store import mirror
+from pipeline.store import bucket
 from pipeline.extract.stage import extract
 from pipeline.features.weights import load_weights
 sys.path.append({str(Path(fakes.__file__).parent)!r})
 from fakes import Photos
-put = mirror.Bucket.put
+put = bucket.Bucket.put
 def killed(self, key, data):
     if key == {after!r}:
         os.kill(os.getpid(), signal.SIGKILL)
     put(self, key, data)
-mirror.Bucket.put = killed
+bucket.Bucket.put = killed
 weights = load_weights("squeezenet1_1")
 extract(Photos(range(11)), weights, {URL!r}, image_size=32, precision="int8", shard_images=4)
 """
@@ -198,7 +302,7 @@ def test_a_flipped_byte_is_found_named_and_mended(s3, photos, run, local, tmp_pa
 def test_a_download_that_arrives_damaged_is_repeated(s3, photos, run, tmp_path, monkeypatch):
     run(photos, URL)
     forget_cache(monkeypatch, tmp_path)
-    read, times = mirror_module.Bucket.get_range, []
+    read, times = Bucket.get_range, []
 
     def flipping(self, key, start, end):
         data = bytearray(read(self, key, start, end))
@@ -207,7 +311,7 @@ def test_a_download_that_arrives_damaged_is_repeated(s3, photos, run, tmp_path, 
             data[7] ^= 1
         return bytes(data)
 
-    monkeypatch.setattr(mirror_module.Bucket, "get_range", flipping)
+    monkeypatch.setattr(Bucket, "get_range", flipping)
     FeatureStore.open(URL).labels([0])
     assert len(times) == 2
 
@@ -225,8 +329,7 @@ def test_a_deleted_object_is_named_and_made_again(s3, photos, run, local, key, t
     s3.delete(f"a/x.zarr/{key}")
     forget_cache(monkeypatch, tmp_path)
     if key.startswith("_done"):
-        with pytest.raises(StoreIncomplete):
-            FeatureStore.open(URL)
+        same(FeatureStore.open(URL), FeatureStore.open(local))  # sealed: no marker is read, nor listed
     else:
         with pytest.raises(StoreError, match=r"shard 2 .*it is not there"):
             contents(FeatureStore.open(URL))
@@ -313,7 +416,7 @@ def test_a_store_in_a_bucket_grows(s3, photos, run, local, tmp_path, monkeypatch
     assert (summary.images, summary.written_images) == (15, 4)
     assert objects(s3) == files(local)
     assert {key for key in before if before[key] != objects(s3)[key]} == {
-        "zarr.json", "label/zarr.json", "level0/zarr.json", "level1/zarr.json", "level2/zarr.json",
+        "zarr.json", "label/zarr.json", "level0/zarr.json", "level1/zarr.json", "level2/zarr.json", "_done/summary",
     }  # fmt: skip
     assert len(contents(reader)[0]) == 11
     forget_cache(monkeypatch, tmp_path)
@@ -343,7 +446,7 @@ class Cut:
 
     def __init__(self, monkeypatch) -> None:
         self.most, self.sent = 10**9, 0
-        put, cut = mirror_module.Bucket.put, self
+        put, cut = Bucket.put, self
 
         def cutting(self, key, data):
             if "/c/" not in key.removeprefix("index") and "_done" not in key:
@@ -352,7 +455,7 @@ class Cut:
                 cut.sent += 1
             put(self, key, data)
 
-        monkeypatch.setattr(mirror_module.Bucket, "put", cutting)
+        monkeypatch.setattr(Bucket, "put", cutting)
 
     def after(self, most: int) -> None:
         self.most, self.sent = most, 0
