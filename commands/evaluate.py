@@ -38,6 +38,7 @@ from commands.options import (
 from commands.steps import emit, open_runner, parse_data_options, pick_device, store_source
 from commands.terminal import Progress, fact_lines, plain, set_up_logging, table
 from commands.way_tables import EXPLAINED, background_text, ways_text
+from pipeline.common.text import printable
 from pipeline.scores.tables import interval_text
 
 if TYPE_CHECKING:
@@ -45,7 +46,14 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="mIoU and FB-IoU on held-out classes.")
-@click.option("--checkpoint", type=ANY_PATH, metavar="C", help="Checkpoint, or a run: its best.")
+@click.option(
+    "--checkpoint",
+    "checkpoints",
+    type=ANY_PATH,
+    multiple=True,
+    metavar="C",
+    help="Checkpoint, or a run: its best. May be repeated: each is tested on its own fold.",
+)
 @click.option(
     "--head",
     metavar="|".join(HEADS),
@@ -99,10 +107,16 @@ if TYPE_CHECKING:
     help="With --data-root: the data set's reader, for scores at the photos' own size. [default: the store's]",
 )
 @options(data_root_option, splits_option, data_option)
-@click.option("--out", type=ANY_PATH, metavar="ROWS.parquet", help="Write one row per episode.")
+@click.option(
+    "--out",
+    type=ANY_PATH,
+    metavar="ROWS.parquet|DIR",
+    help="Write one row per episode; of several checkpoints, a file for each into a folder.",
+)
 @options(resident_option, arithmetic_option, workers_option, address_option, device_option)
 @common_options
 def evaluate(
+    checkpoints: tuple[Path, ...],
     store: str | Path,
     protocol: str,
     choices: tuple[tuple[str, Any], ...],
@@ -126,8 +140,9 @@ def evaluate(
 ) -> Any:
     """Score a checkpoint on episodes of the fold's held-out classes: mIoU, FB-IoU and IoU per class.
 
-    The same rows come out for any number of workers. With --data-root, scores at the photos' own size come from the
-    same pass; the protocol (`hsnet evaluate --protocol`) says which score is the headline.
+    The same rows come out for any number of workers. With --out, what was answered before an interruption is kept
+    beside it (ROWS.parquet.parts), and the same command goes on from there. With --data-root, scores at the photos'
+    own size come from the same pass; the protocol (`hsnet evaluate --protocol`) says which score is the headline.
 
     \b
     Example:
@@ -136,26 +151,28 @@ def evaluate(
       hsnet evaluate --checkpoint runs/voc-0 --store voc.zarr --ways 3 --absent 20% --out three.parquet
     """
     set_up_logging(quiet)
-    on_interrupt("No result was written.")
+    on_interrupt("Give the same command again: it goes on." if out else "No result was written.")
     reference = episodes == "reference"
     if reference and distinct_supports:
         raise click.UsageError("The reference episodes let supports repeat: leave out --distinct-supports.")
-    if tested["checkpoint"] is None and tested["head"] is None:
-        raise click.UsageError(f"Give --checkpoint C or --head {'|'.join(HEADS)}.")
+    if (not checkpoints) == (tested["baseline"] is None):
+        raise click.UsageError("Give --checkpoint C or --baseline cosine|location|untrained, one of them.")
+    if tested["transfer"] and not checkpoints:
+        raise click.UsageError("--transfer asks what a checkpoint was trained on: give --checkpoint.")
     if tested["trained_on"] and not tested["transfer"]:
         raise click.UsageError("--trained-on is for --transfer.")
     drawn = (episodes, distinct_supports, absent)
     if manifest is not None and (tested["transfer"] or any(drawn) or seed is not None):
         raise click.UsageError("--manifest says which episodes: leave out --transfer, --episodes, --seed and the like.")
-    from pipeline.common.files import require_writable, write_table
+    from pipeline.common.files import require_writable
     from pipeline.episodes.manifest_file import read
     from pipeline.episodes.protocols import FUSIONS, resolve
     from pipeline.evaluate.plan import plan_evaluation
-    from pipeline.evaluate.stage import evaluate as stage
 
-    if out is not None:
-        require_writable(out)
-    named = FUSIONS if "all" in fusions else fusions
+    files = _files(out, checkpoints)
+    for file in files:
+        if file is not None:
+            require_writable(file)
     given = {
         "shots": shots,
         "draw": "reference" if reference else None,
@@ -167,45 +184,111 @@ def evaluate(
     }
     rules = resolve(protocol, **dict(choices) | {name: value for name, value in given.items() if value is not None})
     stored = None if manifest is None else read(manifest)
-    plan = plan_evaluation(
-        # A store that grew since still has the lists the manifest was made for.
-        store_source(store, stored.data if stored else None),
-        rules,
-        manifest=stored,
-        shots=shots or (),
-        ways=ways,
-        fusions=named,
-        fusion=dict(choices).get("fusion") or (named[0] if len(named) == 1 else None),
-        data_options=parse_data_options(data_options),
-        device=pick_device(device, address),
-        **tested,
-    )
-    if ways is not None or plan.protocol.several:
-        return _evaluate_ways(plan, background, out, workers, address, as_json, quiet)
+    # A store that grew since still has the lists the manifest was made for.
+    make_source = store_source(store, stored.data if stored else None)
+    source = make_source()
+    plans = [
+        plan_evaluation(
+            make_source,
+            rules,
+            source=source,
+            checkpoint=checkpoint,
+            manifest=stored,
+            shots=shots or (),
+            ways=ways,
+            fusions=FUSIONS if "all" in fusions else fusions,
+            data_options=parse_data_options(data_options),
+            device=pick_device(device, address),
+            **tested,
+        )
+        for checkpoint in checkpoints or (None,)
+    ]
+    if ways is not None or plans[0].protocol.several:
+        if len(plans) > 1:
+            raise click.UsageError("N-way episodes are for one --checkpoint at a time.")
+        return _evaluate_ways(plans[0], background, out, workers, address, as_json, quiet)
     if background is not None:
         raise click.UsageError("--background is for --ways.")
-    with open_runner(workers, address, plan.device) as runner, Progress("evaluate", "episodes", quiet) as progress:
-        result = stage(plan, runner=runner, on_event=progress.update)
-    classes = plan.source.index.classes
-    scored = [
+    return _evaluate_all(plans, files, checkpoints, workers, address, as_json, quiet)
+
+
+def _files(out: Path | None, checkpoints: Sequence[Path]) -> list[Path | None]:
+    """Where the rows of each checkpoint go: `out`, or files in it, named after the runs."""
+    if out is None or len(checkpoints) < 2:
+        return [out] * max(1, len(checkpoints))
+    if out.is_file():
+        raise click.UsageError(f"{out} is a file; the rows of several checkpoints go into a folder.")
+    names: list[str] = []
+    for checkpoint in checkpoints:
+        whole = checkpoint.absolute()
+        base = name = whole.parent.name if whole.suffix == ".safetensors" else whole.name
+        number = 1
+        while name in names:
+            number += 1
+            name = f"{base}-{number}"
+        names.append(name)
+    return [out / f"{name}.parquet" for name in names]
+
+
+def _evaluate_all(
+    plans: Sequence[EvaluationPlan],
+    files: Sequence[Path | None],
+    checkpoints: Sequence[Path],
+    workers: int,
+    address: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> Any:
+    from pipeline.evaluate.stage import evaluate_to
+
+    outcomes = []
+    with open_runner(workers, address, plans[0].device) as runner, Progress("evaluate", "episodes", quiet) as progress:
+        for number, (plan, file) in enumerate(zip(plans, files, strict=True)):
+            if len(plans) > 1:
+                progress.say(f"{printable(checkpoints[number])}: {number + 1} of {len(plans)}, fold {plan.fold}")
+            outcomes.append(evaluate_to(plan, file, runner=runner, on_event=progress.update))
+    classes = plans[0].source.index.classes
+    reports = [
         {
-            **plain(scores),
-            "per_class": {classes[c]: value for c, value in scores.per_class.items()},
-            "episodes_per_class": {classes[c]: n for c, n in scores.episodes_per_class.items()},
+            "scores": [
+                {
+                    **plain(scores),
+                    "per_class": {classes[c]: value for c, value in scores.per_class.items()},
+                    "episodes_per_class": {classes[c]: n for c, n in scores.episodes_per_class.items()},
+                }
+                for scores in outcome.scores
+            ],
+            "facts": outcome.facts,
+            "rows": outcome.rows,
         }
-        for scores in result.scores
+        for outcome in outcomes
     ]
-    report = {"scores": scored, "facts": result.facts, "rows": out}
-    head = fact_lines(plan.protocol.lines())
-    printed = emit(report, f"{head}\n\n{_scores_text(result.scores, classes)}", as_json)
-    if out is not None:  # after the table: a disk that is full by now does not cost it
-        write_table(out, result.rows)
-    without = sum(count == 0 for count in result.scores[0].episodes_per_class.values())
-    for note in () if quiet else result.facts["notes"]:
+    head = fact_lines(plans[0].protocol.lines())
+    if len(plans) > 1:
+        each = [{"checkpoint": c, **report} for c, report in zip(checkpoints, reports, strict=True)]
+        named = [printable(checkpoint) for checkpoint in checkpoints]
+        text = _table_of_all(named, [plan.fold for plan in plans], [outcome.scores for outcome in outcomes])
+        printed = emit({"checkpoints": each}, f"{head}\n\n{text}", as_json)
+    else:
+        printed = emit(reports[0], f"{head}\n\n{_scores_text(outcomes[0].scores, classes)}", as_json)
+    notes = [*outcomes[0].facts["notes"]]
+    if without := sum(count == 0 for count in outcomes[0].scores[0].episodes_per_class.values()):
+        notes.append(f"{without} classes had no episode and count as 0. Use more --episodes.")
+    for note in () if quiet else notes:
         click.echo(f"Note: {note}", err=True)
-    if without and not quiet:
-        click.echo(f"Note: {without} classes had no episode and count as 0. Use more --episodes.", err=True)
     return printed
+
+
+def _table_of_all(names: Sequence[str], folds: Sequence[int], scores: Sequence[Sequence[Any]]) -> str:
+    """One line per checkpoint."""
+    head = ["", "fold"]
+    for some in scores[0]:
+        head += [f"{some.shots}-shot mIoU", "FB-IoU"]
+    rows = []
+    for name, fold, each in zip(names, folds, scores, strict=True):
+        figures = [text for some in each for text in (interval_text(some.miou_interval), f"{some.fb_iou:.1f}")]
+        rows.append([name, str(fold), *figures])
+    return f"{table(rows, head)}\n\nIn brackets: 95 % intervals. `hsnet analyze` puts folds together."
 
 
 def _evaluate_ways(
@@ -218,16 +301,13 @@ def _evaluate_ways(
     quiet: bool,
 ) -> Any:
     """The same for N classes per episode."""
-    from pipeline.common.files import write_table
     from pipeline.evaluate.nway import evaluate_ways
 
     with open_runner(workers, address, plan.device) as runner, Progress("evaluate", "episodes", quiet) as progress:
-        result = evaluate_ways(plan, background=background, runner=runner, on_event=progress.update)
+        result = evaluate_ways(plan, background=background, runner=runner, on_event=progress.update, out=out)
     head = fact_lines({**plan.protocol.lines(), "background": background_text(result.facts["background"])})
     text = f"{head}\n\n{ways_text(result.scores)}\n\n{EXPLAINED}"
     printed = emit({"scores": result.scores, "facts": result.facts, "rows": out}, text, as_json)
-    if out is not None:
-        write_table(out, result.rows)
     for note in () if quiet else result.facts["notes"]:
         click.echo(f"Note: {note}", err=True)
     return printed

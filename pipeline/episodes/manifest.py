@@ -22,7 +22,7 @@ WAYS_FORMAT = 2
 """Format of manifests whose episodes have several classes, or queries that show none of them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ListedEpisode:
     """One episode, photos by their ids."""
 

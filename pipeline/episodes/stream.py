@@ -17,7 +17,7 @@ from pipeline.common.philox import below, philox
 from pipeline.datasets.index import DatasetIndex, Split
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Episode:
     """One task: find what the supports show in the query. Image numbers point into `DatasetIndex.images`."""
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, overload
 
 from hsnet.errors import ConfigError, DataError
 from pipeline.common.machine import environment
@@ -34,6 +34,25 @@ READ_AHEAD = 1
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """The episodes of one manifest, and what they are tested for."""
+
+    seed: int
+    shots: tuple[int, ...]
+    """Results wanted: every K up to the episodes' own."""
+    manifests: Mapping[int, str]
+    """Number of shots -> digest of the episodes with so many supports."""
+    made: Mapping[str, Any]
+    """How the episodes were drawn."""
+    episodes: Sequence[Episode]
+
+    @property
+    def manifest(self) -> str:
+        """Digest of the episodes with the most supports."""
+        return self.manifests[max(self.shots)]
+
+
+@dataclass(frozen=True)
 class Block:
     """Episodes that one worker answers."""
 
@@ -41,10 +60,59 @@ class Block:
     """Number of its first episode."""
     episodes: tuple[Episode, ...]
     shots: tuple[int, ...]
-    """Results wanted: every K up to the episodes' own."""
     seed: int
-    manifests: dict[int, str]
-    """Number of shots -> digest of the episodes with so many supports."""
+    manifests: Mapping[int, str]
+
+    @property
+    def last(self) -> int:
+        """Number of the episode after its last one."""
+        return self.first + len(self.episodes)
+
+    @property
+    def manifest(self) -> str:
+        """Digest of its test's episodes with the most supports."""
+        return self.manifests[max(self.shots)]
+
+
+class Blocks(Sequence[Block]):
+    """Tests cut into blocks of fixed size, whatever the workers; a block is made when it is asked for.
+
+    Args:
+        answered: (manifest, first, last): blocks in these ranges of episodes are left out.
+    """
+
+    def __init__(self, tests: Sequence[Drawn], answered: Iterable[tuple[str, int, int]] = ()) -> None:
+        self.tests = tests
+        done = {(manifest, start) for manifest, first, last in answered for start in range(first, last, BLOCK)}
+        self.starts = [
+            (number, start)
+            for number, test in enumerate(tests)
+            for start in range(0, len(test.episodes), BLOCK)
+            if (test.manifest, start) not in done
+        ]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @overload
+    def __getitem__(self, place: int) -> Block: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[Block]: ...
+
+    def __getitem__(self, place: int | slice) -> Block | list[Block]:
+        if isinstance(place, slice):
+            return [self._block(*start) for start in self.starts[place]]
+        return self._block(*self.starts[place])
+
+    def _block(self, number: int, start: int) -> Block:
+        test = self.tests[number]
+        return Block(start, tuple(test.episodes[start : start + BLOCK]), test.shots, test.seed, test.manifests)
+
+    @property
+    def episodes(self) -> int:
+        """Episodes in all blocks."""
+        return sum(min(BLOCK, len(self.tests[number].episodes) - start) for number, start in self.starts)
 
 
 class Loaded(Protocol):
@@ -54,6 +122,7 @@ class Loaded(Protocol):
 
 
 T = TypeVar("T")
+R = TypeVar("R")
 L = TypeVar("L", bound=Loaded)
 Rows = list[dict[str, Any]]
 
@@ -92,7 +161,7 @@ def fusions_of(plan: EvaluationPlan) -> tuple[str, ...]:
 
 
 def facts_of(
-    plan: EvaluationPlan, index: DatasetIndex, fusions: Sequence[str], manifests: Sequence[PlannedTest]
+    plan: EvaluationPlan, index: DatasetIndex, fusions: Sequence[str], tests: Sequence[Drawn]
 ) -> dict[str, Any]:
     """What was evaluated and how, as it is stored with the rows."""
     source, protocol, method = plan.source, plan.protocol, plan.method
@@ -103,14 +172,12 @@ def facts_of(
         "dataset": index.name,
         "fold": plan.fold,
         "role": protocol.role,
-        "shots": sorted({k for planned in manifests for k in planned.shots}),
-        "seeds": sorted({planned.seed for planned in manifests}),
+        "shots": sorted({k for test in tests for k in test.shots}),
+        "seeds": sorted({test.seed for test in tests}),
         "fusions": list(fusions),
         "classes": {str(class_id): index.classes[class_id] for class_id in class_ids},
         "manifests": {
-            planned.manifest.first(k).digest: {"shots": k, "seed": planned.seed, **planned.manifest.made}
-            for planned in manifests
-            for k in planned.shots
+            test.manifests[k]: {"shots": k, "seed": test.seed, **test.made} for test in tests for k in test.shots
         },
         "protocol": protocol.to_dict(),
         "protocol_digest": protocol.digest,
@@ -132,14 +199,11 @@ def facts_of(
     }
 
 
-def blocks_of(planned: PlannedTest, index: DatasetIndex, skipped: Sequence[int]) -> list[Block]:
-    """A test's episodes in blocks of fixed size, whatever the workers."""
-    drawn = episodes_in(planned.manifest, index, skipped)
-    digests = {k: planned.manifest.first(k).digest for k in planned.shots}
-    return [
-        Block(first, tuple(drawn[first : first + BLOCK]), planned.shots, planned.seed, digests)
-        for first in range(0, len(drawn), BLOCK)
-    ]
+def drawn(planned: PlannedTest, index: DatasetIndex, skipped: Sequence[int]) -> Drawn:
+    """A test's episodes, without the names that its manifest has for them. Raises as `episodes_in`."""
+    manifest = planned.manifest
+    digests = {k: manifest.first(k).digest for k in planned.shots}
+    return Drawn(planned.seed, planned.shots, digests, manifest.made, episodes_in(manifest, index, skipped))
 
 
 def step(block: Block) -> int:
@@ -147,58 +211,69 @@ def step(block: Block) -> int:
     return max(1, BLOCK // sum(len(supports) for _, supports in block.episodes[0].classes))
 
 
-def asked_of(shots: Sequence[int], fusions: Sequence[str]) -> tuple[tuple[int, ...], int]:
-    """What a segmenter is asked for these numbers of shots and fusions: `joint` and `alone` of `Segmenter.answer`."""
-    joint = tuple(k for k in shots if k > 1) if "joint" in fusions else ()
-    return joint, max((k for k in shots if set(fusions) != {"joint"}), default=1)
+def runs_of(blocks: Sequence[Block]) -> Iterator[list[int]]:
+    """Places of blocks that follow each other in one test."""
+    run: list[int] = []
+    for place, block in enumerate(blocks):
+        if run and (block.manifest != blocks[place - 1].manifest or block.first != blocks[place - 1].last):
+            yield run
+            run = []
+        run.append(place)
+    if run:
+        yield run
 
 
 def answered(
     plan: EvaluationPlan,
-    blocks: Sequence[Block],
+    blocks: Blocks,
     load: Callable[[FeatureSource, Sequence[Episode]], L],
     part_rows: Callable[[Segmenter, L, Sequence[Episode], Block, DatasetIndex], Rows],
+    keep_rows: Callable[[Sequence[Block], Rows], R],
     runner: Runner | None = None,
     on_event: Callable[[int, int], None] | None = None,
-) -> Rows:
-    """The rows of all blocks, in any order.
+    before: int = 0,
+) -> Iterator[R]:
+    """What is kept of the rows of all blocks, in any order, as it is answered.
 
     Args:
         load: reads episodes that are answered together; `part_rows` answers them, once they are on the plan's device,
-            and numbers its rows' episodes from 0. Both must be picklable for Ray.
+            and numbers its rows' episodes from 0; `keep_rows` is called where that was done with blocks that follow
+            each other in one test, and what it returns is yielded. All must be picklable for Ray.
         runner: where; in this process by default.
         on_event: called with (episodes done, episodes in all).
-
-    Raises:
-        DataError: the head compares with a support's background, and a support shows none.
+        before: episodes that were answered by an earlier call, and count as done.
     """
-    source, total = plan.source, sum(len(block.episodes) for block in blocks)
-    if (head := plan.method.head) is not None and head.background:
-        episodes = [episode for block in blocks for episode in block.episodes]
-        supports = {(image, class_id) for episode in episodes for class_id, some in episode.classes for image in some}
-        require_background(source, supports, str(plan.method.facts["name"]))
+    source, done = plan.source, before
+    total = before + blocks.episodes
     images = {image for block in blocks for episode in block.episodes for image in episode.photos}
     # Of the plan, workers are sent only what they need: not the source that is open here.
     make_segmenter, make_source = plan.method.make, plan.make_source or (lambda: source)
     resident, device = plan.resident, plan.device
 
-    def make_worker() -> Callable[[Sequence[Block]], tuple[Rows, float]]:
+    def make_worker() -> Callable[[Sequence[Block]], tuple[list[R], float]]:
         segmenter, source = make_segmenter(), keep(make_source(), images, resident, device)
-        return lambda blocks: _rows(segmenter, source, blocks, load, part_rows, device)
+
+        def work(blocks: Sequence[Block]) -> tuple[list[R], float]:
+            rows, seconds = _rows(segmenter, source, blocks, load, part_rows, device)
+            kept = [
+                keep_rows([blocks[place] for place in run], [row for place in run for row in rows[place]])
+                for run in runs_of(blocks)
+            ]
+            return kept, seconds
+
+        return work
 
     runner = runner or SerialRunner()
-    rows: Rows = []
-    done, took = 0, [0.0]
+    took = [0.0]
     if on_event:
-        on_event(0, total)  # so that the rate shown counts from here
+        on_event(done, total)  # so that the rate shown counts from here
     groups = in_groups(blocks, lambda: took[-1] or None, TASK_SECONDS, runner.workers)
-    for group, (group_rows, seconds) in runner.map(make_worker, groups):
-        rows += group_rows
-        took.append(seconds)
+    for group, (kept, seconds) in runner.map(make_worker, groups):
+        yield from kept
+        took[0] = seconds
         done += sum(len(block.episodes) for block in group)
         if on_event:
             on_event(done, total)
-    return rows
 
 
 def _rows(
@@ -208,18 +283,18 @@ def _rows(
     load: Callable[[FeatureSource, Sequence[Episode]], L],
     part_rows: Callable[[Segmenter, L, Sequence[Episode], Block, DatasetIndex], Rows],
     device: str,
-) -> tuple[Rows, float]:
-    """(rows of the blocks' episodes, seconds per block); the next episodes are read while these are predicted."""
+) -> tuple[list[Rows], float]:
+    """(rows of each block, seconds per block); the next episodes are read while these are predicted."""
     started = time.monotonic()
     # Cut alike however blocks are grouped: episodes that are predicted together could tell by their last bits.
-    parts = [(block, start) for block in blocks for start in range(0, len(block.episodes), step(block))]
-    reads = (block.episodes[start : start + step(block)] for block, start in parts)
-    rows: Rows = []
+    parts = [(place, start) for place, b in enumerate(blocks) for start in range(0, len(b.episodes), step(b))]
+    reads = (blocks[place].episodes[start : start + step(blocks[place])] for place, start in parts)
+    rows: list[Rows] = [[] for _ in blocks]
     with closing(read_ahead(partial(load, source), reads, READ_AHEAD, "prefetch")) as loaded:
-        for (block, start), (episodes, batch) in zip(parts, loaded, strict=True):
-            began = time.monotonic()
+        for (place, start), (episodes, batch) in zip(parts, loaded, strict=True):
+            block, began = blocks[place], time.monotonic()
             part = part_rows(segmenter, batch.to(device), episodes, block, source.index)
             seconds = (time.monotonic() - began) / len(episodes)
             for row in part:
-                rows.append({**row, "episode": block.first + start + row["episode"], "seconds": seconds})
+                rows[place].append({**row, "episode": block.first + start + row["episode"], "seconds": seconds})
     return rows, (time.monotonic() - started) / len(blocks)

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,22 +21,15 @@ from torch import Tensor
 from hsnet.errors import ConfigError
 from hsnet.model import resize_logits
 from hsnet.ways import best_score, confusion, label_map, tried_counts
+from pipeline.common.files import read_table
 from pipeline.common.runner import Runner
 from pipeline.datasets.index import DatasetIndex
 from pipeline.episodes.drawing import PlannedTest, make, of_protocol
-from pipeline.episodes.protocols import FUSIONS, Policy
+from pipeline.episodes.protocols import Policy
 from pipeline.episodes.stream import Episode
-from pipeline.evaluate.blocks import (
-    Block,
-    Rows,
-    answered,
-    asked_of,
-    blocks_of,
-    facts_of,
-    fusions_of,
-    index_of,
-    skipped_in,
-)
+from pipeline.evaluate.blocks import Block, Blocks, Rows, answered, drawn, facts_of, fusions_of, index_of, skipped_in
+from pipeline.evaluate.keeping import Keeping, decided_by, keep_answers, same_in_all
+from pipeline.evaluate.parts import Part, PartFolder, in_order, part_folder, write_rows
 from pipeline.evaluate.plan import EvaluationPlan, require_ways
 from pipeline.evaluate.stage import Rules, combined
 from pipeline.heads.segmenters import Answers, Segmenter
@@ -78,6 +72,7 @@ def evaluate_ways(
     background: float | str | None = None,
     runner: Runner | None = None,
     on_event: Callable[[int, int], None] | None = None,
+    out: Path | None = None,
 ) -> WaysEvaluation:
     """Predict the N-way episodes of a plan and score them.
 
@@ -86,6 +81,7 @@ def evaluate_ways(
         background: the background's score, on the scale of the head's margins (foreground minus background logit);
             "fit" fits it (`fit_background`). None: 0 for one class, "fit" for several.
         runner, on_event: as for `pipeline.evaluate.stage.evaluate`; the fit's episodes count too.
+        out: a file of rows, made by parts as by `pipeline.evaluate.stage.evaluate_to`; scores are made of it then.
 
     Raises:
         ConfigError: more ways than the fold has classes, or than its training classes for a fit; and what `evaluate`
@@ -99,10 +95,10 @@ def evaluate_ways(
     manifests = list(plan.manifests) or of_protocol(protocol, index, plan.fold, skipped)
     for planned in manifests:
         require_ways(planned.manifest, protocol.ways)
-    blocks = [block for planned in manifests for block in blocks_of(planned, index, skipped)]
+    tests = [drawn(planned, index, skipped) for planned in manifests]
     fitting = protocol.ways > 1 if background is None else background == "fit"
     extra = FITTED_ON if fitting else 0
-    total = extra + sum(len(block.episodes) for block in blocks)
+    total = extra + sum(len(test.episodes) for test in tests)
     if fitting:
         chosen = fit_background(plan, runner=runner, on_event=on_event and (lambda done, _: on_event(done, total)))
     else:
@@ -110,18 +106,29 @@ def evaluate_ways(
     rules = Rules(plan.fold, fusions, protocol, plan.dataset, plan.device)
     make_rows = partial(_part_rows, rules=rules, background=chosen.score)
     event = on_event and (lambda done, _: on_event(extra + done, total))
-    rows = answered(plan, blocks, load_ways, make_rows, runner, event)
-    rows.sort(key=lambda row: (row["shots"], FUSIONS.index(row["fusion"]), row["seed"], row["episode"]))
     facts = {
-        **facts_of(plan, index, fusions, manifests),
+        **facts_of(plan, index, fusions, tests),
         "ways": protocol.ways,
         "background": {"score": chosen.score, "fit": chosen.fit},
     }
-    import pyarrow as pa
+    columns = schema().with_metadata({METADATA: json.dumps(facts, sort_keys=True)})
 
-    same = {"store": facts["store"], "checkpoint": facts["checkpoint"]}
-    table = pa.Table.from_pylist([{**row, **same} for row in rows], schema=schema())
-    table = table.replace_schema_metadata({METADATA: json.dumps(facts, sort_keys=True)})
+    def run(folder: PartFolder | None) -> list[Part]:
+        keeping = Keeping(schema(), same_in_all(facts), folder.writer if folder else None, True, None)
+        return keep_answers(
+            plan, tests, load_ways, make_rows, keeping, folder=folder, runner=runner, on_event=event
+        )  # fmt: skip
+
+    if out is None:
+        import pyarrow as pa
+
+        table = pa.concat_tables(in_order(run(None), tests, fusions)).cast(columns)
+        table = table.unify_dictionaries().combine_chunks()
+    else:
+        with part_folder(out, decided_by(plan, facts, schema())) as folder:
+            write_rows(out, in_order(run(folder), tests, fusions), columns)
+            folder.remove()
+        table = read_table(out)
     results = of_table(None, table, facts)
     scores = score_ways([results], policies=[protocol.policy], fusions=[protocol.fusion])
     return WaysEvaluation(table, tuple(scores), facts, chosen)
@@ -153,10 +160,10 @@ def fit_background(
             f"The background's score cannot be fitted on the training classes: {error} Or give it: --background 0."
         ) from error
     class_ids = sorted({class_id for row in manifest.rows for class_id, _ in row.classes})
-    blocks = blocks_of(PlannedTest((1,), seed, manifest), index, skipped)
+    blocks = Blocks([drawn(PlannedTest((1,), seed, manifest), index, skipped)])
     made = partial(_fit_rows, places={class_id: place for place, class_id in enumerate(class_ids)})
-    rows = answered(replace(plan, dataset=None), blocks, load_ways, made, runner, on_event)
-    counts = torch.stack([row["counts"] for row in rows]).sum(0)
+    counted = answered(replace(plan, dataset=None), blocks, load_ways, made, _summed, runner, on_event)
+    counts = torch.stack(list(counted)).sum(0)
     score, miou = best_score(counts)
     return Background(score, {**choices, "fold": plan.fold, "seed": seed, "manifest": manifest.digest, "miou": miou})
 
@@ -176,6 +183,10 @@ def _fit_rows(
     rows = torch.tensor([[places[c] for c, _ in episode.classes] for episode in episodes], device=device)
     counts = tried_counts(margins, _order(episodes, device), batch.truth, rows, len(places), batch.batch.ignore)
     return [{"episode": 0, "counts": counts.cpu()}]
+
+
+def _summed(blocks: Sequence[Block], rows: Rows) -> Tensor:
+    return torch.stack([row["counts"] for row in rows]).sum(0)
 
 
 def _part_rows(

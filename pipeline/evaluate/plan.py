@@ -74,6 +74,7 @@ def plan_evaluation(
     resident: str = "off",
     arithmetic: str = "float32",
     device: str = "cpu",
+    source: FeatureSource | None = None,
 ) -> EvaluationPlan:
     """Find out what is to be evaluated: the method, its fold, the episodes and the masks at the photos' own size.
 
@@ -92,6 +93,7 @@ def plan_evaluation(
         fusion: the headline's way, if somebody asked for one; None is the head's own or, without one, the protocol's.
         reader, data_root, splits, data_options: the data set behind the features, as `pipeline.datasets.open_dataset`
             takes it, for scores at original size. By default only shapes, which need no folder, are opened.
+        source: what `make_source` opens, if it was opened before.
 
     Raises:
         ConfigError: a data set whose reader is not known, a fusion that the head has not, or what `open_dataset`,
@@ -101,7 +103,7 @@ def plan_evaluation(
     """
     if manifest is not None and ways is not None:
         require_ways(manifest, ways)
-    source = make_source()
+    source = source or make_source()
     data_root = data_root and data_root.absolute()  # a worker on another machine has another working directory
     dataset = _full_size(source.index, reader, data_root, splits and splits.absolute(), data_options or {})
     index = None

@@ -13,9 +13,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hsnet.errors import ConfigError, DataError
@@ -26,9 +29,11 @@ from pipeline.common.runner import Runner
 from pipeline.datasets.index import DatasetIndex
 from pipeline.episodes.drawing import of_protocol
 from pipeline.episodes.manifest import MANIFEST_FORMAT
-from pipeline.episodes.protocols import FUSIONS, Policy, Protocol
+from pipeline.episodes.protocols import Policy, Protocol
 from pipeline.episodes.stream import Episode
-from pipeline.evaluate.blocks import Block, answered, asked_of, blocks_of, facts_of, fusions_of, index_of, skipped_in
+from pipeline.evaluate.blocks import Block, Drawn, drawn, facts_of, fusions_of, index_of, skipped_in
+from pipeline.evaluate.keeping import Keeping, Tally, decided_by, keep_answers, same_in_all
+from pipeline.evaluate.parts import Part, PartFolder, in_order, part_folder, write_rows
 from pipeline.evaluate.plan import EvaluationPlan
 from pipeline.heads.segmenters import Answers, Segmenter
 from pipeline.loading.batch import EpisodeBatch, load_batch
@@ -72,6 +77,15 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """The scores of an evaluation whose rows are in a file, or were not wanted."""
+
+    scores: tuple[Scores, ...]
+    facts: Mapping[str, Any]
+    rows: Path | None
+
+
+@dataclass(frozen=True)
 class Rules:
     """How answers become rows."""
 
@@ -86,7 +100,7 @@ class Rules:
 def evaluate(
     plan: EvaluationPlan, *, runner: Runner | None = None, on_event: Callable[[int, int], None] | None = None
 ) -> Evaluation:
-    """Predict the episodes of a plan and score them.
+    """Predict the episodes of a plan and score them; all rows are kept in memory. See `evaluate_to` for many episodes.
 
     Args:
         runner: where; in this process by default.
@@ -97,36 +111,108 @@ def evaluate(
             a fusion that the segmenter cannot do.
         DataError: a manifest or `dataset` of other data.
     """
-    protocol, index, fusions = plan.protocol, index_of(plan), fusions_of(plan)
-    if protocol.several:
-        raise ConfigError(
-            f"{protocol.ways}-way episodes, {100 * protocol.absent:g} % of them with none of their classes shown, are "
-            f"evaluated by pipeline.evaluate.nway (`hsnet evaluate --ways`). Nothing was computed."
-        )
-    rules = Rules(plan.fold, fusions, protocol, plan.dataset, plan.device)
-    skipped = skipped_in(plan)
-    manifests = list(plan.manifests) or of_protocol(protocol, index, plan.fold, skipped)
-    for planned in manifests:
-        if planned.manifest.format != MANIFEST_FORMAT:
-            raise DataError(
-                f"The manifest holds {planned.manifest.ways}-way episodes, {planned.manifest.absent:,} of them with no "
-                f"class shown; the protocol asks for 1-way ones. Give --ways {planned.manifest.ways}, or another "
-                f"manifest. Nothing was computed."
-            )
-    blocks = [block for planned in manifests for block in blocks_of(planned, index, skipped)]
-    rows = answered(plan, blocks, load_batch, partial(_part_rows, rules=rules), runner, on_event)
-    rows.sort(  # blocks come in any order
-        key=lambda row: (row["shots"], FUSIONS.index(row["fusion"]), row["seed"], row["episode"])
-    )
-    facts = facts_of(plan, index, fusions, manifests)
     import pyarrow as pa
 
-    same = {"store": facts["store"], "checkpoint": facts["checkpoint"]}
-    table = pa.Table.from_pylist([{**row, **same} for row in rows], schema=schema())
-    table = table.replace_schema_metadata({METADATA: json.dumps(facts, sort_keys=True)})
-    class_ids = index.split(plan.fold, protocol.role).class_ids
-    scores = tuple(score(table, k, class_ids, protocol.policy, protocol.fusion) for k in facts["shots"])
-    return Evaluation(table, scores, facts)
+    work = _Work.of(plan)
+    parts = work.run(runner, on_event, in_memory=True)
+    table = pa.concat_tables(in_order(parts, work.tests, work.fusions)).cast(work.schema)
+    return Evaluation(table.unify_dictionaries().combine_chunks(), work.scores(), work.facts)
+
+
+def evaluate_to(
+    plan: EvaluationPlan,
+    out: Path | None,
+    *,
+    runner: Runner | None = None,
+    on_event: Callable[[int, int], None] | None = None,
+) -> Outcome:
+    """As `evaluate`, with the rows in a file; in memory are 20 bytes per episode and number of shots, and the episodes.
+
+    Workers write parts into `OUT.parts/` (`pipeline.evaluate.parts`), from which the next call with the same plan goes
+    on if this one ends early. The rows are those of `evaluate`, in its order, whatever was interrupted; `seconds` are
+    as measured.
+
+    Args:
+        out: file of rows; None keeps none.
+
+    Raises:
+        ConfigError, DataError: as `evaluate`; there are parts of another evaluation, or the disk refuses.
+    """
+    work = _Work.of(plan)
+    if out is None:
+        work.run(runner, on_event)
+        return Outcome(work.scores(), work.facts, None)
+    with part_folder(out, decided_by(plan, work.facts, schema())) as folder:
+        parts = work.run(runner, on_event, folder)
+        scores = work.scores()
+        write_rows(out, in_order(parts, work.tests, work.fusions), work.schema)
+        folder.remove()
+    return Outcome(scores, work.facts, out)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A plan that was looked through: its episodes and what is said of them."""
+
+    plan: EvaluationPlan
+    tests: tuple[Drawn, ...]
+    fusions: tuple[str, ...]
+    facts: Mapping[str, Any]
+    tally: Tally
+
+    @classmethod
+    def of(cls, plan: EvaluationPlan) -> _Work:
+        protocol, index, fusions = plan.protocol, index_of(plan), fusions_of(plan)
+        if protocol.several:
+            raise ConfigError(
+                f"{protocol.ways}-way episodes, {100 * protocol.absent:g} % of them with none of their classes shown, "
+                f"are evaluated by pipeline.evaluate.nway (`hsnet evaluate --ways`). Nothing was computed."
+            )
+        skipped = skipped_in(plan)
+        manifests = list(plan.manifests) or of_protocol(protocol, index, plan.fold, skipped)
+        for planned in manifests:
+            if planned.manifest.format != MANIFEST_FORMAT:
+                raise DataError(
+                    f"The manifest holds {planned.manifest.ways}-way episodes, {planned.manifest.absent:,} of them "
+                    f"with no class shown; the protocol asks for 1-way ones. Give --ways {planned.manifest.ways}, or "
+                    f"another manifest. Nothing was computed."
+                )
+        tests = tuple(drawn(planned, index, skipped) for planned in manifests)
+        return cls(plan, tests, fusions, facts_of(plan, index, fusions, tests), Tally(tests))
+
+    @property
+    def schema(self) -> pa.Schema:
+        return schema().with_metadata({METADATA: json.dumps(self.facts, sort_keys=True)})
+
+    def run(
+        self,
+        runner: Runner | None,
+        on_event: Callable[[int, int], None] | None,
+        folder: PartFolder | None = None,
+        in_memory: bool = False,
+    ) -> list[Part]:
+        plan, protocol = self.plan, self.plan.protocol
+        rules = Rules(plan.fold, self.fusions, protocol, plan.dataset, plan.device)
+        headline = protocol.policy, protocol.fusion
+        keeping = Keeping(schema(), same_in_all(self.facts), folder.writer if folder else None, in_memory, headline)
+        return keep_answers(
+            plan,
+            self.tests,
+            load_batch,
+            partial(_part_rows, rules=rules),
+            keeping,
+            folder=folder,
+            tally=self.tally,
+            runner=runner,
+            on_event=on_event,
+        )
+
+    def scores(self) -> tuple[Scores, ...]:
+        class_ids = index_of(self.plan).split(self.plan.fold, self.plan.protocol.role).class_ids
+        return tuple(
+            _scores(k, self.tally.classes[k], self.tally.counts[k].reshape(-1, 2, 2).astype(np.int64), class_ids)
+            for k in self.facts["shots"]
+        )
 
 
 def score(
@@ -136,19 +222,25 @@ def score(
     import pyarrow.compute as pc
 
     chosen = rows.filter(pc.and_(pc.equal(rows["shots"], shots), pc.equal(rows["fusion"], fusion)))
-    classes, counts = chosen["class_id"].to_pylist(), episode_counts(chosen, policy)
-    totals = sum_by_class(torch.from_numpy(counts), classes, class_ids)
-    drawn_again = resample(counts[None], classes, class_ids)
+    return _scores(shots, chosen["class_id"].to_numpy(), episode_counts(chosen, policy), class_ids)
+
+
+def _scores(
+    shots: int, classes: NDArray[np.integer[Any]], counts: NDArray[np.int64], class_ids: Sequence[int]
+) -> Scores:
+    """The same from class ids (n,) and counts (n, 2, 2)."""
+    totals = sum_by_class(torch.from_numpy(counts), classes.tolist(), class_ids)
+    drawn_again = resample(counts[None], classes.astype(np.int64), class_ids)
     miou, fb_iou = mean_iou(totals), foreground_background_iou(totals)
     return Scores(
         shots,
-        len(chosen),
+        len(classes),
         miou,
         interval(miou, drawn_again.miou()[1][:, 0]),
         fb_iou,
         interval(fb_iou, drawn_again.fb_iou()[1][:, 0]),
         dict(zip(class_ids, class_iou(totals).tolist(), strict=True)),
-        {class_id: classes.count(class_id) for class_id in class_ids},
+        {class_id: int((classes == class_id).sum()) for class_id in class_ids},
     )
 
 
