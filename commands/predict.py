@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
 from commands.groups import Failure, on_interrupt
-from commands.options import ANY_PATH, common_options, device_option, options, weights_option
-from commands.steps import emit, pick_device
+from commands.options import (
+    ANY_PATH,
+    address_option,
+    common_options,
+    device_option,
+    options,
+    weights_option,
+    workers_option,
+)
+from commands.steps import emit, pick_device, require_ray
 from commands.terminal import Progress, set_up_logging
 from pipeline.common.text import printable, time_text
 from pipeline.episodes.protocols import FUSIONS
+
+LISTED = 1000
+"""With more photos there is no line for each on the screen, only in the file of results."""
+
+STORE_BYTES = 512 << 20
+"""Photos at network size and masks wait here for their next stage."""
 
 
 @click.command(short_help="Masks of new photos from a few examples.")
@@ -49,14 +67,18 @@ from pipeline.episodes.protocols import FUSIONS
     show_default=True,
     help="Share of votes, or probability, from which a pixel is object: higher marks less.",
 )
-@options(weights_option, device_option)
+@click.option("--no-overlay", is_flag=True, help="Masks only.")
+@options(weights_option, workers_option, address_option, device_option)
 @common_options
 def predict(
     checkpoint_path: Path,
     supports: tuple[str, ...],
     queries: tuple[Path, ...],
     out: Path,
+    no_overlay: bool,
     weights: str | None,
+    workers: int,
+    address: str | None,
     device: str,
     as_json: bool,
     quiet: bool,
@@ -65,44 +87,74 @@ def predict(
     """Find the supports' object in new photos: a mask (PNG) and an overlay of each. No store is needed.
 
     In a mask everything that is not 0 is object; with soft edges, 128 and above. A photo that cannot be read is
-    reported, the others are done, and the exit code is 1.
+    reported, the others are done, and the exit code is 1. Masks that are there, made with the same head, supports and
+    settings, are kept: the same command goes on after an interruption.
 
     \b
     Example:
       hsnet predict --checkpoint runs/voc-0 --support cup.jpg:cup.png --query photos/ --out masks/
     """
     set_up_logging(quiet)
-    on_interrupt("The masks written so far are whole.")
+    on_interrupt("The masks written so far are whole: give the same command again to go on.")
     from pipeline import predict as stage
     from pipeline.datasets.own_support import parse_support
+    from pipeline.datasets.queries import list_queries
     from pipeline.features.weights import load_weights
     from pipeline.heads.checkpoint import load_checkpoint
 
     pairs = [parse_support(text) for text in supports]
     loaded = load_checkpoint(checkpoint_path)
     own = weights is None and loaded.info.finetuned
-    photos = stage.list_queries(queries)
-    with Progress("predict", "photos", quiet) as progress:
+    on_ray = workers > 0 or address is not None
+    # A worker on another machine has another working directory.
+    photos = list_queries([query.absolute() for query in queries] if on_ray else queries)
+    chosen = pick_device(device, address)
+    with _pipe(workers, address, chosen) as pipe, Progress("predict", "photos", quiet) as progress:
         summary = stage.predict(
             loaded,
             loaded.backbone_weights() if own else load_weights(loaded.recipe.backbone, weights),
             pairs,
             photos,
-            out,
-            device=pick_device(device),
+            out.absolute() if on_ray else out,
+            overlay=not no_overlay,
+            device=chosen,
+            pipe=pipe,
             on_event=progress.update,
             **fused,
         )
+    few = len(photos) <= LISTED
+    done = summary.photos - summary.unusable
     lines = [
         f"{printable(item.mask)}  {100 * item.object_share:.1f} % of {printable(item.query)}"
-        for item in summary.written
+        for item in (summary.written if few else ())
     ]
+    there = f", {summary.kept} of them there before" if summary.kept else ""
     lines.append(
-        f"{len(summary.written)} of {len(photos)} photos, {summary.shots}-shot, {time_text(summary.seconds)}: "
-        f"masks and overlays in {printable(out)}"
+        f"{done} of {len(photos)} photos{there}, {summary.shots}-shot, {time_text(summary.seconds)}: "
+        f"masks{'' if no_overlay else ' and overlays'} in {printable(out)}"
     )
-    result = emit(summary, "\n".join(lines), as_json)
-    if summary.failed:
-        names = ", ".join(printable(path) for path, _ in summary.failed)
-        raise Failure(f"{len(summary.failed)} of {len(photos)} photos could not be used: {names}")
+    if not few:
+        lines.append(f"A line per photo: {printable(summary.results)}")
+    report = dataclasses.asdict(summary) | ({"written": summary.written, "failed": summary.failed} if few else {})
+    result = emit(report, "\n".join(lines), as_json)
+    if summary.unusable:
+        names = ", ".join(printable(path) for path, _ in summary.failed[:LISTED])
+        raise Failure(f"{summary.unusable} of {len(photos)} photos could not be used: {names}")
     return result
+
+
+@contextlib.contextmanager
+def _pipe(workers: int, address: str | None, device: str) -> Iterator[Any]:
+    """What does the work: this process, or a pipeline on Ray."""
+    from pipeline.predict import in_process
+
+    if workers == 0 and address is None:
+        yield in_process
+        return
+    require_ray(workers, address, device)
+    from cluster.predict import RayPipe
+    from cluster.session import cpus, session
+
+    # Beside the models at least one CPU decodes and encodes.
+    with session(address or "local", num_cpus=max(workers + 1, os.cpu_count() or 1), object_store_bytes=STORE_BYTES):
+        yield RayPipe(workers or max(1, cpus() // 2), gpus=1 if device.startswith("cuda") else 0)
