@@ -6,7 +6,7 @@
 Stages, each a command of its name. A stage is a function that returns a result and prints nothing:
 
 prepare     class-number masks from official sources that come without them
-plan        bytes, seconds per stage and what fits into memory, told before anything is made
+plan        bytes, seconds per stage, what fits and from when a store pays, told before anything is made
 extract     the backbone once over every photo, its features into a store
 train       a head on episodes of a store, with exact resume
 sweep       many configurations, each trained where it needs to be, tested and kept

@@ -343,13 +343,18 @@ def predict(
     work = Work(checkpoint, weights, read, fusion, tau, str(device), digest)
     out_dir.mkdir(parents=True, exist_ok=True)
     results = out_dir / RESULTS
-    results.unlink(missing_ok=True)  # a link is replaced, not followed
+    kept, unusable = write_results(pipe(work, tasks_of(queries, out_dir, overlay)), results, len(queries), on_event)
+    return PredictSummary(results, len(queries), kept, unusable, len(supports), time.monotonic() - started)
+
+
+def write_results(
+    found: Iterator[Result], path: Path, photos: int, on_event: Callable[[int, int], None] | None = None
+) -> tuple[int, int]:
+    """Write a line per result as it comes, and keep none; returns how many were kept and how many unusable."""
+    path.unlink(missing_ok=True)  # a link is replaced, not followed
     done = kept = unusable = 0
-    with (
-        results.open("x", encoding="utf-8") as lines,
-        closing(_of(pipe(work, _tasks(queries, out_dir, overlay)))) as all_done,
-    ):
-        for result in all_done:
+    with path.open("x", encoding="utf-8") as lines, closing(_of(found)) as results:
+        for result in results:
             done += 1
             kept += result.kept
             if result.error:
@@ -358,8 +363,8 @@ def predict(
             lines.write(json.dumps(_line(result)) + "\n")
             lines.flush()
             if on_event:
-                on_event(done, len(queries))
-    return PredictSummary(results, len(queries), kept, unusable, len(supports), time.monotonic() - started)
+                on_event(done, photos)
+    return kept, unusable
 
 
 def _of(results: Iterator[Result]) -> Generator[Result, None, None]:
@@ -367,7 +372,8 @@ def _of(results: Iterator[Result]) -> Generator[Result, None, None]:
     yield from results
 
 
-def _tasks(queries: Sequence[Path], out_dir: Path, overlay: bool) -> Iterator[Task]:
+def tasks_of(queries: Sequence[Path], out_dir: Path, overlay: bool) -> Iterator[Task]:
+    """Photos and where their masks go, one by one."""
     for query, name in zip(queries, names_of(queries), strict=True):
         folder = out_dir / subfolder(name, len(queries))
         yield Task(query, folder / f"{name}{_MASK}", folder / f"{name}{_OVERLAY}" if overlay else None)
@@ -377,7 +383,7 @@ def subfolder(name: str, photos: int) -> str:
     """Where outputs of a name go among so many photos: "" for few; otherwise one of 256, or of 65,536, by its digest.
 
     >>> subfolder("dog", 4), subfolder("dog", 100_000), subfolder("dog", 100_000_000)
-    ('', '2d', '2d9c')
+    ('', 'cd', 'cd63')
     """
     digits = 0 if photos <= PER_FOLDER else 2 if photos <= 100 * PER_FOLDER else 4
     return hashlib.sha256(name.encode()).hexdigest()[:digits]

@@ -21,7 +21,7 @@ from pipeline.heads import catalogue
 from pipeline.heads.checkpoint import load_checkpoint
 from pipeline.heads.config import RunConfig
 from pipeline.loading.source import OnlineSource, StoreSource
-from pipeline.plan import measure_costs
+from pipeline.plan.costs import measure_costs
 from pipeline.predict import predict
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.recompute import recompute

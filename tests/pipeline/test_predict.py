@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import tracemalloc
+import weakref
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,12 +22,23 @@ from hsnet.fusion import vote
 from hsnet.model import HSNet, predict_mask, resize_logits
 from pipeline.datasets.images import network_image, read_photo, resize_label
 from pipeline.datasets.own_support import read_support
-from pipeline.datasets.queries import list_queries, output_names
+from pipeline.datasets.queries import Queries, list_queries, output_names
 from pipeline.datasets.shapes import Shapes
 from pipeline.features.recipe import Recipe
 from pipeline.features.weights import Weights, load_weights
 from pipeline.heads.checkpoint import Checkpoint, CheckpointInfo, load_checkpoint, save_checkpoint
-from pipeline.predict import Predictor, predict
+from pipeline.predict import (
+    Predictor,
+    PredictSummary,
+    Result,
+    Task,
+    Work,
+    predict,
+    read_results,
+    subfolder,
+    tasks_of,
+    write_results,
+)
 
 SIZE = 64
 
@@ -263,3 +278,126 @@ def test_masks_beside_photos_are_no_queries(tmp_path: Path, caplog: pytest.LogCa
     assert [path.name for path in list_queries([tmp_path])] == ["1.jpg", "2.jpg", "photo.png"]
     assert "1 PNG files beside a photo of the same name taken as masks" in caplog.text
     assert list(list_queries([tmp_path / "1.png"])) == [tmp_path / "1.png"], "asked for by name"
+
+
+def run(checkpoint: Checkpoint, weights: Weights, photos: Path, out: Path, **how: Any) -> PredictSummary:
+    queries = [photos / "b.jpg", photos / "c.jpg"]
+    return predict(checkpoint, weights, [support(photos, "a")], queries, out, **how)
+
+
+def masks_in(out: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_ino for path in out.rglob("*_*") if path.is_file()}
+
+
+def test_what_is_there_is_kept_and_the_rest_made(
+    checkpoint: Checkpoint, weights: Weights, photos: Path, tmp_path: Path
+) -> None:
+    """A whole file is a new one (renamed into place), so its inode tells whether it was written again."""
+
+    class Killed(BaseException):
+        pass
+
+    def die(done: int, total: int) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        run(checkpoint, weights, photos, tmp_path, on_event=die)
+    before = masks_in(tmp_path)
+    assert set(before) == {"b_mask.png", "b_overlay.jpg"}
+    summary = run(checkpoint, weights, photos, tmp_path)
+    after = masks_in(tmp_path)
+    assert (summary.photos, summary.kept, summary.unusable) == (2, 1, 0)
+    assert {name: after[name] for name in before} == before
+    assert set(after) == {"b_mask.png", "b_overlay.jpg", "c_mask.png", "c_overlay.jpg"}
+    fresh = run(checkpoint, weights, photos, tmp_path / "fresh")
+    assert [item.object_share for item in summary.written] == [item.object_share for item in fresh.written]
+    assert run(checkpoint, weights, photos, tmp_path).kept == 2
+
+
+def test_masks_of_other_settings_are_made_anew(
+    checkpoint: Checkpoint, weights: Weights, photos: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "photos"
+    own.mkdir()
+    for path in photos.iterdir():
+        (own / path.name).write_bytes(path.read_bytes())
+    out = tmp_path / "out"
+    run(checkpoint, weights, own, out)
+    assert run(checkpoint, weights, own, out, tau=0.3, fusion="logits").kept == 0
+    assert run(checkpoint, weights, own, out, tau=0.3, fusion="logits").kept == 2
+    (out / "b_mask.png").write_bytes((out / "b_mask.png").read_bytes()[:30])  # not whole
+    (out / "c_overlay.jpg").unlink()
+    assert run(checkpoint, weights, own, out, tau=0.3, fusion="logits").kept == 0
+    Image.new("RGB", (40, 40)).save(own / "b.jpg")  # another photo of that name
+    assert run(checkpoint, weights, own, out, tau=0.3, fusion="logits").kept == 1
+
+
+def test_masks_only(checkpoint: Checkpoint, weights: Weights, photos: Path, tmp_path: Path) -> None:
+    summary = run(checkpoint, weights, photos, tmp_path, overlay=False)
+    assert set(masks_in(tmp_path)) == {"b_mask.png", "c_mask.png"}
+    assert [item.overlay for item in summary.written] == [None, None]
+    run(checkpoint, weights, photos, tmp_path)
+    assert len(masks_in(tmp_path)) == 4
+    run(checkpoint, weights, photos, tmp_path, overlay=False, tau=0.4)
+    assert set(masks_in(tmp_path)) == {"b_mask.png", "c_mask.png"}, "an overlay of other masks would lie"
+
+
+def test_many_photos_go_into_subfolders(
+    checkpoint: Checkpoint, weights: Weights, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.predict.PER_FOLDER", 1)
+    summary = run(checkpoint, weights, photos, tmp_path)
+    assert {item.mask.parent.parent for item in summary.written} == {tmp_path}
+    assert {len(item.mask.parent.name) for item in summary.written} == {2}
+    assert run(checkpoint, weights, photos, tmp_path).kept == 2
+
+
+def test_subfolders_stay_small() -> None:
+    for photos, digits in ((10_000, 0), (10_001, 2), (1_000_000, 2), (1_000_001, 4)):
+        assert len(subfolder("dog", photos)) == digits
+    filled = Counter(subfolder(f"photo-{number}", 200_000) for number in range(200_000))
+    assert len(filled) == 256
+    assert max(filled.values()) < 1.2 * 200_000 / 256
+
+
+def test_results_are_a_stream_and_no_list(tmp_path: Path) -> None:
+    """A pipe that makes nothing: after each result the one before is gone."""
+    alive: list[weakref.ref[Result]] = []
+    most = 0
+
+    def pipe(work: Work, tasks: Iterator[Task]) -> Iterator[Result]:
+        nonlocal most
+        for task in tasks:
+            result = Result(task, 0.5)
+            alive.append(weakref.ref(result))
+            yield result
+            del result
+            most = max(most, sum(one() is not None for one in alive[-50:]))
+
+    queries = Queries()
+    queries.add(tmp_path, [f"{number}.jpg" for number in range(1000)])
+    lines = tmp_path / "results.jsonl"
+    assert write_results(pipe(cast(Any, None), tasks_of(queries, tmp_path, True)), lines, 1000) == (0, 0)
+    assert most <= 2
+    assert len(list(read_results(lines))) == 1000
+
+
+def test_a_million_names_are_held_as_names(tmp_path: Path) -> None:
+    queries = Queries()
+    tracemalloc.start()
+    queries.add(tmp_path, [f"photo-{number:07d}.jpg" for number in range(20_000)])
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held / 20_000 < 100
+    assert queries[-1] == tmp_path / "photo-0019999.jpg"
+    assert queries[1:3] == [tmp_path / "photo-0000001.jpg", tmp_path / "photo-0000002.jpg"]
+    queries.add(tmp_path / "more", ["a.jpg"])
+    assert [queries[19_999].name, queries[20_000]] == ["photo-0019999.jpg", tmp_path / "more" / "a.jpg"]
+
+
+def test_files_of_results_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no file of results"):
+        list(read_results(tmp_path / "none.jsonl"))
+    (tmp_path / "cut.jsonl").write_text('{"query": "a.jpg", "mas')
+    with pytest.raises(DataError, match="cut off"):
+        list(read_results(tmp_path / "cut.jsonl"))

@@ -1,4 +1,4 @@
-"""The plan stage: what a data set will take, bytes of its store, seconds of every stage, and what fits into memory.
+"""What a data set will take: bytes of its store, seconds of every stage, what fits into memory, and whether it pays.
 
 Bytes follow from the shapes. Seconds are measured: a few of the data set's own photos go through what extraction,
 training and evaluation do, on the device that is asked about.
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -39,6 +40,24 @@ from pipeline.store.arrays import image_nbytes
 STEP_EPISODES = 20
 """Episodes of the training step that is told; `_TRAINED_AT_ONCE` of them are measured."""
 _TRAINED_AT_ONCE = 2
+RUN_STEPS = 10_000
+"""Steps of the training run that a store is weighed against."""
+
+
+@dataclass(frozen=True)
+class BreakEven:
+    """A store against the backbone on the fly, each on one worker, no features kept in memory."""
+
+    fly_seconds: float
+    """Per photo that an episode needs: read it and run the backbone."""
+    stored_seconds: float
+    """Per photo that an episode needs: read its features."""
+    uses: float | None
+    """Photos needed by episodes until extraction has paid; None: it never does."""
+    runs: float | None
+    """The same in training runs of `RUN_STEPS` steps of `STEP_EPISODES` one-shot episodes, two photos each."""
+    seconds: float | None
+    """The same in time of training on the fly."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +83,23 @@ class Costs:
     """A step of `STEP_EPISODES` one-shot episodes, features in memory."""
     evaluate_seconds_per_episode: float
     """One-shot, on one worker, features in memory."""
+    load_seconds_per_image: float
+    """Reading a photo's features back from that disk, which was asked to forget them first; from memory it is less."""
+
+    @property
+    def break_even(self) -> BreakEven:
+        """When extracting once has cost less than running the backbone whenever a photo is needed."""
+        seconds = self.seconds_per_image
+        fly, stored = seconds["read"] + seconds["backbone"], self.load_seconds_per_image
+        per_step = 2 * STEP_EPISODES
+        uses = self.images * sum(seconds.values()) / (fly - stored) if fly > stored else None
+        return BreakEven(
+            fly_seconds=fly,
+            stored_seconds=stored,
+            uses=uses,
+            runs=None if uses is None else uses / (per_step * RUN_STEPS),
+            seconds=None if uses is None else uses / per_step * (self.train_seconds_per_step + per_step * fly),
+        )
 
     @property
     def fits(self) -> dict[str, bool]:
@@ -125,6 +161,7 @@ def measure_costs(
         extract_seconds=images * alone / max(1, workers),
         train_seconds_per_step=train,
         evaluate_seconds_per_episode=evaluate,
+        load_seconds_per_image=calibration.load_seconds,
     )
 
 
@@ -137,6 +174,8 @@ class _Calibration:
         self.levels: list[Tensor] = []
         """Levels as they are stored, of the photos that could be read."""
         self.masks: Tensor
+        self.load_seconds = 0.0
+        """Reading a photo's levels back from the disk."""
 
     def extract(
         self, dataset: Dataset, network: PhotoNetwork, folder: Path, device: str, sample: int
@@ -175,6 +214,8 @@ class _Calibration:
                 clock = {name: value + more for (name, value), more in zip(clock.items(), spent, strict=True)}
                 encoded.append([torch.from_numpy(level).to(device) for level in codes])
                 masks.append(torch.from_numpy((label != 0) & (label != dataset.index.ignore_label)).to(device))
+            if masks:
+                self.load_seconds = _read_back(file) / (len(masks) + 1)
         if not masks:
             raise ConfigError(
                 f"None of {len(chosen)} sample photos of {dataset.index.name} can be read: nothing to time."
@@ -214,6 +255,17 @@ class _Calibration:
 
     def _head(self) -> HSNet:
         return HSNet(**self.recipe.learner_arguments()).to(self.masks.device)
+
+
+def _read_back(file: IO[bytes]) -> float:
+    """Seconds to read a file that was synced, once the system has been asked to drop it from memory."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    start = time.perf_counter()
+    file.seek(0)
+    while file.read(1 << 20):
+        pass
+    return time.perf_counter() - start
 
 
 def _fit(features: list[Tensor], nbytes: int) -> TransformCodec:
