@@ -12,6 +12,7 @@ import torch
 from ray import cloudpickle
 
 from hsnet.errors import ClusterError, HSNetError
+from pipeline.common.runner import Failed, failure, free_gpu
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -40,10 +41,15 @@ class RayRunner:
         self.workers = workers
         self.gpus = gpus
 
-    def map(self, make_worker: Callable[[], Callable[[T], R]], items: Iterable[T]) -> Iterator[tuple[T, R]]:
+    def map(
+        self,
+        make_worker: Callable[[], Callable[[T], R]],
+        items: Iterable[T],
+        on_failure: Callable[[T, Failed], R] | None = None,
+    ) -> Iterator[tuple[T, R]]:
         """Yield (item, result) as results come.
 
-        Raises:
+        Raises, without `on_failure`; with it an item that meets any of this but the lack of a session is one failure:
             HSNetError: raised by the function, as itself; work in progress is cancelled.
             ClusterError: no session, an item's processes died `ATTEMPTS` times, or Ray itself broke.
         """
@@ -67,7 +73,12 @@ class RayRunner:
             while running:
                 (done,), _ = ray.wait(list(running), num_returns=1)
                 item = running.pop(done)
-                result = _result(done, item)
+                try:
+                    result = _result(done, item)
+                except (HSNetError, ray.exceptions.RayTaskError) as error:
+                    if on_failure is None:
+                        raise
+                    result = on_failure(item, _failed(error))
                 _submit(task, key, packed, waiting, running, self.workers)  # before the caller takes its time
                 yield item, result
         finally:
@@ -92,6 +103,20 @@ def _run(key: str, packed: list[Any], item: Any) -> tuple[bool, Any]:
         return True, _workers[key](item)
     except HSNetError as error:
         return False, error
+    except Exception:
+        _workers.clear()
+        free_gpu()
+        raise
+
+
+def _failed(error: Exception) -> Failed:
+    """Of a bug or a lack of memory in the function: the error itself, and where Ray keeps what its process said."""
+    if not isinstance(error, ray.exceptions.RayTaskError):
+        return failure(error)
+    cause = error.cause if isinstance(error.cause, Exception) else error
+    told = failure(cause)
+    place = f"process {error.pid} on {error.ip}; its log is worker-*-{error.pid}.err in Ray's folder of logs there"
+    return Failed(told.reason, str(error), place)
 
 
 def _result(reference: Any, item: object) -> Any:

@@ -7,7 +7,6 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cluster import nodes
+from cluster.probe import trouble
 from hsnet.errors import ClusterError
 
 log = logging.getLogger(__name__)
@@ -25,8 +26,10 @@ OBJECT_STORE_BYTES = 256 << 20
 PROJECT = Path(__file__).resolve().parent.parent
 PACKAGES = ("hsnet", "pipeline", "cluster")
 
+PASSED_ON = ("GLOO_", "NCCL_")
+"""Beginnings of variables that workers of a cluster get from the driver: which network interface a group talks over."""
+
 _TOKEN = secrets.token_hex(32)  # one per process: Ray reads it once
-_HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # preface, empty SETTINGS
 
 
 @contextmanager
@@ -36,6 +39,8 @@ def session(
     num_gpus: int | None = None,
     object_store_bytes: int = OBJECT_STORE_BYTES,
     timeout_s: float = 10.0,
+    allow_mixed: bool = False,
+    check: bool = True,
 ) -> Iterator[None]:
     """Use Ray inside the block.
 
@@ -46,15 +51,19 @@ def session(
             than the machine has is allowed.
         object_store_bytes: shared memory of a local Ray, at least 75 MB.
         timeout_s: how long to wait for an answer from `address`.
+        allow_mixed: go on with a cluster whose machines have other versions than this one; they are named.
+        check: compare versions at all. Without it nothing is sent to the machines before there is work.
 
     Raises:
-        ClusterError: nothing (or something that is not Ray) answers there, or Ray did not start.
+        ClusterError: nothing (or something that is not Ray) answers there, Ray did not start, or machines of the
+            cluster miss a package or differ from this one (`cluster.nodes.require_alike`).
 
     Inside the block nothing of Ray reaches standard output: it is sent to standard error, as is whatever is printed
     meanwhile. Print results after the block. If Ray is running in this process already, it is used and left running.
 
     A local Ray listens on all of the machine's addresses, so unless RAY_AUTH_MODE is set it is protected by a token
-    that only this process and its workers know. Workers of a cluster that is joined get this code from here.
+    that only this process and its workers know. Workers of a cluster that is joined get this code and the variables
+    of `PASSED_ON` from here. Only a machine of the cluster can join it.
     """
     with _stdout_to_stderr():
         ray = _import_ray()
@@ -79,7 +88,11 @@ def session(
                 }
             else:
                 _probe(address, timeout_s)
-                options["runtime_env"] = {"py_modules": [str(PROJECT / package) for package in PACKAGES]}
+                passed = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
+                options["runtime_env"] = {
+                    "py_modules": [str(PROJECT / package) for package in PACKAGES],
+                    **({"env_vars": passed} if passed else {}),
+                }
             # Ray takes SIGTERM for itself, but stopping well is the caller's business.
             main = threading.current_thread() is threading.main_thread()
             terminate = signal.getsignal(signal.SIGTERM)
@@ -92,14 +105,25 @@ def session(
                     ray.shutdown()
                 raise ClusterError(_cannot(address, f"{type(error).__name__}: {error}")) from error
             try:
+                if check and not local:
+                    nodes.require_alike(nodes.look(idle_too=False), nodes.versions(), allow_mixed)
                 yield
             finally:
                 ray.shutdown()
 
 
-def cpus() -> int:
-    """CPUs of the Ray in use, over all its machines; at least 1."""
-    return max(1, int(_import_ray().cluster_resources().get("CPU", 1)))
+def places(workers: int, gpus: float) -> int:
+    """Items that the Ray in use is to work on at a time: `workers`, or for 0 as many as it has CPUs, or shares of GPUs.
+
+    Raises:
+        ClusterError: there is no GPU for one of them. Ray itself would wait for more machines without a word.
+    """
+    there = nodes.total("GPU")
+    if max(workers, 1) * gpus > there:
+        raise ClusterError(
+            f"{workers or 1} workers need {gpus:g} GPUs each, Ray has {there}. Use fewer --workers, or --device cpu."
+        )
+    return workers or max(1, int(there / gpus) if gpus else nodes.total("CPU"))
 
 
 def _import_ray() -> Any:
@@ -109,6 +133,8 @@ def _import_ray() -> Any:
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     # Otherwise Ray warns on every start that it will stop hiding GPUs from tasks that asked for none.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Otherwise a task that always needs more memory than there is would be begun again for ever.
+    os.environ.setdefault("RAY_task_oom_retries", "3")
     import ray
 
     return ray
@@ -167,17 +193,8 @@ def _probe(address: str, timeout_s: float) -> None:
     host, separator, port = target.rpartition(":")
     if not (separator and host and port.isdecimal() and 0 < int(port) < 65536) or "//" in target:
         raise ClusterError(f"'{target}' is not an address of a Ray cluster. Give local, auto or HOST:PORT.")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout_s) as connection:
-            if os.environ.get("RAY_USE_TLS") == "1":
-                return
-            connection.settimeout(timeout_s)
-            connection.sendall(_HTTP2_HELLO)
-            answer = connection.recv(9)
-    except OSError as error:
-        raise ClusterError(_cannot(target, f"{error or type(error).__name__}")) from None
-    if len(answer) < 4 or answer[3] != 4:  # gRPC greets with a SETTINGS frame, type 4
-        raise ClusterError(_cannot(target, "what answers there is not Ray"))
+    if reason := trouble(host.strip("[]"), int(port), timeout_s):
+        raise ClusterError(_cannot(target, reason))
 
 
 def _address_of_auto() -> str | None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cluster import nodes
 from cluster.session import session
-from hsnet.errors import ClusterError, HSNetError
+from hsnet.errors import ClusterError, HSNetError, StoreError
+from pipeline.common.lock import sole_writer
 from pipeline.common.process_group import Distributed
 from pipeline.heads.config import RunConfig
 from pipeline.heads.run_dir import RunDir
@@ -23,16 +27,43 @@ from pipeline.train import Event, FitSummary, check_run, fit
 
 MAX_FAILURES = 3
 """Times the group is started again, from the run's last save, after losing a worker."""
+START_SECONDS = 20.0
+"""How long a group that is started again waits for all of its workers; then it goes on with those that there are."""
+
 _POLL_SECONDS = 0.5
+_LOOK_SECONDS = 3.0
+_SILENT_SECONDS = 30.0
+
+log = logging.getLogger(__name__)
 
 
 class Mailbox:
-    """Lives in a process of its own: what the group tells the driver, and whether the driver wants it to stop."""
+    """Lives in a process of its own: what the group tells the driver, and whether the driver wants it to stop.
+
+    On the driver's machine, so that it is lost with the driver or not at all; if its process alone dies, Ray starts it
+    again, empty: progress that was not collected is not shown, and the driver repeats what it wants.
+    """
 
     def __init__(self) -> None:
         self._events: list[Event] = []
         self._outcome: FitSummary | HSNetError | None = None
         self._stop = False
+        self._places: dict[int, str] = {}
+        self._group: tuple[int, int] | None = None
+
+    def join(self, rank: int, world_size: int, node: str) -> None:
+        """A rank is about to train; when all are there, the driver is told of the group once."""
+        if rank in self._places:  # the group was started again
+            self._places.clear()
+        self._places[rank] = node
+        if len(self._places) == world_size:
+            self._group = world_size, len(set(self._places.values()))
+            self._places.clear()
+
+    def group(self) -> tuple[int, int] | None:
+        """Workers and nodes of a group that began since the last call."""
+        group, self._group = self._group, None
+        return group
 
     def post(self, event: Event) -> bool:
         """Take an event."""
@@ -69,6 +100,7 @@ def fit_on_ray(
     device: str = "cpu",
     micro_batch: int | None = None,
     resident: str = "off",
+    allow_mixed: bool = False,
     stop: Callable[[], bool] = lambda: False,
     on_event: Callable[[Event], None] | None = None,
 ) -> FitSummary:
@@ -78,9 +110,11 @@ def fit_on_ray(
         make_source: opens the features, here and once in every worker; pickled to them.
         run_dir: on a file system that all machines of the group share.
         workers: processes in the group; each gets its share of the CPUs, or one GPU. 0 takes one worker per GPU of
-            the cluster, or a single one without GPUs.
+            the cluster, or a single one without GPUs. Never more than a step has episodes. When a machine is lost, the
+            group goes on with as many as fit on the others, from the last save.
         address: a Ray cluster; None starts one on this machine for the length of the call.
         device: "cpu" (gloo) or "cuda" (nccl).
+        allow_mixed: as in `cluster.session.session`.
         resident: as in `fit`; with "device" every process keeps a copy, with "host" a machine one for all.
         stop: asked about twice a second; True makes the group save and end.
 
@@ -93,7 +127,7 @@ def fit_on_ray(
     RunDir(run_dir, config)
     options = {"micro_batch": micro_batch, "resident": resident}
     given = {"config": config, "make_source": make_source, "run_dir": run_dir, "options": options}
-    with session(address or "local", num_cpus=max(workers, os.cpu_count() or 1)):
+    with session(address or "local", num_cpus=max(workers, os.cpu_count() or 1), allow_mixed=allow_mixed):
         return _fit_in_session(given, workers, device.startswith("cuda"), stop, on_event)
 
 
@@ -111,36 +145,33 @@ def _fit_in_session(
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
-    workers = workers or (int(ray.cluster_resources().get("GPU", 0)) if on_gpu else 0) or 1
+    most = given["config"].episodes_per_step
+    workers = workers or (nodes.total("GPU") if on_gpu else 0) or 1
+    if workers > most:
+        log.info("%d workers would be more than a step's %d episodes: %d are used", workers, most, most)
+        workers = most
     cpus = _cpus_each(workers, on_gpu)
-    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
-    # Ray Train keeps notes of its own beside the run; they are of no use once it has ended.
     run_dir = given["run_dir"]
-    notes = run_dir.with_name(f".{run_dir.name}.ray-{uuid.uuid4().hex[:8]}")
-    trainer = TorchTrainer(
-        _worker_loop,
-        train_loop_config={**given, "threads": cpus, "mailbox": mailbox},
-        scaling_config=ScalingConfig(
-            num_workers=workers,
-            use_gpu=on_gpu,
-            resources_per_worker={"CPU": 1, "GPU": 1} if on_gpu else {"CPU": cpus},
-        ),
-        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
-        run_config=RayRunConfig(
-            name="train",
-            storage_path=str(notes),
-            failure_config=FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=MAX_FAILURES),
-            logging_config=LoggingConfig(log_level="ERROR"),
-        ),
-    )
-    # Otherwise Ray changes the workers' directory, and relative paths in the options mean something else there.
-    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
-    try:
-        failure = _watch(trainer, mailbox, stop, on_event)
-        events, outcome = ray.get(mailbox.collect.remote())
-        _tell(events, on_event)
-    finally:
-        shutil.rmtree(notes, ignore_errors=True)
+    # Ray Train keeps notes of its own beside the run; they are of no use once it has ended.
+    with _notes(run_dir) as notes, _environment_of_ray_train():
+        mailbox = _post_office()
+        trainer = TorchTrainer(
+            _worker_loop,
+            train_loop_config={**given, "threads": cpus, "mailbox": mailbox},
+            scaling_config=ScalingConfig(
+                num_workers=(1, workers) if workers > 1 else 1,
+                use_gpu=on_gpu,
+                resources_per_worker={"CPU": 1, "GPU": 1} if on_gpu else {"CPU": cpus},
+            ),
+            torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+            run_config=RayRunConfig(
+                name="train",
+                storage_path=str(notes),
+                failure_config=FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=MAX_FAILURES),
+                logging_config=LoggingConfig(log_level="ERROR"),
+            ),
+        )
+        failure, outcome = _Watch(mailbox, stop, on_event).until_the_end(trainer)
     if isinstance(outcome, HSNetError):
         raise outcome
     if failure is not None and not isinstance(failure, (TrainingFailedError, ray.exceptions.RayError)):
@@ -183,31 +214,123 @@ def _reason(failure: BaseException | None) -> str:
     return lines[-1].rstrip(".") + "." if lines else "it ended without a result."
 
 
-def _watch(
-    trainer: Any, mailbox: Any, stop: Callable[[], bool], on_event: Callable[[Event], None] | None
-) -> BaseException | None:
-    """Run the trainer on a thread, so that this one can pass on events and the wish to stop."""
+def _post_office() -> Any:
+    """A mailbox on this machine, started again if its process dies."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    failures: list[BaseException] = []
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    make = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
+    return make(Mailbox).remote()
 
-    def run() -> None:
+
+@contextmanager
+def _notes(run_dir: Path) -> Iterator[Path]:
+    """A folder beside the run for Ray Train, gone afterwards; what killed commands left there goes, too."""
+    for left in run_dir.parent.glob(f".{run_dir.name}.ray-*"):
+        # The folder of a command that works is locked.
+        with suppress(StoreError, OSError), sole_writer(left, patience_s=0):
+            shutil.rmtree(left, ignore_errors=True)
+    notes = run_dir.with_name(f".{run_dir.name}.ray-{uuid.uuid4().hex[:8]}")
+    try:
+        notes.mkdir(parents=True)
+        with sole_writer(notes):
+            yield notes
+    finally:
+        shutil.rmtree(notes, ignore_errors=True)
+
+
+@contextmanager
+def _environment_of_ray_train() -> Iterator[None]:
+    with ExitStack() as held:
+        # Otherwise Ray changes the workers' directory, and relative paths in the options mean something else there.
+        for name, value in (
+            ("RAY_CHDIR_TO_TRIAL_DIR", "0"),
+            ("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_SECONDS)),
+        ):
+            if name not in os.environ:
+                os.environ[name] = value
+                held.callback(os.environ.pop, name, None)
+        yield
+
+
+class _Watch:
+    """The driver while the group works: passes on events, the wish to stop, and what it has to say of lost machines."""
+
+    def __init__(self, mailbox: Any, stop: Callable[[], bool], on_event: Callable[[Event], None] | None) -> None:
+        self.mailbox, self.stop, self.on_event = mailbox, stop, on_event
+        self.outcome: FitSummary | HSNetError | None = None
+        self.nodes = {node["NodeID"]: node["NodeManagerHostname"] for node in nodes.alive()}
+        self.looked = self.heard = time.monotonic()
+
+    def until_the_end(self, trainer: Any) -> tuple[BaseException | None, FitSummary | HSNetError | None]:
+        """Run the trainer on a thread, so that this one can do the rest; how it failed, and what the ranks said."""
+        failures: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                trainer.fit()
+            except BaseException as error:  # handed to the thread that waits
+                failures.append(error)
+
+        thread = threading.Thread(target=run, name="ray-train", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            self._collect()
+            self._look()
+            thread.join(_POLL_SECONDS)
+        self._collect()
+        return failures[0] if failures else None, self.outcome
+
+    def _collect(self) -> None:
+        import ray
+
         try:
-            trainer.fit()
-        except BaseException as error:  # handed to the thread that waits
-            failures.append(error)
+            if self.stop():
+                # Again and again: a mailbox that was started anew has forgotten it.
+                ray.get(self.mailbox.ask_to_stop.remote(), timeout=_LOOK_SECONDS)
+            group, (events, outcome) = ray.get(
+                [self.mailbox.group.remote(), self.mailbox.collect.remote()], timeout=_LOOK_SECONDS
+            )
+        except ray.exceptions.RayError as error:  # dead, and started again in a moment
+            log.debug("The mailbox does not answer: %s", error)
+            return
+        if group:
+            log.info("The group: %s on %s", _count(group[0], "worker"), _count(group[1], "node"))
+        if events or group:
+            self.heard = time.monotonic()
+        self.outcome = outcome or self.outcome
+        _tell(events, self.on_event)
 
-    thread = threading.Thread(target=run, name="ray-train", daemon=True)
-    thread.start()
-    asked = False
-    while thread.is_alive():
-        if not asked and stop():
-            ray.get(mailbox.ask_to_stop.remote())
-            asked = True
-        events, _ = ray.get(mailbox.collect.remote())
-        _tell(events, on_event)
-        thread.join(_POLL_SECONDS)
-    return failures[0] if failures else None
+    def _look(self) -> None:
+        """Say which machines were lost, and what is waited for."""
+        now = time.monotonic()
+        if now - self.looked < _LOOK_SECONDS:
+            return
+        self.looked = now
+        there = {node["NodeID"]: node["NodeManagerHostname"] for node in nodes.alive()}
+        for node in self.nodes.keys() - there.keys():
+            log.warning(
+                "The cluster lost %s (node %s): if it worked for this run, the group starts again from the last save "
+                "on %d CPUs and %d GPUs",
+                self.nodes[node],
+                node[:8],
+                nodes.total("CPU"),
+                nodes.total("GPU"),
+            )
+        self.nodes = there
+        if now - self.heard > _SILENT_SECONDS:
+            self.heard = now
+            log.info(
+                "No step for %d s: the group is being started, or waits for %d CPUs and %d GPUs that others may hold",
+                _SILENT_SECONDS,
+                nodes.total("CPU"),
+                nodes.total("GPU"),
+            )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _tell(events: list[Event], on_event: Callable[[Event], None] | None) -> None:
@@ -230,6 +353,7 @@ def _worker_loop(given: dict[str, Any]) -> None:
         return
     torch.set_num_threads(given["threads"])
     ranks = Distributed()
+    ray.get(mailbox.join.remote(ranks.rank, ranks.world_size, ray.get_runtime_context().get_node_id()))
     asked, wanted = 0.0, False
 
     def stop() -> bool:

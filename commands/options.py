@@ -291,10 +291,25 @@ workers_option = click.option(
     show_default=True,
     help="Ray workers; 0 works in this process without Ray.",
 )
-address_option = click.option(
+ALLOW_MIXED = "allow mixed"
+"""Where a command's context keeps whether --allow-mixed was given: only what starts Ray asks for it."""
+
+
+def _keep_allow_mixed(ctx: click.Context, _: click.Parameter, given: bool) -> None:
+    ctx.meta[ALLOW_MIXED] = given
+
+
+_address = click.option(
     "--address",
     metavar="ADDRESS",
     help="Ray cluster to work on: host:port or auto. [default: a local Ray of its own]",
+)
+_allow_mixed = click.option(
+    "--allow-mixed",
+    is_flag=True,
+    expose_value=False,
+    callback=_keep_allow_mixed,
+    help="With --address: go on though machines have other versions of Python, torch, numpy, zarr or Pillow.",
 )
 device_option = click.option(
     "--device", type=Device(), default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."
@@ -314,4 +329,5 @@ def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
+address_option = options(_address, _allow_mixed)
 common_options = options(json_option, quiet_option)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from commands.groups import on_interrupt
+from commands.options import ALLOW_MIXED
 from commands.terminal import plain
 from hsnet.errors import ConfigError
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from pipeline.features.recipe import Recipe
     from pipeline.features.weights import Weights
     from pipeline.loading.source import FeatureSource, StoreSource
+
+log = logging.getLogger(__name__)
 
 
 def emit(result: Any, text: str, as_json: bool) -> Any:
@@ -64,10 +68,19 @@ def _number(text: str) -> int | float | str:
 def pick_device(name: str, address: str | None = None) -> str:
     """'auto' becomes the best there is; a device that is not there is an error.
 
-    A cluster's machines may have what this one lacks: with an address, only 'auto' looks at this machine.
+    A cluster's machines may have what this one lacks: with an address, 'auto' is what the cluster has, and said.
     """
     import torch
 
+    if name == "auto" and address is not None:
+        from cluster import nodes
+        from cluster.session import session
+
+        with session(address, check=False):
+            gpus, machines = nodes.total("GPU"), len(nodes.alive())
+        device = "cuda" if gpus else "cpu"
+        log.info("The cluster has %d GPUs on %d nodes: --device %s", gpus, machines, device)
+        return device
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and address is None:
@@ -81,7 +94,7 @@ def pick_device(name: str, address: str | None = None) -> str:
 
 @contextlib.contextmanager
 def open_runner(workers: int, address: str | None, device: str) -> Iterator[Runner]:
-    """Where a stage's work is done: in this process, or on Ray; with an address alone, on all of its CPUs."""
+    """Where a stage's work is done: in this process, or on Ray; with an address alone, on all of its CPUs or GPUs."""
     if workers == 0 and address is None:
         from pipeline.common.runner import SerialRunner
 
@@ -89,10 +102,16 @@ def open_runner(workers: int, address: str | None, device: str) -> Iterator[Runn
         return
     require_ray(workers, address, device)
     from cluster.runner import RayRunner
-    from cluster.session import cpus, session
+    from cluster.session import places, session
 
-    with session(address or "local", num_cpus=max(workers, os.cpu_count() or 1)):
-        yield RayRunner(workers or cpus(), gpus=1 if device.startswith("cuda") else 0)
+    gpus = 1 if device.startswith("cuda") else 0
+    with session(address or "local", num_cpus=max(workers, os.cpu_count() or 1), allow_mixed=allow_mixed()):
+        yield RayRunner(places(workers, gpus), gpus=gpus)
+
+
+def allow_mixed() -> bool:
+    """Whether the command was given --allow-mixed."""
+    return bool(click.get_current_context().meta.get(ALLOW_MIXED, False))
 
 
 def require_ray(workers: int, address: str | None, device: str) -> None:
@@ -140,7 +159,15 @@ def online_source(
     from pipeline.loading.source import OnlineSource, PhotoSource
 
     kind = PhotoSource if photos else OnlineSource
-    return lambda: kind(data, open_backbone(recipe, weights), recipe, device)
+
+    def make() -> FeatureSource:
+        import torch
+
+        # Where there is no GPU this is not a worker but a driver, who asks for what is known without computing.
+        there = device if torch.cuda.is_available() or not device.startswith("cuda") else "cpu"
+        return kind(data, open_backbone(recipe, weights), recipe, there)
+
+    return make
 
 
 @contextlib.contextmanager

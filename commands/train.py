@@ -35,7 +35,16 @@ from commands.options import (
     weights_option,
     workers_option,
 )
-from commands.steps import emit, online_source, open_data, pick_device, require_ray, stop_on_interrupt, store_source
+from commands.steps import (
+    allow_mixed,
+    emit,
+    online_source,
+    open_data,
+    pick_device,
+    require_ray,
+    stop_on_interrupt,
+    store_source,
+)
 from commands.terminal import Progress, set_up_logging
 from hsnet.errors import ConfigError
 from pipeline.common.text import printable, time_text
@@ -216,6 +225,7 @@ def train(
             require_ray(workers, address, device)
             from cluster.train import fit_on_ray
 
+            same["allow_mixed"] = allow_mixed()
             summary = fit_on_ray(config, make_source, run_dir, workers=workers, address=address, **same)
     loss = f", loss {summary.loss:.3f}" if summary.loss == summary.loss else ""
     done = f"{summary.steps} of {max(summary.steps, config.steps)} steps"

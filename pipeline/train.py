@@ -24,6 +24,7 @@ from hsnet.fused import FusedHSNet
 from hsnet.loss import episode_losses
 from hsnet.metrics import foreground_background_iou, mean_iou, sum_by_class
 from hsnet.model import HSNet
+from pipeline.common.files import clear_partials
 from pipeline.common.lock import sole_writer
 from pipeline.common.process_group import Alone, Ranks
 from pipeline.episodes.stream import Episode, EpisodeStream
@@ -128,6 +129,7 @@ def fit(
     with ExitStack() as held:
         if ranks.rank == 0:  # two trainings in one folder would undo each other's saves
             held.enter_context(sole_writer(run_dir))
+            clear_partials(run_dir)
         source = keep(source, _images(config, source), resident, device, ranks.rank, ranks.world_size)
         position = run.load(model, optimiser, average.model if average else None)
         if int(ranks.sum(torch.tensor(position.step))) != position.step * ranks.world_size:

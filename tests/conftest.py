@@ -20,7 +20,7 @@ SLOW = {
     ".": "packaging python_api",
     "benchmarks": "backbones measuring pipeline published_way run store_benchmark",
     "cli": "analyze backbones compression demo episodes finetune growing main_job report store_commands sweep",
-    "cluster": "crash_matrix grow",
+    "cluster": "crash_matrix faults grow two_nodes",
     "pipeline": "any_backbone compare finetune plan report report_gallery sweep",
     "pipeline/common": "files",
     "pipeline/features": "convert fitting timm_backbone",
@@ -29,7 +29,7 @@ SLOW = {
 }
 """Files that have the mark slow as a whole, by folder."""
 
-STARTERS = {"local_ray": "ray", "s3_server": "s3", "browser": "browser"}
+STARTERS = {"local_ray": "ray", "two_nodes": "ray", "s3_server": "s3", "browser": "browser"}
 """Fixtures that start something, and the mark of the tests that use them."""
 
 NO_RAY = "/dev/null/start Ray only in tests with the mark ray"

@@ -10,7 +10,7 @@ import stat
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,6 +133,18 @@ def _temporary(path: Path, folder: bool) -> tuple[Path, int]:
                 break
         os.close(descriptor)
     return partial, descriptor
+
+
+def clear_partials(folder: Path) -> None:
+    """Remove what killed writers left in a folder; a living writer's file is locked and stays."""
+    for partial in folder.glob(f".*{PARTIAL}"):
+        with suppress(OSError):
+            descriptor = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                partial.unlink()
+            finally:
+                os.close(descriptor)
 
 
 def sync(path: Path) -> None:

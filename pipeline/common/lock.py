@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import socket
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,21 +17,31 @@ from hsnet.errors import StoreError
 
 OWNER = "_owner.json"
 
+PATIENCE_S = 100.0
+"""How long the lock of a holder that may be dead is waited for: a file server keeps that of a lost machine for its
+lease, 90 s on most."""
+
+log = logging.getLogger(__name__)
+
 
 @contextmanager
-def sole_writer(root: Path) -> Iterator[str]:
+def sole_writer(root: Path, patience_s: float = PATIENCE_S) -> Iterator[str]:
     """Hold a folder for writing inside the block; yields a token that `still_owned` knows.
 
     The lock is an flock on `_owner.json`, not the file's existence: a killed holder needs no cleaning up, and two
     processes cannot both decide that a left-over file is stale. The file's text names the holder for the error
     message. It is removed on the way out.
 
+    Args:
+        patience_s: how long to wait, saying so, for a holder that is not a living process of this machine: on another
+            one it may be dead, with a file server that does not know it yet.
+
     Raises:
         StoreError: another process holds it (named), or the folder cannot be written.
     """
     path = root / OWNER
     try:
-        descriptor = _lock(path)
+        descriptor = _wait_for(path, patience_s)
     except BlockingIOError:
         raise StoreError(
             f"{root} is being written by {_holder(path)}. Wait until it is done, or stop it; "
@@ -56,6 +68,39 @@ def still_owned(root: Path, token: str) -> bool:
     next holder is making.
     """
     return _owner(root / OWNER).get("token") == token
+
+
+def _wait_for(path: Path, patience_s: float) -> int:
+    """The lock; raises BlockingIOError where a living process holds it, or patience ends."""
+    deadline, told = time.monotonic() + patience_s, False
+    while True:
+        try:
+            return _lock(path)
+        except BlockingIOError:
+            if time.monotonic() >= deadline or _lives_here(_owner(path)):
+                raise
+        if not told:
+            told = True
+            log.warning(
+                "%s is locked by %s. If that machine was lost, its lock ends by itself: waiting up to %d s",
+                path.parent,
+                _holder(path),
+                patience_s,
+            )
+        time.sleep(min(0.5, patience_s / 10))
+
+
+def _lives_here(owner: dict[str, object]) -> bool:
+    """Whether a holder is a process of this machine that lives."""
+    if owner.get("host") != socket.gethostname() or not isinstance(owner.get("pid"), int):
+        return False
+    try:
+        os.kill(int(str(owner["pid"])), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _lock(path: Path) -> int:

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import gc
+import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
 
+from hsnet.errors import HSNetError
+
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Why an item has no result: given to the `on_failure` of `Runner.map`."""
+
+    reason: str
+    """One line or, of an `HSNetError`, its message: what was raised, or how the process ended."""
+    detail: str
+    """Traceback of what nobody foresaw, else ""."""
+    place: str
+    """Where it happened and where to read on; "" in this process."""
 
 
 class Runner(Protocol):
@@ -22,6 +39,9 @@ class Runner(Protocol):
     `HSNetError` raised by the function reaches the caller as itself. The function runs with one torch thread, because
     two threads sum in another order: results must not depend on how many processes share the machine. `items` is
     advanced only when a worker is free.
+
+    With `on_failure` an item that fails, for whatever reason, does not end the others: its result is what `on_failure`
+    makes of it. The worker of its process is made anew for the next item, without what the failed one had on a GPU.
     """
 
     @property
@@ -29,7 +49,12 @@ class Runner(Protocol):
         """Items worked on at a time."""
         ...
 
-    def map(self, make_worker: Callable[[], Callable[[T], R]], items: Iterable[T]) -> Iterator[tuple[T, R]]:
+    def map(
+        self,
+        make_worker: Callable[[], Callable[[T], R]],
+        items: Iterable[T],
+        on_failure: Callable[[T, Failed], R] | None = None,
+    ) -> Iterator[tuple[T, R]]:
         """Yield (item, result) for every item."""
         ...
 
@@ -39,15 +64,46 @@ class SerialRunner:
 
     workers = 1
 
-    def map(self, make_worker: Callable[[], Callable[[T], R]], items: Iterable[T]) -> Iterator[tuple[T, R]]:
+    def map(
+        self,
+        make_worker: Callable[[], Callable[[T], R]],
+        items: Iterable[T],
+        on_failure: Callable[[T, Failed], R] | None = None,
+    ) -> Iterator[tuple[T, R]]:
         """Yield (item, result) for every item; `make_worker` is not called when there is none."""
         worker = None
         for item in items:
-            with one_torch_thread():
-                if worker is None:
-                    worker = make_worker()
-                result = worker(item)
-            yield item, result
+            try:
+                with one_torch_thread():
+                    if worker is None:
+                        worker = make_worker()
+                    result = worker(item)
+            except Exception as error:
+                if on_failure is None:
+                    raise
+                failed = failure(error)
+                worker = None
+            else:
+                yield item, result
+                continue
+            free_gpu()
+            yield item, on_failure(item, failed)
+
+
+def failure(error: Exception, place: str = "") -> Failed:
+    """What is told of an error."""
+    if isinstance(error, HSNetError):
+        return Failed(str(error), "", place)
+    first = (str(error).strip().splitlines() or [""])[0]
+    detail = "".join(traceback.format_exception(error))
+    return Failed(f"{type(error).__name__}: {first}".rstrip(": "), detail, place)
+
+
+def free_gpu() -> None:
+    """Give back what freed tensors of this process still hold of a GPU: another case may need it."""
+    gc.collect()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def in_groups(

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import fakes
 import pytest
 
+from benchmarks.two_nodes import Nodes
 from cluster.runner import RayRunner
 from cluster.session import session
 
@@ -32,3 +33,10 @@ def ray_runner(local_ray: None, request: pytest.FixtureRequest) -> Iterator[RayR
     yield RayRunner(2)
     for module in modules:
         cloudpickle.unregister_pickle_by_value(module)
+
+
+@pytest.fixture(scope="session")
+def two_nodes() -> Iterator[Nodes]:
+    """Two nodes of two CPUs whose processes do not find this project. Not to be harmed: who kills makes his own."""
+    with Nodes() as nodes:
+        yield nodes
