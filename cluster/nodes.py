@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hsnet.errors import ClusterError
 
@@ -193,6 +193,25 @@ def require_alike(facts: Iterable[NodeFacts], mine: Mapping[str, str], allow_mix
             "with --allow-mixed. Nothing was started."
         )
     log.warning("%s", text)
+
+
+def compared(node: NodeFacts, mine: Mapping[str, str]) -> list[tuple[Literal["ok", "warn", "fail"], str, str]]:
+    """(status, detail, what to do) of a node's versions beside this machine's."""
+    told: list[tuple[Literal["ok", "warn", "fail"], str, str]] = []
+    absent = [name for name in NEEDED if node.versions[name] == ABSENT and mine[name] != ABSENT]
+    differing = [
+        f"{name} {node.versions[name]}, here {mine[name]}"
+        for name in ("Python", *COMPARED)
+        if name not in absent and _plain(node.versions[name]) != _plain(mine[name])
+    ]
+    if absent:
+        told.append(("fail", f"not installed: {', '.join(absent)}", "install the same packages there as here"))
+    if differing:
+        told.append(("warn", "; ".join(differing), "install the same versions, or work with --allow-mixed"))
+    if not told:
+        same = ", ".join(f"{name} {node.versions[name]}" for name in ("Python", *COMPARED))
+        told.append(("ok", f"the versions of this machine: {same}", ""))
+    return told
 
 
 def describe(node: NodeFacts) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -115,7 +116,8 @@ def _failed(error: Exception) -> Failed:
         return failure(error)
     cause = error.cause if isinstance(error.cause, Exception) else error
     told = failure(cause)
-    place = f"process {error.pid} on {error.ip}; its log is worker-*-{error.pid}.err in Ray's folder of logs there"
+    found = re.search(r"pid=(\d+), ip=([^,)\s]+)", str(error))  # the classes that Ray makes of causes do not keep them
+    place = f"process {found[1]} on {found[2]}; its log is worker-*-{found[1]}.err in Ray's logs there" if found else ""
     return Failed(told.reason, str(error), place)
 
 

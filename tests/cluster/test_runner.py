@@ -1,6 +1,7 @@
 """One contract, every runner; and what only processes can do: die."""
 
 import os
+import re
 import signal
 import threading
 from functools import partial
@@ -152,3 +153,44 @@ def die_once(marker: Path) -> None:
     except FileExistsError:
         return
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def make_fragile():
+    def work(item):
+        if item == 1:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nmore of it")
+        if item == 2:
+            raise DataError("photo 'x.jpg' is truncated")
+        return item
+
+    return work
+
+
+def test_an_item_that_fails_does_not_end_the_others_where_the_caller_asks(runner):
+    failed = {}
+
+    def on_failure(item, failure):
+        failed[item] = failure
+        return -item
+
+    results = dict(runner.map(make_fragile, range(5), on_failure))
+    assert results == {0: 0, 1: -1, 2: -2, 3: 3, 4: 4}
+    assert failed[1].reason == "RuntimeError: CUDA out of memory. Tried to allocate 2 GiB"
+    assert "in work" in failed[1].detail
+    assert failed[2].reason == "photo 'x.jpg' is truncated"
+    assert failed[2].detail == ""
+    if not isinstance(runner, SerialRunner):
+        assert re.search(r"^process \d+ on [\d.]+; its log is worker-\*-\d+\.err in", failed[1].place)
+    with pytest.raises(RuntimeError, match="CUDA out of memory"):
+        list(runner.map(make_fragile, [1]))
+
+
+def test_an_item_whose_processes_all_die_does_not_end_the_others_either(ray_runner, monkeypatch):
+    monkeypatch.setattr("cluster.runner.ATTEMPTS", 2)
+
+    def make():
+        return lambda item: os.kill(os.getpid(), signal.SIGKILL) if item == 1 else item
+
+    results = dict(ray_runner.map(make, range(3), lambda item, failure: failure.reason))
+    assert (results[0], results[2]) == (0, 2)
+    assert "lost the work on item 1 for good" in results[1]
