@@ -32,8 +32,8 @@ from benchmarks.two_nodes import ROOT, Nodes, driver
 LIMIT_S = 300.0
 """A command that takes longer hangs."""
 
-DATA = ("shapes", "--data-option", "size=96", "--data-option", "trn_per_class=12", "--data-option", "val_per_class=8")
-BACKBONE = ("--backbone", "squeezenet1_1", "--image-size", "96", "--shard-images", "2")
+DATA = ("shapes", "--data-option", "size=64", "--data-option", "trn_per_class=8", "--data-option", "val_per_class=6")
+BACKBONE = ("--backbone", "squeezenet1_1", "--image-size", "64", "--shard-images", "2")
 FAULTS = {
     "extract": ("worker", "node", "driver", "head"),
     "train": ("rank", "node", "mailbox", "controller", "driver", "head"),
@@ -89,14 +89,14 @@ class Stage:
         if self.name == "extract":
             return ["extract", *DATA, *BACKBONE, "--store", str(out / "s.zarr")]
         if self.name == "train":
-            words = ["train", "--store", store, "--fold", "0", "--steps", "60", "--batch-size", "4"]
-            words += ["--validate-every", "15", "--validate-episodes", "4"]
+            words = ["train", "--store", store, "--fold", "0", "--steps", "16", "--batch-size", "2"]
+            words += ["--validate-every", "4", "--validate-episodes", "2"]
             return [*words, "--run-dir", str(out / "run"), "--workers", "2"]
         if self.name == "evaluate":
-            words = ["evaluate", "--checkpoint", run, "--store", store, "--shots", "1,5", "--episodes", "1500"]
+            words = ["evaluate", "--checkpoint", run, "--store", store, "--shots", "1,5", "--episodes", "400"]
             return [*words, "--out", str(out / "rows.parquet")]
-        words = ["sweep", "--store", store, "--folds", "0,1", "--vary", "seed=0,1,2,3", "--steps", "12"]
-        words += ["--fix", "batch_size=2", "--fix", "validate_every=4", "--fix", "validate_episodes=2"]
+        words = ["sweep", "--store", store, "--folds", "0,1", "--vary", "seed=0,1", "--steps", "6"]
+        words += ["--fix", "batch_size=2", "--fix", "validate_every=2", "--fix", "validate_episodes=2"]
         return [*words, "--episodes", "20", "--out", str(out / "out")]
 
     def result(self, out: Path, printed: str) -> Any:
@@ -136,8 +136,9 @@ def start(nodes: Nodes, words: list[str]) -> tuple[subprocess.Popen[str], list[t
     printed: list[str] = []
 
     def read(stream: Any, keep: Any) -> None:
-        for line in stream:
-            keep(line)
+        with stream:
+            for line in stream:
+                keep(line)
 
     for stream, keep in (
         (process.stderr, lambda line: said.append((time.monotonic(), line))),

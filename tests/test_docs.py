@@ -26,12 +26,15 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 FOREIGN_OPTIONS = (
     {"--extra-index-url"}
     | {"--folder", "--bits", "--bytes", "--photos"}
+    | {"--port", "--num-cpus", "--object-store-memory", "--node-manager-port", "--object-manager-port", "--block"}
+    | {"--working-dir", "--nodes", "--ntasks", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--signal"}
+    | {"--exclude", "--stage", "--count", "--fault"}
     | {
         "--parts",
         "--backbones",
     }
 )
-"""Of pip and ray, benchmarks/compression.py and benchmarks/pipeline.py."""
+"""Of pip, ray and Slurm, benchmarks/compression.py, benchmarks/faults.py and benchmarks/pipeline.py."""
 
 
 def commands(group: click.Group = cli.main, before: str = "") -> Iterator[tuple[str, click.Command]]:

@@ -126,3 +126,14 @@ def test_predict_works_in_its_own_process_and_takes_no_address(two_nodes: Nodes,
     _, said = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "No such option '--address'" in said
+
+
+def test_doctor_looks_at_every_node(two_nodes: Nodes, store: Path, tmp_path: Path) -> None:
+    told, _ = on(two_nodes, "doctor", "--store", store, "--run-dir", tmp_path / "none")
+    names = {finding["name"] for finding in told["findings"]}
+    assert {name.split()[1] for name in names} == {node[:8] for node in two_nodes.ids}
+    for name in names:
+        about = [finding["detail"] for finding in told["findings"] if finding["name"] == name]
+        assert "2 CPUs, 0 GPUs, memory" in about[0]
+        assert about[1].startswith("the versions of this machine: Python 3")
+        assert about[2:] == [f"--store {store}: folder", f"--run-dir {tmp_path / 'none'}: nothing"]

@@ -294,3 +294,16 @@ def test_a_link_in_the_place_of_the_temporary_file_is_not_followed(tmp_path):
 
 if __name__ == "__main__":
     play(Path(sys.argv[1]))
+
+
+def test_what_killed_writers_left_is_cleared_and_a_living_writer_is_not(tmp_path):
+    from pipeline.common.files import clear_partials, whole
+
+    (tmp_path / ".last.safetensors.partial").write_bytes(b"cut off")
+    (tmp_path / "kept.txt").touch()
+    with whole(tmp_path / "best.txt") as partial:
+        partial.write_text("half")
+        clear_partials(tmp_path)
+        assert partial.exists()
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([partial.name, "kept.txt"])
+    assert (tmp_path / "best.txt").read_text() == "half"
