@@ -5,7 +5,9 @@ Dimension key: B queries, K shots, L layers of one level, C channels, U V suppor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,16 @@ from hsnet.model import KERNEL, HSNet, require_same_grid, resize_logits
 from hsnet.sparse import SparseActivations, convolve, normalise
 
 ARITHMETIC = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Correlations:
+    """What a learner reads of a batch before its first weight: the same for all learners of one `reads`."""
+
+    levels: Sequence[SparseActivations | Tensor]
+    """Of every level used, deepest first: rows of the object positions, or all as (B K, L, U, V, H, W)."""
+    contrast: Tensor | None
+    """(B K, M, H, W) contrast maps of learners that see them."""
 
 
 class FusedHSNet(nn.Module):
@@ -44,25 +56,53 @@ class FusedHSNet(nn.Module):
         self.arithmetic = arithmetic
         self.sparse = sparse
 
-    def forward(self, query: Sequence[Tensor], support: Sequence[Tensor], mask: Tensor, unit: bool = False) -> Tensor:
-        return self.decode(self.encode(query, support, mask, unit))
+    def forward(
+        self,
+        query: Sequence[Tensor],
+        support: Sequence[Tensor],
+        mask: Tensor,
+        unit: bool = False,
+        correlations: Correlations | None = None,
+    ) -> Tensor:
+        return self.decode(self.encode(query, support, mask, unit, correlations))
 
-    def encode(self, query: Sequence[Tensor], support: Sequence[Tensor], mask: Tensor, unit: bool = False) -> Tensor:
-        """What the decoder reads of every support: (B K, C, H, W) float32, contrast maps included."""
-        queries, pairs = len(query[0]), len(mask)
-        if pairs % queries or len(support[0]) != pairs:
-            raise ShapeError(
-                f"{len(support[0])} supports with {pairs} masks cannot be shared evenly by {queries} queries."
-            )
-        query, support = self.model.chosen(query), self.model.chosen(support)
-        on_cpu = mask.device.type == "cpu"
-        sparse = self.model.kernel == KERNEL and (on_cpu if self.sparse is None else self.sparse)
-        context = (self._sparse if sparse else self._dense)(query, support, self.model.seen(mask), unit)
-        if not self.model.background:
-            return context
-        # As the correlations: in full precision on a CPU, where half of it is no faster.
-        maps = contrast_maps(query, support, mask, unit, None if on_cpu else self._dtype)
-        return torch.cat([context, maps.to(context.dtype)], 1)
+    @property
+    def reads(self) -> tuple[object, ...]:
+        """What `correlate` depends on beside the batch. Learners of one process with the same may share its result."""
+        model = self.model
+        kinds = self.arithmetic, self._dtype, self.sparse, model.kernel == KERNEL
+        return *kinds, model.picked, model.support_mask, model.background
+
+    def correlate(
+        self, query: Sequence[Tensor], support: Sequence[Tensor], mask: Tensor, unit: bool = False
+    ) -> Correlations:
+        """All of `encode` that comes before the learner's weights; arguments as for `forward`. Nothing changes it.
+
+        Raises:
+            ShapeError: supports and masks cannot be shared evenly by the queries.
+        """
+        levels, contrast = self._read(query, support, mask, unit)
+        return Correlations(list(levels), contrast)
+
+    def encode(
+        self,
+        query: Sequence[Tensor],
+        support: Sequence[Tensor],
+        mask: Tensor,
+        unit: bool = False,
+        correlations: Correlations | None = None,
+    ) -> Tensor:
+        """What the decoder reads of every support: (B K, C, H, W) float32, contrast maps included.
+
+        `correlations` are those of the same arguments, from this learner or another one with the same `reads`.
+        """
+        levels: Iterable[SparseActivations | Tensor]
+        if correlations is None:
+            levels, contrast = self._read(query, support, mask, unit)
+        else:
+            levels, contrast = correlations.levels, correlations.contrast
+        context = self._sparse(levels, len(mask)) if self._leaves_out(mask) else self._dense(levels, mask.device)
+        return context if contrast is None else torch.cat([context, contrast.to(context.dtype)], 1)
 
     def decode(self, context: Tensor) -> Tensor:
         """Logits (n, 2, 2 H, 2 W) float32 of `encode`'s (n, C, H, W)."""
@@ -78,12 +118,41 @@ class FusedHSNet(nn.Module):
         """
         return self.decode(contexts.mean(0))
 
-    def _sparse(self, query: Sequence[Tensor], support: Sequence[Tensor], mask: Tensor, unit: bool) -> Tensor:
-        pairs = len(mask)
-        squeezed = [
-            _run(block, _correlate(scenes, objects, mask, unit, ARITHMETIC[self.arithmetic]))
-            for block, scenes, objects in zip(self.model.squeeze, reversed(query), reversed(support), strict=True)
-        ]
+    def _leaves_out(self, mask: Tensor) -> bool:
+        """Whether positions outside the object are left out."""
+        wanted = mask.device.type == "cpu" if self.sparse is None else self.sparse
+        return wanted and self.model.kernel == KERNEL
+
+    def _read(
+        self, query: Sequence[Tensor], support: Sequence[Tensor], mask: Tensor, unit: bool
+    ) -> tuple[Iterator[SparseActivations | Tensor], Tensor | None]:
+        """Correlations, each level computed when it is asked for, and contrast maps."""
+        queries, pairs = len(query[0]), len(mask)
+        if pairs % queries or len(support[0]) != pairs:
+            raise ShapeError(
+                f"{len(support[0])} supports with {pairs} masks cannot be shared evenly by {queries} queries."
+            )
+        query, support = self.model.chosen(query), self.model.chosen(support)
+        contrast = None
+        if self.model.background:
+            # As the correlations: in full precision on a CPU, where half of it is no faster.
+            on_cpu = mask.device.type == "cpu"
+            contrast = contrast_maps(query, support, mask, unit, None if on_cpu else self._dtype)
+        return self._levels(query, support, self.model.seen(mask), unit, self._leaves_out(mask)), contrast
+
+    def _levels(
+        self, query: Sequence[Tensor], support: Sequence[Tensor], mask: Tensor, unit: bool, leave_out: bool
+    ) -> Iterator[SparseActivations | Tensor]:
+        shots = len(mask) // len(query[0])
+        for scenes, objects in zip(reversed(query), reversed(support), strict=True):
+            if leave_out:
+                yield _correlate(scenes, objects, mask, unit, ARITHMETIC[self.arithmetic])
+            else:
+                masks = interpolate_mask(mask, (objects.shape[2], objects.shape[3]))
+                yield correlate_all(scenes.repeat_interleave(shots, 0), objects, masks, self._dtype, unit=unit)
+
+    def _sparse(self, levels: Iterable[Any], pairs: int) -> Tensor:
+        squeezed = [_run(block, rows) for block, rows in zip(self.model.squeeze, levels, strict=True)]
         mixed = squeezed[0]
         for mix, finer in zip(self.model.mix, squeezed[1:], strict=True):
             require_same_grid(mixed.grid, finer.grid)
@@ -92,13 +161,9 @@ class FusedHSNet(nn.Module):
             mixed = _run(mix, SparseActivations.complete(coarse + finer.values, pairs, finer.grid))
         return _exact(mixed.values).unflatten(0, (pairs, -1)).mean(1)
 
-    def _dense(self, query: Sequence[Tensor], support: Sequence[Tensor], mask: Tensor, unit: bool) -> Tensor:
-        shots, dtype = len(mask) // len(query[0]), self._dtype
-        pyramid = []
-        for scenes, objects in zip(reversed(query), reversed(support), strict=True):
-            masks = interpolate_mask(mask, (objects.shape[2], objects.shape[3]))
-            pyramid.append(correlate_all(scenes.repeat_interleave(shots, 0), objects, masks, dtype, unit=unit))
-        with self._autocast(mask.device):
+    def _dense(self, levels: Iterable[Any], device: torch.device) -> Tensor:
+        pyramid = list(levels)
+        with self._autocast(device):
             return _exact(self.model.squeezed_mean(pyramid))
 
     @property

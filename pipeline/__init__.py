@@ -9,6 +9,7 @@ prepare     class-number masks from official sources that come without them
 plan        bytes, seconds per stage, what fits and from when a store pays, told before anything is made
 extract     the backbone once over every photo, its features into a store
 train       a head on episodes of a store, with exact resume
+packed      several heads trained in one process on the same reading
 sweep       many configurations, each trained where it needs to be, tested and kept
 sweep_file  sweeps as YAML files, every key checked
 sweep_plan  what a sweep would do, told before anything is trained

@@ -10,7 +10,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hsnet.backbone import FinetunedBackbone
 from hsnet.errors import CheckpointError, ConfigError, HSNetError
 from hsnet.finetune import FinetunedHSNet, FusedFinetunedHSNet
-from hsnet.fused import FusedHSNet
+from hsnet.fused import Correlations, FusedHSNet
 from hsnet.loss import episode_losses
 from hsnet.metrics import foreground_background_iou, mean_iou, sum_by_class
 from hsnet.model import HSNet
@@ -119,6 +119,24 @@ def fit(
         StoreError: another process is training in `run_dir`.
     """
     ranks = ranks or Alone()
+    with opened_trainer(config, source, run_dir, ranks, device, micro_batch, on_event, resident) as trainer:
+        started = time.monotonic()
+        finished = trainer.run_steps(stop, prefetch_depth)
+    return trainer.summary(finished, time.monotonic() - started)
+
+
+@contextmanager
+def opened_trainer(
+    config: RunConfig,
+    source: FeatureSource,
+    run_dir: Path,
+    ranks: Ranks,
+    device: str,
+    micro_batch: int | None,
+    on_event: Callable[[Event], None] | None,
+    resident: str = "off",
+) -> Iterator[Trainer]:
+    """A run where it stands, held for writing inside the block. Arguments and errors are those of `fit`."""
     stream, selection = check_run(config, source)
     torch.manual_seed(config.seed)
     model = make_model(config, source).to(device)
@@ -130,15 +148,14 @@ def fit(
         if ranks.rank == 0:  # two trainings in one folder would undo each other's saves
             held.enter_context(sole_writer(run_dir))
             clear_partials(run_dir)
-        source = keep(source, _images(config, source), resident, device, ranks.rank, ranks.world_size)
+        source = keep(source, images_of(config, source), resident, device, ranks.rank, ranks.world_size)
         position = run.load(model, optimiser, average.model if average else None)
         if int(ranks.sum(torch.tensor(position.step))) != position.step * ranks.world_size:
             raise CheckpointError(
                 f"The workers found different states of the run in {run_dir}. Put --run-dir on a file system that all "
                 "machines share. Nothing was changed."
             )
-        resumed_at = position.step
-        trainer = _Trainer(
+        trainer = Trainer(
             config=config,
             source=source,
             run=run,
@@ -153,19 +170,8 @@ def fit(
             micro_batch=max(1, (micro_batch or config.batch_size) // config.directions),
             on_event=on_event,
         )
-        started = time.monotonic()
         with trainer:
-            finished = trainer.run_steps(stop, prefetch_depth)
-    return FitSummary(
-        steps=position.step,
-        resumed_at=resumed_at,
-        finished=finished,
-        loss=trainer.recent_loss,
-        best_miou=position.best_miou if position.best_step >= 0 else None,
-        best_step=position.best_step if position.best_step >= 0 else None,
-        seconds=time.monotonic() - started,
-        run_dir=run_dir,
-    )
+            yield trainer
 
 
 def check_run(config: RunConfig, source: FeatureSource) -> tuple[EpisodeStream, EpisodeStream | None]:
@@ -235,15 +241,18 @@ def selection_stream(config: RunConfig, source: FeatureSource) -> EpisodeStream 
     return EpisodeStream(source.index, config.fold, config.select_on, 1, 0, exclude=frozenset(source.skipped))
 
 
-def _images(config: RunConfig, source: FeatureSource) -> set[int]:
+def images_of(config: RunConfig, source: FeatureSource) -> set[int]:
     """Images that training and validation may draw."""
     roles = {"trn", config.select_on} - {"none"}
     return {image for role in roles for image, _ in source.index.split(config.fold, role).entries}
 
 
 @dataclass(kw_only=True)
-class _Trainer:
-    """The loop of one rank. A class only because it shares a dozen values between its steps."""
+class Trainer:
+    """The loop of one rank. A class only because it shares a dozen values between its steps.
+
+    `pipeline.packed` has several make a step in turn: `begin`, `learn` for every part of the batch, `finish`, `book`.
+    """
 
     config: RunConfig
     source: FeatureSource
@@ -262,14 +271,16 @@ class _Trainer:
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
 
     def __post_init__(self) -> None:
+        self.resumed_at = self.position.step
         arithmetic, model = self.config.arithmetic, self.model
         if isinstance(model, FinetunedHSNet):
-            fused: FusedHSNet = FusedFinetunedHSNet(model, arithmetic, self.config.both_directions)
+            self.fused: FusedHSNet = FusedFinetunedHSNet(model, arithmetic, self.config.both_directions)
         else:
-            fused = FusedHSNet(model, arithmetic)
-        self.wrapped = self.ranks.wrap(fused)
+            self.fused = FusedHSNet(model, arithmetic)
+        self.wrapped = self.ranks.wrap(self.fused)
+        self._saved = time.monotonic()
 
-    def __enter__(self) -> _Trainer:
+    def __enter__(self) -> Trainer:
         if self.ranks.rank == 0:
             from tensorboardX import SummaryWriter
 
@@ -286,29 +297,46 @@ class _Trainer:
     def recent_loss(self) -> float:
         return sum(self.losses) / len(self.losses) if self.losses else float("nan")
 
+    def summary(self, finished: bool, seconds: float) -> FitSummary:
+        """What the run came to."""
+        position = self.position
+        return FitSummary(
+            steps=position.step,
+            resumed_at=self.resumed_at,
+            finished=finished,
+            loss=self.recent_loss,
+            best_miou=position.best_miou if position.best_step >= 0 else None,
+            best_step=position.best_step if position.best_step >= 0 else None,
+            seconds=seconds,
+            run_dir=self.run.path,
+        )
+
     def run_steps(self, stop: Callable[[], bool], prefetch_depth: int) -> bool:
         """Steps up to `config.steps`; False if stopped before."""
-        config, position = self.config, self.position
-        remaining = range(position.step, config.steps)
-        parts = (part for step in remaining for part in self._parts(step))
+        remaining = range(self.position.step, self.config.steps)
+        parts = (part for step in remaining for part in self.parts(step))
         with closing(prefetch(self.source, parts, prefetch_depth)) as loaded:
-            saved = time.monotonic()
+            self._saved = time.monotonic()
             for step in remaining:
                 if self._any_rank(stop()):
-                    self._save()
+                    self.save()
                     return False
-                done = self._step(step, loaded)
-                position.step = done.step
-                self.losses.append(done.loss)
-                self._report(done)
-                last = position.step == config.steps
-                validate = self.selection is not None and (last or position.step % config.validate_every == 0)
-                if validate:
-                    self._validate()
-                if validate or last or time.monotonic() - saved > SAVE_SECONDS:
-                    self._save()
-                    saved = time.monotonic()
+                self.book(self._step(step, loaded))
         return True
+
+    def book(self, done: StepDone) -> None:
+        """Note a step that was made; validate and save when it is time."""
+        config, position = self.config, self.position
+        position.step = done.step
+        self.losses.append(done.loss)
+        self._report(done)
+        last = position.step == config.steps
+        validate = self.selection is not None and (last or position.step % config.validate_every == 0)
+        if validate:
+            self._validate()
+        if validate or last or time.monotonic() - self._saved > SAVE_SECONDS:
+            self.save()
+            self._saved = time.monotonic()
 
     def _mine(self, step: int) -> tuple[list[Episode], int]:
         """This rank's episodes of a step, and how many all ranks have together."""
@@ -316,7 +344,7 @@ class _Trainer:
         mine = numbers[self.ranks.rank :: self.ranks.world_size]
         return [self.stream[number] for number in mine], len(numbers)
 
-    def _parts(self, step: int) -> Iterator[Sequence[Episode]]:
+    def parts(self, step: int) -> Iterator[Sequence[Episode]]:
         mine, _ = self._mine(step)
         # A rank left without an episode by a short last batch still takes part in the gradient average, with
         # weight 0: otherwise the others would wait for it forever.
@@ -326,25 +354,55 @@ class _Trainer:
 
     def _step(self, step: int, loaded: Iterator) -> StepDone:
         started, waited = time.perf_counter(), 0.0
+        mine, _ = self._mine(step)
+        total = self.begin()
+        count = max(1, -(-len(mine) // self.micro_batch))
+        for number in range(count):
+            before = time.perf_counter()
+            _, batch = next(loaded)
+            batch = self.placed(batch)
+            waited += time.perf_counter() - before
+            total += self.learn(step, batch, sync=number == count - 1)
+        return self.finish(step, total, lambda: time.perf_counter() - started, waited)
+
+    def placed(self, batch: EpisodeBatch) -> EpisodeBatch:
+        """A batch on the device, decoded, in both directions if the run wants them."""
+        batch = batch.to(self.device)
+        return batch.both_directions() if self.config.both_directions else batch
+
+    def begin(self) -> Tensor:
+        """Forget the last step's gradients; a sum of losses to add to."""
+        self.optimiser.zero_grad(set_to_none=True)
+        return torch.zeros((), dtype=torch.float64)
+
+    def learn(
+        self, step: int, batch: EpisodeBatch, sync: bool = True, correlations: Correlations | None = None
+    ) -> Tensor:
+        """Add the gradients of one part of a step's batch (`placed`); returns the sum of its losses.
+
+        `correlations` are those of the batch, if they are there already.
+        """
         mine, episodes = self._mine(step)
         terms = episodes * self.config.directions
         # The group averages gradients over ranks; what is wanted is the mean over all losses of the step, also when
         # ranks have unequal shares of a short last batch.
         weight = self.ranks.world_size / terms if mine else 0.0
-        self.optimiser.zero_grad(set_to_none=True)
+        with nullcontext() if sync else self.ranks.no_sync(self.wrapped):
+            given = {} if correlations is None else {"correlations": correlations}
+            logits = self.wrapped(batch.query, batch.support, batch.support_mask, batch.unit, **given)
+            losses = episode_losses(logits, batch.target, batch.ignore, self.config.boundary)
+            (losses.sum() * weight).backward()
         total = torch.zeros((), dtype=torch.float64)
-        count = max(1, -(-len(mine) // self.micro_batch))
-        for number in range(count):
-            before = time.perf_counter()
-            _, batch = next(loaded)
-            batch = batch.to(self.device)
-            if self.config.both_directions:
-                batch = batch.both_directions()
-            waited += time.perf_counter() - before
-            losses = self._losses(batch, sync=number == count - 1, weight=weight)
-            if mine:
-                total += losses.sum().double().cpu()
-        loss = float(self.ranks.sum(total)) / terms
+        return total + losses.detach().sum().double().cpu() if mine else total
+
+    def finish(self, step: int, total: Tensor, seconds: Callable[[], float], waited: float) -> StepDone:
+        """Update the weights; `total` is the sum of the step's losses here.
+
+        Raises:
+            HSNetError: the loss or the gradient is not a number; the weights are as they were.
+        """
+        _, episodes = self._mine(step)
+        loss = float(self.ranks.sum(total)) / (episodes * self.config.directions)
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         # Before the update: weights that are not numbers would be saved. All ranks see the same and stop together.
@@ -363,18 +421,11 @@ class _Trainer:
             step=step + 1,
             steps=self.config.steps,
             loss=loss,
-            seconds=time.perf_counter() - started,
+            seconds=seconds(),
             waited=waited,
             learning_rate=rate,
             gradient=float(norm),
         )
-
-    def _losses(self, batch: EpisodeBatch, sync: bool, weight: float) -> Tensor:
-        with nullcontext() if sync else self.ranks.no_sync(self.wrapped):
-            logits = self.wrapped(batch.query, batch.support, batch.support_mask, batch.unit)
-            losses = episode_losses(logits, batch.target, batch.ignore, self.config.boundary)
-            (losses.sum() * weight).backward()
-        return losses.detach()
 
     def _validate(self) -> None:
         assert self.selection is not None
@@ -403,7 +454,7 @@ class _Trainer:
                 self.run.save_best(judged, position.step, {"miou": miou, "fb_iou": fb_iou})
         self._report(Validated(position.step, miou, fb_iou, better))
 
-    def _save(self) -> None:
+    def save(self) -> None:
         if self.ranks.rank == 0:
             self.run.save(self.model, self.optimiser, self.position, self.average.model if self.average else None)
 

@@ -38,6 +38,7 @@ SCORES_STAND_ON = {"common", "episodes", "scores"}
 
 STAGES_OF_STAGES = {
     "compare": {"evaluate"},
+    "packed": {"train"},
     "report": {"analyze"},
     "sweep": {"train", "evaluate", "analyze"},
     "sweep_file": {"sweep"},
