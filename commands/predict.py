@@ -152,9 +152,10 @@ def _pipe(workers: int, address: str | None, device: str) -> Iterator[Any]:
         yield in_process
         return
     require_ray(workers, address, device)
+    from cluster.nodes import total
     from cluster.predict import RayPipe
-    from cluster.session import cpus, session
+    from cluster.session import session
 
     # Beside the models at least one CPU decodes and encodes.
     with session(address or "local", num_cpus=max(workers + 1, os.cpu_count() or 1), object_store_bytes=STORE_BYTES):
-        yield RayPipe(workers or max(1, cpus() // 2), gpus=1 if device.startswith("cuda") else 0)
+        yield RayPipe(workers or max(1, total("CPU") // 2), gpus=1 if device.startswith("cuda") else 0)

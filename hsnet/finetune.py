@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from hsnet.backbone import FinetunedBackbone
-from hsnet.fused import FusedHSNet
+from hsnet.errors import ConfigError
+from hsnet.fused import Correlations, FusedHSNet
 from hsnet.model import HSNet
 
 
@@ -56,7 +57,16 @@ class FusedFinetunedHSNet(FusedHSNet):
         super().__init__(model, arithmetic, sparse=False)
         self.both_directions = both_directions
 
-    def forward(self, query: Sequence[Tensor], support: Sequence[Tensor], mask: Tensor, unit: bool = False) -> Tensor:
+    def forward(
+        self,
+        query: Sequence[Tensor],
+        support: Sequence[Tensor],
+        mask: Tensor,
+        unit: bool = False,
+        correlations: Correlations | None = None,
+    ) -> Tensor:
+        if correlations is not None:
+            raise ConfigError("A backbone that is trained makes its own correlations: none can be given.")
         backbone = self.model.backbone
         (queries,), (supports,) = query, support
         count = len(queries)
