@@ -31,7 +31,7 @@ from pipeline.scores.tables import interval_text
 
 if TYPE_CHECKING:
     from pipeline.loading.source import StoreSource
-    from pipeline.sweep import Case, CaseDone
+    from pipeline.sweep_case import Case, CaseDone
     from pipeline.sweep_file import SweepFile
     from pipeline.sweep_plan import PlannedCase
     from pipeline.train import Event

@@ -11,6 +11,8 @@ extract     the backbone once over every photo, its features into a store
 train       a head on episodes of a store, with exact resume
 packed      several heads trained in one process on the same reading
 sweep       many configurations, each trained where it needs to be, tested and kept
+sweep_case  one of them: alone or packed, tested, and what became of it
+sweep_status  what its cases tell while they run, and how they hear that they shall stop
 sweep_file  sweeps as YAML files, every key checked
 sweep_plan  what a sweep would do, told before anything is trained
 evaluate    episodes answered by a head, one row for each

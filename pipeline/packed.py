@@ -81,7 +81,7 @@ def fit_packed(
     """
     if len(configs) != len(run_dirs):
         raise ConfigError(f"{len(configs)} heads need as many run directories, got {len(run_dirs)}.")
-    if len({path.absolute() for path in run_dirs}) < len(run_dirs):
+    if len({path.resolve() for path in run_dirs}) < len(run_dirs):
         raise ConfigError("Two heads of a pack cannot be trained in one run directory. Nothing was changed.")
     outcomes: dict[int, FitSummary | Exception] = {}
     started = time.monotonic()

@@ -8,79 +8,40 @@ everything that reads runs and rows (`hsnet analyze`, `hsnet report`) reads a sw
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
-from hsnet.errors import CheckpointMismatch, ConfigError, DataError, HSNetError
+from hsnet.errors import ConfigError, StoreError
 from pipeline.analyze import Score, analyze
 from pipeline.common.fields import read_choice
-from pipeline.common.files import write_table
+from pipeline.common.lock import sole_writer
 from pipeline.common.runner import Runner, SerialRunner
 from pipeline.common.text import did_you_mean
 from pipeline.episodes.protocols import Protocol
-from pipeline.evaluate.plan import EvaluationPlan, plan_evaluation
-from pipeline.evaluate.stage import evaluate
-from pipeline.heads.catalogue import HEADS, trained
+from pipeline.heads.catalogue import HEADS
 from pipeline.heads.config import FINETUNING, RunConfig
-from pipeline.heads.learner import LEARNED_HEADS, LEARNER_CHOICES, learner_arguments
-from pipeline.heads.run_dir import stored_config
-from pipeline.heads.training import DEFAULT_RECIPE, training_choices
+from pipeline.heads.learner import LEARNER_CHOICES
+from pipeline.heads.training import training_choices
 from pipeline.loading.source import StoreSource
 from pipeline.scores.rows import read_results
-from pipeline.train import Event, fit
+from pipeline.sweep_case import TRAINED, Case, CaseDone, Job, lost, rows_of, run_cases, store_name
+from pipeline.sweep_status import Board, CaseStatus
+from pipeline.train import Event
 
-TRAINED = LEARNED_HEADS
-"""Heads of a sweep that are trained, the published one first; the others are those of the catalogue."""
+WATCH_SECONDS = 0.5
+"""Seconds between two looks at the cases that run."""
 
-RECIPES = tuple(dict.fromkeys((DEFAULT_RECIPE, "hsnet")))
-"""Training recipes of a case that names none: the first, unless its run directory was begun with another of them."""
+_DRAWN = ("batch_size", "both_directions", "drop_novel_images", "repeat_supports")
 
-STEPS = 10_000
-"""Of a case that does not say."""
+log = logging.getLogger(__name__)
 
 _DECIDED = {"fold", "recipe", "data", "skipped", "learner", *FINETUNING}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One configuration to train, if its head is trained, and to test."""
-
-    name: str
-    """Name of its run directory, and with `.parquet` of its rows."""
-    configuration: str
-    """The name without the fold: cases with one are averaged over folds."""
-    store: str
-    fold: int
-    choices: Mapping[str, Any]
-    """Choices of `sweep_choices` that were made."""
-    head: str = TRAINED[0]
-    transfer: tuple[str, ...] = ()
-    """Stores of other data that its head is tested on, too: on the classes that it has not seen."""
-
-    @property
-    def is_trained(self) -> bool:
-        return self.head in TRAINED
-
-
-@dataclass(frozen=True)
-class CaseDone:
-    """What a case came to."""
-
-    case: Case
-    run_dir: Path | None
-    """None for a head that needs no training."""
-    rows: Path | None
-    """None if it failed or was interrupted."""
-    steps: int
-    trained: bool
-    """False if an earlier call had finished its training, or it needs none."""
-    error: str | None = None
-    transferred: Mapping[str, Path] = field(default_factory=dict)
-    """Name of another store -> rows of its classes."""
 
 
 @dataclass(frozen=True)
@@ -194,15 +155,6 @@ def make_cases(
     return cases
 
 
-def store_name(store: str) -> str:
-    """What a store is called in the names of cases.
-
-    >>> store_name("features/voc.zarr")
-    'voc'
-    """
-    return Path(store).name.removesuffix(".zarr")
-
-
 def _word(value: Any) -> str:
     """A value in the name of a folder."""
     text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
@@ -217,39 +169,129 @@ def sweep(
     *,
     runner: Runner | None = None,
     device: str = "cpu",
+    resident: str = "off",
+    pack: int = 1,
     on_case: Callable[[CaseDone], None] | None = None,
+    on_progress: Callable[[Sequence[CaseStatus]], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
     on_step: Callable[[Case, Event], None] | None = None,
 ) -> Sweep:
     """Train and test every case, and put the results together.
 
-    A case that fails is reported, and the others are done. `out` holds a run directory and a file of rows per case.
+    A case that fails, for whatever reason, is reported with its kind and its log, and the others are done. `out` holds
+    a run directory and a file of rows per case.
 
     Args:
         open_source: opens a store, in any process; must be picklable for Ray.
         protocol: how each best checkpoint is tested.
-        runner: with several workers, as many cases are trained at a time, each in one process.
+        runner: with several workers, as many cases (or packs) are trained at a time, each in one process.
+        resident: keep the images of training in memory (`pipeline.loading.resident.keep`): "host" once per machine,
+            whatever the number of cases, "device" once per case or pack.
+        pack: heads trained in one process on the same reading (`pipeline.packed`); 1 trains each by itself.
         on_case: called when a case is done.
-        stop, on_step: called where a case is trained, so only to be given with a runner that works in this process.
-            `stop` is asked before every training step: when it is True the case is saved, and the rest is left for
-            another call. `on_step` gets the case and its training events.
+        on_progress: called about twice a second, on another thread, with the cases that run.
+        stop: asked in this process. When it is True, cases in training are saved after their step, wherever they run,
+            and the rest is left for another call.
+        on_step: called where a case is trained, with the case and its training events, so only to be given with a
+            runner that works in this process.
 
     Raises:
-        ConfigError: `protocol` asks for original size, which a sweep does not read masks for, or for several ways.
+        ConfigError: `protocol` asks for original size, which a sweep does not read masks for, or for several ways; or
+            `pack` is below 1.
+        StoreError: another sweep runs in `out`, or it cannot be written.
     """
     require_sweepable(protocol)
+    if pack < 1:
+        raise ConfigError(f"A pack has at least one head, got {pack}. Nothing was trained.")
     runner = runner or SerialRunner()
-    run = partial(_run_case, open_source, out, protocol, device, stop, on_step)
+    here = isinstance(runner, SerialRunner)
+    out = out.absolute()  # a worker may have another working directory
+    board = Board(out)
+    job = Job(open_source, out, protocol, device, resident, board, stop if here else None, on_step)
+    packs = make_packs(cases, out, pack, runner.workers)
     done: list[CaseDone] = []
-    for case, result in runner.map(lambda: run, cases):
-        assert case == result.case
-        done.append(result)
-        if on_case:
-            on_case(result)
-        if stop():
-            break
+    with ExitStack() as held:
+        _hold(out, board, held)
+        held.enter_context(_watching(board, [case.name for case in cases], stop, on_progress))
+        waiting = itertools.takewhile(lambda _: not stop(), packs)
+        for _, results in runner.map(lambda: partial(run_cases, job), waiting, partial(lost, job)):
+            for result in results:
+                done.append(result)
+                if on_case:
+                    on_case(result)
     done.sort(key=lambda case_done: cases.index(case_done.case))
     return Sweep(tuple(done), tuple(_configurations(done)))
+
+
+def _hold(out: Path, board: Board, held: ExitStack) -> None:
+    """Be the only sweep in a folder. Raises StoreError."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        held.enter_context(sole_writer(out))
+        held.callback(board.close)
+        board.open()
+    except OSError as error:
+        raise StoreError(f"A sweep cannot write to {out}: {error.strerror or error}. Nothing was trained.") from error
+
+
+@contextmanager
+def _watching(
+    board: Board,
+    names: Sequence[str],
+    stop: Callable[[], bool],
+    on_progress: Callable[[Sequence[CaseStatus]], None] | None,
+) -> Iterator[None]:
+    """Pass on the wish to stop, and what cases tell, while this thread waits for them."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        asked = False
+        while not ended.wait(WATCH_SECONDS):
+            if stop() and not asked:
+                board.ask_to_stop()
+                asked = True
+            if on_progress:
+                on_progress(board.read(names))
+
+    thread = threading.Thread(target=watch, name="sweep-watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def make_packs(cases: Sequence[Case], out: Path, pack: int, workers: int = 1) -> list[tuple[Case, ...]]:
+    """Cases that are trained together: of one store, those that see the same episodes beside each other.
+
+    A head that needs no training and a case whose rows are there are by themselves, and so is what is left over; a note
+    says so. Cases of fewer packs than `workers` leave some of those idle; a note says that, too.
+    """
+    if pack == 1:
+        return [(case,) for case in cases]
+    begun = [case for case in cases if case.is_trained and not rows_of(out, case).exists()]
+    packs: list[tuple[Case, ...]] = []
+    for store in dict.fromkeys(case.store for case in begun):
+        mine = sorted((case for case in begun if case.store == store), key=_seen)
+        packs += [tuple(mine[first : first + pack]) for first in range(0, len(mine), pack)]
+    alone = [case for case in cases if case not in begun]
+    alike = [one[0].name for one in packs if len(one) == 1]
+    if untrained := sum(not case.is_trained for case in alone):
+        log.info("%d cases need no training and are not packed", untrained)
+    if alike:
+        log.info("Trained alone, with no other case of its store left to be packed with: %s", ", ".join(alike))
+    if len(packs) < min(workers, len(begun)):
+        log.info(
+            "%d packs keep %d of %d workers busy: a smaller --pack would use more", len(packs), len(packs), workers
+        )
+    return [*packs, *((case,) for case in alone)]
+
+
+def _seen(case: Case) -> tuple[int, int, str]:
+    """Sorts cases that see the same episodes together (`pipeline.packed.episodes_seen`)."""
+    others = {name: case.choices[name] for name in _DRAWN if name in case.choices}
+    return case.fold, int(case.choices.get("seed", 0)), repr(sorted(others.items()))
 
 
 def require_sweepable(protocol: Protocol) -> None:
@@ -264,137 +306,6 @@ def require_sweepable(protocol: Protocol) -> None:
             "A sweep tests at network size. Test its checkpoints at original size with `hsnet evaluate --data-root`, "
             "or choose another protocol (--protocol, or --set resolution=network). Nothing was trained."
         )
-
-
-def run_config(case: Case, source: StoreSource, run_dir: Path) -> RunConfig:
-    """The training run of a case.
-
-    Where the case names no training recipe, a run that is in `run_dir` goes on with the recipe that it was begun with.
-
-    Raises:
-        ConfigError: a choice is out of range, or the features cannot give what the learner shall use.
-    """
-    learner = {name: value for name, value in case.choices.items() if name in LEARNER_CHOICES}
-    training = {name: value for name, value in case.choices.items() if name not in LEARNER_CHOICES}
-    if case.head != TRAINED[0]:
-        learner["head"] = case.head
-    arguments = learner_arguments(source.recipe, **learner)
-    asked = training.pop("recipe", None)
-    configs = [
-        RunConfig.of(
-            source, fold=case.fold, learner=arguments, **{"steps": STEPS, **training_choices(recipe), **training}
-        )
-        for recipe in ([asked] if asked else RECIPES)
-    ]
-    if stored := stored_config(run_dir):
-        return next((config for config in configs if not stored.differences(config)), configs[0])
-    return configs[0]
-
-
-def _run_case(
-    open_source: Callable[[str], StoreSource],
-    out: Path,
-    protocol: Protocol,
-    device: str,
-    stop: Callable[[], bool],
-    on_step: Callable[[Case, Event], None] | None,
-    case: Case,
-) -> CaseDone:
-    run_dir, rows = out / case.name, rows_of(out, case)
-    try:
-        source = open_source(case.store)
-        if not case.is_trained:
-            if not is_tested(rows, case, "", source.store.identity, protocol):
-                _test_untrained(rows, case, source, protocol, device)
-            return CaseDone(case, None, rows, 0, False)
-        config = run_config(case, source, run_dir)
-        fitted = fit(config, source, run_dir, device=device, stop=stop, on_event=on_step and partial(on_step, case))
-        is_new = fitted.resumed_at < fitted.steps
-        if not fitted.finished:
-            return CaseDone(case, run_dir, None, fitted.steps, is_new, "interrupted; the same command goes on")
-        method = trained(run_dir, source, device)
-        if not is_tested(rows, case, method.checkpoint, source.store.identity, protocol):
-            plan = EvaluationPlan(method=method, source=source, fold=case.fold, protocol=protocol, device=device)
-            write_table(rows, evaluate(plan).rows)
-        moved = _transfer(case, open_source, out, run_dir, method.checkpoint, protocol, device)
-        return CaseDone(case, run_dir, rows, fitted.steps, is_new, None, moved)
-    except HSNetError as error:
-        return CaseDone(case, run_dir if case.is_trained else None, None, 0, False, str(error))
-
-
-def rows_of(out: Path, case: Case, other: str = "") -> Path:
-    """Where a case's rows lie: of its own store, or of another one by name."""
-    return out / f"{case.name}{f'-on-{other}' if other else ''}.parquet"
-
-
-def _test_untrained(rows: Path, case: Case, source: StoreSource, protocol: Protocol, device: str) -> None:
-    """Test a head that needs no training, fitted on the fold's training episodes where it has to be, by the protocol
-    with the head's own way to combine supports. Its facts name the case's seed."""
-    seed = int(case.choices.get("seed", 0))
-    plan = plan_evaluation(
-        partial(_same, source), replace(protocol, seeds=(seed,)), head=case.head, fold=case.fold, device=device
-    )
-    method = replace(plan.method, facts={**plan.method.facts, "seed": seed})
-    rules = replace(plan.protocol, seeds=protocol.seeds)
-    write_table(rows, evaluate(replace(plan, method=method, protocol=rules, dataset=None)).rows)
-
-
-def _transfer(
-    case: Case,
-    open_source: Callable[[str], StoreSource],
-    out: Path,
-    run_dir: Path,
-    checkpoint: str,
-    protocol: Protocol,
-    device: str,
-) -> dict[str, Path]:
-    """Test a head on other data: on those of the stores whose features are of its kind.
-
-    Raises:
-        ConfigError: none is.
-    """
-    moved: dict[str, Path] = {}
-    for store in case.transfer:
-        source, name = open_source(store), store_name(store)
-        rows = rows_of(out, case, name)
-        with suppress(CheckpointMismatch):
-            if not is_tested(rows, case, checkpoint, source.store.identity, protocol):
-                plan = plan_evaluation(
-                    partial(_same, source), protocol, checkpoint=run_dir, transfer=True, device=device
-                )
-                write_table(rows, evaluate(replace(plan, dataset=None)).rows)
-            moved[name] = rows
-    if case.transfer and not moved:
-        raise ConfigError(
-            f"None of the stores to transfer to ({', '.join(map(store_name, case.transfer))}) has features of the kind "
-            f"that {store_name(case.store)} has. Extract one with the same backbone, weights and image size."
-        )
-    return moved
-
-
-def _same(source: StoreSource) -> StoreSource:
-    return source
-
-
-def is_tested(rows: Path, case: Case, checkpoint: str, store: str, protocol: Protocol) -> bool:
-    """Whether the rows are those of this head, these features and these rules."""
-    if not rows.exists():
-        return False
-    try:
-        results = read_results(rows)
-    except DataError:
-        return False  # written anew
-    if not case.is_trained:
-        method = dict(results.facts.get("method") or {})
-        if (method.get("name"), method.get("seed")) != (case.head, int(case.choices.get("seed", 0))):
-            return False
-        if own := HEADS[case.head].fusion:
-            protocol = replace(protocol, fusion=own)
-    return (
-        results.facts.get("checkpoint") == checkpoint
-        and results.facts.get("store") == store
-        and results.protocol.digest == protocol.digest
-    )
 
 
 def _configurations(done: Sequence[CaseDone]) -> list[Configuration]:

@@ -35,7 +35,8 @@ from pipeline.common.fields import typed
 from pipeline.common.text import did_you_mean
 from pipeline.episodes.protocols import PROTOCOLS, Protocol, resolve
 from pipeline.heads.training import RECIPES
-from pipeline.sweep import STEPS, TRAINED, Case, head_names, make_cases, sweep_choices
+from pipeline.sweep import head_names, make_cases, sweep_choices
+from pipeline.sweep_case import STEPS, TRAINED, Case
 
 MAX_BYTES = 100_000
 MAX_BRACKETS = 500

@@ -20,7 +20,8 @@ from pipeline.heads.checkpoint import load_checkpoint
 from pipeline.heads.run_dir import CONFIG, RESUME, RunDir, read_metrics
 from pipeline.loading.source import StoreSource
 from pipeline.scores.rows import read_results
-from pipeline.sweep import STEPS, Case, is_tested, require_sweepable, rows_of, run_config, store_name
+from pipeline.sweep import require_sweepable
+from pipeline.sweep_case import STEPS, Case, is_tested, rows_of, run_config, store_name
 
 State = Literal["done", "test", "go on", "train", "missing", "refused"]
 STATES: tuple[State, ...] = get_args(State)

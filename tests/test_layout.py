@@ -40,9 +40,10 @@ STAGES_OF_STAGES = {
     "compare": {"evaluate"},
     "packed": {"train"},
     "report": {"analyze"},
-    "sweep": {"train", "evaluate", "analyze"},
-    "sweep_file": {"sweep"},
-    "sweep_plan": {"sweep"},
+    "sweep": {"train", "analyze", "sweep_case", "sweep_status"},
+    "sweep_case": {"train", "packed", "evaluate", "sweep_status"},
+    "sweep_file": {"sweep", "sweep_case"},
+    "sweep_plan": {"sweep", "sweep_case"},
 }
 """A stage may import every folder, and of the other stages these."""
 

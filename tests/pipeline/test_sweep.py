@@ -17,7 +17,8 @@ from pipeline.heads.training import DEFAULT_RECIPE, RECIPES
 from pipeline.loading.source import StoreSource
 from pipeline.scores.rows import read_results
 from pipeline.store.feature_store import FeatureStore
-from pipeline.sweep import make_cases, parse_axis, parse_fixed, run_config, sweep
+from pipeline.sweep import make_cases, parse_axis, parse_fixed, sweep
+from pipeline.sweep_case import run_config
 
 QUICK = {"steps": 2, "batch_size": 2, "validate_every": 1, "validate_episodes": 2}
 RULES = resolve(episodes=12, shots=(1, 2))
