@@ -89,7 +89,28 @@ class Folds(click.ParamType):
 @click.option("--shots", type=Integers(), metavar="K,...", help="Supports per query. [default: the protocol's]")
 @click.option("--episodes", type=Whole(), metavar="N", help="Of every test. [default: the protocol's]")
 @click.option("--dry-run", is_flag=True, help="Say what would be done and how long it may take; do nothing.")
-@options(workers_option, address_option, device_option)
+@click.option(
+    "--pack",
+    type=Whole(),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Heads trained in one process on the same reading; those that see the same episodes share correlations, too.",
+)
+@options(workers_option, address_option)
+@click.option(
+    "--gpus-per-case",
+    type=float,
+    metavar="SHARE",
+    help="Of each case (or pack) with workers, such as 0.25. [default: 1]",
+)
+@click.option(
+    "--cpus-per-case",
+    type=float,
+    metavar="N",
+    help="Likewise; each computes with one thread, so more than 1 only leaves room on a machine. [default: 1]",
+)
+@options(resident_option, device_option)
 @common_options
 def sweep(
     file: Path | None,
@@ -130,7 +151,24 @@ def sweep(
     cases = wanted.all_cases(folds_of)
     if dry_run:
         return _say_plan(cases, sources, missing, out, rules, workers, as_json)
-    return _run(cases, sources, out, rules, workers, address, pick_device(device, address), as_json, quiet)
+    device = pick_device(device, address)
+    require_shares(workers, address, device, gpus_per_case, cpus_per_case)
+    with open_runner(workers, address, device, gpus_per_case, cpus_per_case or 1) as runner:
+        result, stopped = _run(cases, sources, out, rules, runner, quiet, device=device, pack=pack, resident=resident)
+    return _say(result, len(cases), out, stopped, as_json)
+
+
+def require_shares(workers: int, address: str | None, device: str, gpus: float | None, cpus: float | None) -> None:
+    """Refuse shares that Ray would wait for in vain, or that nobody would look at. Raises ConfigError."""
+    for name, share in (("--gpus-per-case", gpus), ("--cpus-per-case", cpus)):
+        if share is None:
+            continue
+        if workers == 0 and address is None:
+            raise ConfigError(f"{name} {share:g} shares out machines among workers: give --workers or --address, too.")
+        if not share > 0 or share == math.inf or (share > 1 and share != int(share)):
+            raise ConfigError(f"{name} must be a share up to 1, or a whole number, got {share:g}. Nothing was trained.")
+    if gpus is not None and not device.startswith("cuda"):
+        raise ConfigError(f"--gpus-per-case {gpus:g} needs a GPU; the device is {device}. Nothing was trained.")
 
 
 def _wanted(file: Path | None, said: Mapping[str, Any]) -> SweepFile:

@@ -1,6 +1,8 @@
 """A sweep on Ray: cases side by side, the same scores as one after the other."""
 
 import functools
+import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +16,8 @@ from pipeline.datasets.shapes import Shapes
 from pipeline.episodes.protocols import resolve
 from pipeline.extract.stage import extract
 from pipeline.features.weights import load_weights
+from pipeline.heads.checkpoint import read_tensors
+from pipeline.heads.run_dir import read_metrics
 from pipeline.loading.source import StoreSource
 from pipeline.store.feature_store import FeatureStore
 from pipeline.sweep import make_cases, sweep
@@ -44,9 +48,47 @@ def test_cases_side_by_side_equal_cases_one_after_the_other(store: Path, tmp_pat
         assert mine.scores[0].miou == theirs.scores[0].miou
 
 
+def die_of_seed_1(path: str) -> StoreSource:
+    """A source whose second seed's training ends its process, and whose third's meets a bug."""
+    source = open_source(path)
+    drawn = source.labels
+
+    def labels(images):
+        import inspect
+
+        for frame in inspect.stack():
+            config = getattr(frame.frame.f_locals.get("self"), "config", None)
+            seed = getattr(config, "seed", None)
+            if seed == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if seed == 2:
+                raise ZeroDivisionError("a bug of seed 2")
+        return drawn(images)
+
+    source.labels = labels
+    return source
+
+
+def test_a_case_that_fails_on_ray_fails_alone(store: Path, tmp_path: Path, ray_runner, monkeypatch) -> None:
+    monkeypatch.setattr("cluster.runner.ATTEMPTS", 1)
+    cases = make_cases([str(store)], (0,), {"seed": (0, 1, 2)}, QUICK)
+    result = sweep(cases, die_of_seed_1, tmp_path, resolve(episodes=4), runner=ray_runner)
+    assert [done.kind for done in result.cases] == [None, "dead process", "bug"]
+    assert result.cases[0].rows is not None
+    dead, bug = result.failed
+    assert dead.log == tmp_path / "s-seed=1-fold0.log"
+    assert "Ray lost the work" in dead.log.read_text()
+    assert bug.error == "ZeroDivisionError: a bug of seed 2"
+    assert "in labels" in bug.log.read_text(), "the traceback"
+    assert not (tmp_path / ".sweep").exists()
+    again = sweep(cases, open_source, tmp_path, resolve(episodes=4), runner=ray_runner)
+    assert not again.failed
+    assert not list(tmp_path.glob("*.log"))
+
+
 @pytest.mark.ray
-def test_the_first_ctrl_c_ends_a_sweep_on_ray(store: Path, tmp_path: Path) -> None:
-    """Workers cannot hear of a wish to stop: cases are cancelled, and the same command goes on."""
+def test_ctrl_c_saves_the_cases_that_train_on_ray(store: Path, tmp_path: Path) -> None:
+    """They see the stop file: all but the current step is kept, and the same command goes on."""
     out = tmp_path / "out"
     words = ("--folds", "0", "--fix", "batch_size=2", "--steps", "5000", "--workers", "1", "--out", str(out))
     process = subprocess.Popen(
@@ -57,14 +99,18 @@ def test_the_first_ctrl_c_ends_a_sweep_on_ray(store: Path, tmp_path: Path) -> No
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 180
     while not (out / "s-fold0" / "metrics.jsonl").exists():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    printed, said = process.communicate(timeout=60)
+    printed, said = process.communicate(timeout=120)
     assert process.returncode == 130, said
-    assert printed == ""
+    assert "0 of 1 cases" in printed
     assert "Traceback" not in said
-    assert "Interrupted. The run goes on from its last save: give the same command again." in said
+    assert "s-fold0: interrupted; the same command goes on" in said
+    steps = [line["step"] for line in read_metrics(out / "s-fold0")]
+    progress = json.loads(read_tensors(out / "s-fold0" / "resume.safetensors")[1]["progress"])
+    assert progress["step"] == max(steps) > 0
+    assert not (out / ".sweep").exists()
