@@ -88,7 +88,7 @@ class Folds(click.ParamType):
 @options(choice_option)
 @click.option("--shots", type=Integers(), metavar="K,...", help="Supports per query. [default: the protocol's]")
 @click.option("--episodes", type=Whole(), metavar="N", help="Of every test. [default: the protocol's]")
-@click.option("--dry-run", is_flag=True, help="Say what would be done and how long it may take; do nothing.")
+@click.option("--dry-run", is_flag=True, help="Say what is done, what would be done and how long it may take.")
 @click.option(
     "--pack",
     type=Whole(),
@@ -150,7 +150,9 @@ def sweep(
     folds_of = {store: make().index.folds for store, make in sources.items()}
     cases = wanted.all_cases(folds_of)
     if dry_run:
-        return _say_plan(cases, sources, missing, out, rules, workers, as_json)
+        return _say_plan(
+            cases, sources, missing, out, rules, workers, None if address else pick_device(device), as_json
+        )
     device = pick_device(device, address)
     require_shares(workers, address, device, gpus_per_case, cpus_per_case)
     with open_runner(workers, address, device, gpus_per_case, cpus_per_case or 1) as runner:
@@ -288,6 +290,7 @@ def _say_plan(
     out: Path,
     rules: Protocol,
     workers: int,
+    measure_on: str | None,
     as_json: bool,
 ) -> Any:
     from pipeline.sweep_plan import STATES, plan_sweep
@@ -297,7 +300,7 @@ def _say_plan(
             raise missing[store]
         return sources[store]()
 
-    planned = plan_sweep(cases, open_source, out, rules)
+    planned = plan_sweep(cases, open_source, out, rules, measure_on)
     rows = [
         [
             printable(one.case.name),
@@ -340,7 +343,11 @@ def _time(planned: Sequence[PlannedCase], workers: int) -> str:
             "How long that takes is not known: nothing of its kind has run in this sweep (`hsnet plan` measures some)."
         )
     by = f" with {workers} workers" if workers > 1 else ""
-    text = f"About {time_text(sum(known) / max(1, workers))}{by}, by runs of this sweep, without validations"
+    timed = sum(one.measured for one in rest)
+    of = "by runs of this sweep" if timed < len(known) else "by a few episodes timed now, on one thread"
+    if 0 < timed < len(known):
+        of = f"by runs of this sweep and, for {timed} cases, a few episodes timed now"
+    text = f"About {time_text(sum(known) / max(1, workers))}{by}, {of}, without validations"
     return text + (
         f"; {len(rest) - len(known)} cases are not in it: nothing of their kind has run."
         if len(known) < len(rest)

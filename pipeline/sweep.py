@@ -282,9 +282,7 @@ def make_packs(cases: Sequence[Case], out: Path, pack: int, workers: int = 1) ->
     if alike:
         log.info("Trained alone, with no other case of its store left to be packed with: %s", ", ".join(alike))
     if len(packs) < min(workers, len(begun)):
-        log.info(
-            "%d packs keep %d of %d workers busy: a smaller --pack would use more", len(packs), len(packs), workers
-        )
+        log.info("%d packs for %d workers: a smaller --pack would keep more of them busy", len(packs), workers)
     return [*packs, *((case,) for case in alone)]
 
 

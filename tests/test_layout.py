@@ -43,7 +43,7 @@ STAGES_OF_STAGES = {
     "sweep": {"train", "analyze", "sweep_case", "sweep_status"},
     "sweep_case": {"train", "packed", "evaluate", "sweep_status"},
     "sweep_file": {"sweep", "sweep_case"},
-    "sweep_plan": {"sweep", "sweep_case"},
+    "sweep_plan": {"train", "sweep", "sweep_case"},
 }
 """A stage may import every folder, and of the other stages these."""
 

@@ -88,3 +88,21 @@ def test_transfer_is_part_of_being_done(tmp_path):
     assert plan_sweep(shifted, open_source, out, RULES)[0].state == "test"
     sweep(shifted, open_source, out, RULES)
     assert plan_sweep(shifted, open_source, out, RULES)[0].state == "done"
+
+
+def test_a_few_episodes_are_timed_where_nothing_has_run(tmp_path):
+    store, out = str(tmp_path / "s.zarr"), tmp_path / "out"
+    shapes = Shapes(size=64, trn_per_class=2, val_per_class=3)
+    extract(shapes, load_weights("squeezenet1_1"), Path(store), image_size=64, precision="int8")
+    slim = {**QUICK, "steps": 10, "channels": 8}
+    cases = make_cases([store], (0, 1), {}, slim, heads=("hsnet", "cosine"))
+    cases += make_cases([store], (0,), {"steps": (100,)}, {k: v for k, v in slim.items() if k != "steps"})
+    before = snapshot(tmp_path)
+    found = plan_sweep(cases, open_source, out, RULES, "cpu")
+    assert snapshot(tmp_path) == before, "nothing is written"
+    assert [one.measured for one in found] == [True, True, False, False, True]
+    assert found[0].seconds == found[1].seconds > 0, "measured once"
+    assert found[4].seconds > 5 * found[0].seconds - 1
+    assert found[2].seconds is None, "of untrained heads only runs tell"
+    short = plan_sweep(cases[:1], open_source, out, resolve(episodes=400), "cpu")
+    assert short[0].seconds > found[0].seconds, "the test counts"
