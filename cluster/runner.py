@@ -28,19 +28,21 @@ class RayRunner:
     """Maps a function over items on the Ray of the current `cluster.session`.
 
     Args:
-        workers: items worked on at a time. Each takes one CPU.
+        workers: items worked on at a time.
         gpus: GPUs (or a share of one) per item.
+        cpus: CPUs (or a share of one) per item; it computes with one thread all the same.
 
     Tasks and not actors, because Ray repeats a task whose process or node died without any code here, and work is
     repeatable. The function is packed once per process, as `Runner` demands: `max_calls=0` keeps GPU processes alive
     between tasks. Results must be small; they pass through Ray's object store.
     """
 
-    def __init__(self, workers: int, gpus: float = 0) -> None:
+    def __init__(self, workers: int, gpus: float = 0, cpus: float = 1) -> None:
         if workers < 1:
             raise ValueError(f"A Ray runner needs at least one worker, got {workers}.")
         self.workers = workers
         self.gpus = gpus
+        self.cpus = cpus
 
     def map(
         self,
@@ -57,7 +59,7 @@ class RayRunner:
         if not ray.is_initialized():
             raise ClusterError("Ray is not running. Use a RayRunner inside `with cluster.session.session(...)`.")
         make_remote = ray.remote(
-            num_cpus=1,
+            num_cpus=self.cpus,
             num_gpus=self.gpus,
             max_calls=0,
             max_retries=ATTEMPTS - 1,

@@ -112,18 +112,25 @@ def session(
                 ray.shutdown()
 
 
-def places(workers: int, gpus: float) -> int:
-    """Items that the Ray in use is to work on at a time: `workers`, or for 0 as many as it has CPUs, or shares of GPUs.
+def places(workers: int, gpus: float, cpus: float = 1) -> int:
+    """Items that the Ray in use is to work on at a time: `workers`, or for 0 as many as it has shares of GPUs or CPUs.
+
+    Args:
+        gpus, cpus: that each takes.
 
     Raises:
-        ClusterError: there is no GPU for one of them. Ray itself would wait for more machines without a word.
+        ClusterError: there is no GPU for one of them, or no machine with so many CPUs. Ray itself would wait for more
+            machines without a word.
     """
+    most = max((float(node["Resources"].get("CPU", 0)) for node in nodes.alive()), default=0.0)
+    if cpus > most:
+        raise ClusterError(f"{cpus:g} CPUs for each item are more than any machine has ({most:g}). Ask for fewer.")
     there = nodes.total("GPU")
     if max(workers, 1) * gpus > there:
         raise ClusterError(
             f"{workers or 1} workers need {gpus:g} GPUs each, Ray has {there}. Use fewer --workers, or --device cpu."
         )
-    return workers or max(1, int(there / gpus) if gpus else nodes.total("CPU"))
+    return workers or max(1, int(there / gpus) if gpus else int(nodes.total("CPU") / cpus))
 
 
 def _import_ray() -> Any:

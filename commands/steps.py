@@ -93,8 +93,14 @@ def pick_device(name: str, address: str | None = None) -> str:
 
 
 @contextlib.contextmanager
-def open_runner(workers: int, address: str | None, device: str) -> Iterator[Runner]:
-    """Where a stage's work is done: in this process, or on Ray; with an address alone, on all of its CPUs or GPUs."""
+def open_runner(
+    workers: int, address: str | None, device: str, gpus: float | None = None, cpus: float = 1
+) -> Iterator[Runner]:
+    """Where a stage's work is done: in this process, or on Ray; with an address alone, on all of its CPUs or GPUs.
+
+    Args:
+        gpus, cpus: that an item takes on Ray; None is one GPU, where the device is one.
+    """
     if workers == 0 and address is None:
         from pipeline.common.runner import SerialRunner
 
@@ -104,9 +110,9 @@ def open_runner(workers: int, address: str | None, device: str) -> Iterator[Runn
     from cluster.runner import RayRunner
     from cluster.session import places, session
 
-    gpus = 1 if device.startswith("cuda") else 0
+    gpus = (1 if gpus is None else gpus) if device.startswith("cuda") else 0
     with session(address or "local", num_cpus=max(workers, os.cpu_count() or 1), allow_mixed=allow_mixed()):
-        yield RayRunner(places(workers, gpus), gpus=gpus)
+        yield RayRunner(places(workers, gpus, cpus), gpus=gpus, cpus=cpus)
 
 
 def allow_mixed() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,22 +20,25 @@ from commands.options import (
     common_options,
     device_option,
     options,
+    resident_option,
     training_recipe_option,
     workers_option,
 )
 from commands.steps import emit, open_runner, pick_device, stop_on_interrupt, store_source
-from commands.terminal import Progress, set_up_logging, table
+from commands.sweep_progress import SweepProgress
+from commands.terminal import set_up_logging, table
 from hsnet.errors import ConfigError, HSNetError
 from pipeline.common.text import printable, time_text
 from pipeline.episodes.protocols import PROTOCOLS, Protocol
 from pipeline.scores.tables import interval_text
 
 if TYPE_CHECKING:
+    from pipeline.common.runner import Runner
     from pipeline.loading.source import StoreSource
+    from pipeline.sweep import Sweep
     from pipeline.sweep_case import Case, CaseDone
     from pipeline.sweep_file import SweepFile
     from pipeline.sweep_plan import PlannedCase
-    from pipeline.train import Event
 
 
 class Folds(click.ParamType):
@@ -118,6 +122,10 @@ def sweep(
     workers: int,
     address: str | None,
     device: str,
+    pack: int,
+    gpus_per_case: float | None,
+    cpus_per_case: float | None,
+    resident: str,
     as_json: bool,
     quiet: bool,
     **said: Any,
@@ -216,49 +224,46 @@ def _run(
     sources: Mapping[str, Callable[[], StoreSource]],
     out: Path,
     rules: Protocol,
-    workers: int,
-    address: str | None,
-    device: str,
-    as_json: bool,
+    runner: Runner,
     quiet: bool,
-) -> Any:
+    **how: Any,
+) -> tuple[Sweep, bool]:
+    """The sweep, and whether it was asked to stop."""
     from pipeline.sweep import sweep as stage
-    from pipeline.train import StepDone
 
-    in_this_process = workers == 0 and address is None
-    with (
-        open_runner(workers, address, device) as runner,
-        Progress("sweep", "cases", quiet) as progress,
-        stop_on_interrupt(at_once=not in_this_process) as stop,
-    ):
-        done = 0
+    done = 0
+    with SweepProgress(len(cases), quiet) as progress, stop_on_interrupt() as stop:
 
         def show(result: CaseDone) -> None:
             nonlocal done
             done += 1
             said = f"{result.steps} steps{'' if result.trained else ' were there'}" if result.run_dir else "tested"
             if result.error:
-                said = result.error.splitlines()[0]
+                said = _reason(result).splitlines()[0]
             progress.say(f"{printable(result.case.name)}: {printable(said)}")
-            progress.update(done, len(cases))
+            progress.done(done)
 
-        def step(case: Case, event: Event) -> None:
-            if isinstance(event, StepDone):
-                progress.update(done, len(cases), f"{printable(case.name)}, step {event.step}/{event.steps}")
-
-        listening: dict[str, Any] = {"stop": stop, "on_step": step} if in_this_process else {}
-        progress.update(0, len(cases))
         result = stage(
             cases,
             lambda store: sources[store](),
             out,
             rules,
             runner=runner,
-            device=device,
             on_case=show,
-            **listening,
+            on_progress=progress.running,
+            stop=stop,
+            **how,
         )
-        stopped = stop()
+        return result, stop()
+
+
+def _reason(failed: CaseDone) -> str:
+    """Why a case has no rows: what kind of thing happened, and where to read more."""
+    kind = "" if failed.kind in ("refused", "interrupted") else f"{failed.kind}: "
+    return f"{kind}{failed.error}{f' (see {failed.log})' if failed.log else ''}"
+
+
+def _say(result: Sweep, cases: int, out: Path, stopped: bool, as_json: bool) -> Any:
     rows = [
         [
             printable(configuration.name),
@@ -272,14 +277,14 @@ def _run(
     ]
     head = ["configuration", "folds", "", "mIoU", "FB-IoU"]
     lines = [table(rows, head)] if rows else []
-    lines += ["", f"{len(result.cases) - len(result.failed)} of {len(cases)} cases; rows and runs in {printable(out)}."]
+    lines += ["", f"{len(result.cases) - len(result.failed)} of {cases} cases; rows and runs in {printable(out)}."]
     lines += ["In brackets: 95 % intervals over episodes. Another training run would give another score."]
     printed = emit(result, "\n".join(lines), as_json)
     if stopped:
         click.get_current_context().exit(130)
     if result.failed:
-        reasons = "\n".join(f"  {failed.case.name}: {failed.error}" for failed in result.failed)
-        raise Failure(f"{len(result.failed)} of {len(cases)} cases failed; the others are done:\n{reasons}")
+        reasons = "\n".join(f"  {failed.case.name}: {_reason(failed)}" for failed in result.failed)
+        raise Failure(f"{len(result.failed)} of {cases} cases failed; the others are done:\n{reasons}")
     return printed
 
 
