@@ -155,10 +155,8 @@ def evaluate(
     reference = episodes == "reference"
     if reference and distinct_supports:
         raise click.UsageError("The reference episodes let supports repeat: leave out --distinct-supports.")
-    if (not checkpoints) == (tested["baseline"] is None):
-        raise click.UsageError("Give --checkpoint C or --baseline cosine|location|untrained, one of them.")
-    if tested["transfer"] and not checkpoints:
-        raise click.UsageError("--transfer asks what a checkpoint was trained on: give --checkpoint.")
+    if not checkpoints and tested["head"] is None:
+        raise click.UsageError(f"Give --checkpoint C or --head {'|'.join(HEADS)}.")
     if tested["trained_on"] and not tested["transfer"]:
         raise click.UsageError("--trained-on is for --transfer.")
     drawn = (episodes, distinct_supports, absent)
@@ -169,6 +167,7 @@ def evaluate(
     from pipeline.episodes.protocols import FUSIONS, resolve
     from pipeline.evaluate.plan import plan_evaluation
 
+    named = FUSIONS if "all" in fusions else fusions
     files = _files(out, checkpoints)
     for file in files:
         if file is not None:
@@ -196,7 +195,8 @@ def evaluate(
             manifest=stored,
             shots=shots or (),
             ways=ways,
-            fusions=FUSIONS if "all" in fusions else fusions,
+            fusions=named,
+            fusion=dict(choices).get("fusion") or (named[0] if len(named) == 1 else None),
             data_options=parse_data_options(data_options),
             device=pick_device(device, address),
             **tested,

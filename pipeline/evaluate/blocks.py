@@ -211,6 +211,12 @@ def step(block: Block) -> int:
     return max(1, BLOCK // sum(len(supports) for _, supports in block.episodes[0].classes))
 
 
+def asked_of(shots: Sequence[int], fusions: Sequence[str]) -> tuple[tuple[int, ...], int]:
+    """What a segmenter is asked for these numbers of shots and fusions: `joint` and `alone` of `Segmenter.answer`."""
+    joint = tuple(k for k in shots if k > 1) if "joint" in fusions else ()
+    return joint, max((k for k in shots if set(fusions) != {"joint"}), default=1)
+
+
 def runs_of(blocks: Sequence[Block]) -> Iterator[list[int]]:
     """Places of blocks that follow each other in one test."""
     run: list[int] = []
@@ -242,8 +248,15 @@ def answered(
         runner: where; in this process by default.
         on_event: called with (episodes done, episodes in all).
         before: episodes that were answered by an earlier call, and count as done.
+
+    Raises:
+        DataError: the head compares with a support's background, and a support shows none.
     """
     source, done = plan.source, before
+    if (head := plan.method.head) is not None and head.background:
+        every = (episode for block in blocks for episode in block.episodes)
+        supports = {(image, class_id) for episode in every for class_id, some in episode.classes for image in some}
+        require_background(source, supports, str(plan.method.facts["name"]))
     total = before + blocks.episodes
     images = {image for block in blocks for episode in block.episodes for image in episode.photos}
     # Of the plan, workers are sent only what they need: not the source that is open here.

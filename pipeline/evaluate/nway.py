@@ -27,7 +27,18 @@ from pipeline.datasets.index import DatasetIndex
 from pipeline.episodes.drawing import PlannedTest, make, of_protocol
 from pipeline.episodes.protocols import Policy
 from pipeline.episodes.stream import Episode
-from pipeline.evaluate.blocks import Block, Blocks, Rows, answered, drawn, facts_of, fusions_of, index_of, skipped_in
+from pipeline.evaluate.blocks import (
+    Block,
+    Blocks,
+    Rows,
+    answered,
+    asked_of,
+    drawn,
+    facts_of,
+    fusions_of,
+    index_of,
+    skipped_in,
+)
 from pipeline.evaluate.keeping import Keeping, decided_by, keep_answers, same_in_all
 from pipeline.evaluate.parts import Part, PartFolder, in_order, part_folder, write_rows
 from pipeline.evaluate.plan import EvaluationPlan, require_ways

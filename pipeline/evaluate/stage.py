@@ -31,7 +31,7 @@ from pipeline.episodes.drawing import of_protocol
 from pipeline.episodes.manifest import MANIFEST_FORMAT
 from pipeline.episodes.protocols import Policy, Protocol
 from pipeline.episodes.stream import Episode
-from pipeline.evaluate.blocks import Block, Drawn, drawn, facts_of, fusions_of, index_of, skipped_in
+from pipeline.evaluate.blocks import Block, Drawn, asked_of, drawn, facts_of, fusions_of, index_of, skipped_in
 from pipeline.evaluate.keeping import Keeping, Tally, decided_by, keep_answers, same_in_all
 from pipeline.evaluate.parts import Part, PartFolder, in_order, part_folder, write_rows
 from pipeline.evaluate.plan import EvaluationPlan

@@ -23,7 +23,8 @@ from pipeline.evaluate.nway import evaluate_ways
 from pipeline.evaluate.plan import EvaluationPlan
 from pipeline.evaluate.stage import evaluate, evaluate_to
 from pipeline.heads.catalogue import Method
-from pipeline.heads.segmenters import Answers, CosineSegmenter
+from pipeline.heads.cosine import CosineSegmenter
+from pipeline.heads.segmenters import Answers
 
 CODE = """
 import os, signal, sys
@@ -86,7 +87,7 @@ def stopped_after(source, out, episodes, **changes):
 class Fake:
     """Answers "object everywhere", at once."""
 
-    def answer(self, batch, joint=()):
+    def answer(self, batch, joint=(), alone=None):
         logits = torch.zeros(batch.shots, len(batch.target), 2, 2, 2)
         logits[:, :, 1] = 1
         return Answers(logits, {})
@@ -194,7 +195,7 @@ def test_rows_come_home_from_where_the_folder_is_not_seen(tiny_source, expected,
 
 def test_a_refused_plan_leaves_no_folder(tiny_source, tmp_path):
     class Broken:
-        def answer(self, batch, joint=()):
+        def answer(self, batch, joint=(), alone=None):
             raise DataError("no answer")
 
     with pytest.raises(DataError, match="no answer"):
