@@ -18,10 +18,7 @@ GPU_SPEEDUP = 50.0
 """Estimate, not measured: how much faster than one core a GPU runs the networks."""
 
 DRIVER_SECONDS_PER_EPISODE = 3.5e-4
-"""At most: drawing, reading, counting and writing in one process with answers that cost nothing. See docs/scaling.md."""
-
-START_SECONDS = 20.0
-"""Estimate: until Ray has started its workers and each has loaded its network."""
+"""At most: drawing, reading, counting and writing in one process, answers being free. See docs/scaling.md."""
 
 
 @dataclass(frozen=True)
