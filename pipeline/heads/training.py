@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import nn
 
 from hsnet.errors import ConfigError
 from hsnet.finetune import FinetunedHSNet
@@ -78,7 +79,7 @@ def rate_at(config: RunConfig, step: int) -> float:
     return config.learning_rate * (1 + math.cos(math.pi * done)) / 2
 
 
-def make_optimiser(config: RunConfig, model: HSNet) -> torch.optim.Adam:
+def make_optimiser(config: RunConfig, model: nn.Module) -> torch.optim.Adam:
     """The optimiser of a run: Adam (Kingma & Ba 2015), or AdamW (Loshchilov & Hutter 2019).
 
     The weights of a backbone that is trained (`hsnet.finetune`) are a group of their own, whose `share` is its learning

@@ -86,7 +86,8 @@ def test_two_steps_of_the_optimiser_by_hand(tiny_config, optimiser, decay):
     """Adam as in its paper; the decay is added to the gradient ("adam") or taken from the weight ("adamw")."""
     rate = 0.01
     parameter = nn.Parameter(torch.tensor([2.0, -1.0], dtype=torch.float64))
-    made = make_optimiser(tiny_config(optimiser=optimiser, weight_decay=decay, learning_rate=rate), [parameter])
+    config = tiny_config(optimiser=optimiser, weight_decay=decay, learning_rate=rate)
+    made = make_optimiser(config, nn.ParameterList([parameter]))
     value, mean, square = parameter.detach().clone(), torch.zeros(2).double(), torch.zeros(2).double()
     for step, slope in enumerate(([0.5, -3.0], [1.5, 0.25]), 1):
         slope = torch.tensor(slope, dtype=torch.float64)
