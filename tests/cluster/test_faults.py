@@ -1,4 +1,4 @@
-"""What is killed in the middle of a command on two nodes; `python -m benchmarks.faults` does the same at random moments.
+"""What is killed in the middle of a command on two nodes; `python -m benchmarks.faults` does it at random moments.
 
 The promise: the command goes on by itself, or ends with a clear error and the same command goes on; equal results.
 """
