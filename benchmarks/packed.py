@@ -3,10 +3,9 @@
     python -m benchmarks.packed                              # SqueezeNet at 128 px, 4 heads
     python -m benchmarks.packed --backbone resnet50 --size 200 --heads 4 --steps 4 --out packed.json
 
-Three ways to train the same heads: one after the other, N processes at once, one packed process. All are bound to one
-core, so none gains by taking more of them. Two kinds of heads: those that differ in the learning rate see the same
-episodes, and share reading and correlations; those that differ in the seed share what photos they happen to have in
-common. The weights at the end are compared: they are the same bits.
+All are bound to one core, so neither way gains by taking more of them. Two kinds of heads: those that differ in the
+learning rate see the same episodes, and share reading and correlations; those that differ in the seed share what photos
+they happen to have in common. The weights at the end are compared: they are the same bits.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 KINDS = ("rates", "seeds")
-WAYS = ("one after the other", "processes", "packed")
+WAYS = ("processes", "packed")
 
 
 def config_choices(kind: str, number: int) -> dict[str, Any]:
@@ -95,17 +94,13 @@ def measure(store: Path, kind: str, heads: int, steps: int, batch: int, core: in
         out = str(scratch / kind / way)
         began = time.perf_counter()
         words = [(core, str(store), kind, numbers, steps, batch, out) for numbers in given]
-        if way == "processes":
-            found = [result(process) for process in [start(*each) for each in words]]
-        else:
-            found = [result(start(*each)) for each in words]
-        at_once = found if way == "processes" else [max(found, key=lambda one: one["memory"])]
+        found = [result(process) for process in [start(*each) for each in words]]
         weights.append({number: digest for one in found for number, digest in one["weights"].items()})
         told[way] = {
             "photos": sum(one["photos"] for one in found),
             "cpu_seconds": sum(one["cpu"] for one in found),
             "wall_seconds": time.perf_counter() - began,
-            "memory": sum(one["memory"] for one in at_once),
+            "memory": sum(one["memory"] for one in found),
         }
     told["same_weights"] = all(one == weights[0] for one in weights)
     return told
@@ -129,8 +124,9 @@ def main(
             for way in WAYS:
                 one = told[way]
                 print(
-                    f"  {way:<20} {one['photos']:6,} photos read  {one['cpu_seconds']:7.2f} CPU s"
-                    f"  {one['wall_seconds']:7.2f} s  {one['memory'] / 1e6:7.0f} MB"
+                    f"  {way:<10} {one['photos']:6,} photos read  {one['cpu_seconds']:7.2f} CPU s"
+                    f"  {one['wall_seconds']:7.2f} s  {one['memory'] / 1e6:7.0f} MB",
+                    flush=True,
                 )
             print(f"  the same weights: {'yes' if told['same_weights'] else 'NO'}")
     if out:

@@ -192,8 +192,7 @@ def sweep(
         on_progress: called about twice a second, on another thread, with the cases that run.
         stop: asked in this process. When it is True, cases in training are saved after their step, wherever they run,
             and the rest is left for another call.
-        on_step: called where a case is trained, with the case and its training events, so only to be given with a
-            runner that works in this process.
+        on_step: called where a case is trained, with the case and its training events; must be picklable for Ray.
 
     Raises:
         ConfigError: `protocol` asks for original size, which a sweep does not read masks for, or for several ways; or

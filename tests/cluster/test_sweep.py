@@ -48,38 +48,25 @@ def test_cases_side_by_side_equal_cases_one_after_the_other(store: Path, tmp_pat
         assert mine.scores[0].miou == theirs.scores[0].miou
 
 
-def die_of_seed_1(path: str) -> StoreSource:
-    """A source whose second seed's training ends its process, and whose third's meets a bug."""
-    source = open_source(path)
-    drawn = source.labels
-
-    def labels(images):
-        import inspect
-
-        for frame in inspect.stack():
-            config = getattr(frame.frame.f_locals.get("self"), "config", None)
-            seed = getattr(config, "seed", None)
-            if seed == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-            if seed == 2:
-                raise ZeroDivisionError("a bug of seed 2")
-        return drawn(images)
-
-    source.labels = labels
-    return source
+def fail_by_seed(case, event) -> None:
+    """Training of seed 1 ends its process, that of seed 2 meets a bug."""
+    if case.choices["seed"] == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if case.choices["seed"] == 2:
+        raise ZeroDivisionError("a bug of seed 2")
 
 
 def test_a_case_that_fails_on_ray_fails_alone(store: Path, tmp_path: Path, ray_runner, monkeypatch) -> None:
     monkeypatch.setattr("cluster.runner.ATTEMPTS", 1)
     cases = make_cases([str(store)], (0,), {"seed": (0, 1, 2)}, QUICK)
-    result = sweep(cases, die_of_seed_1, tmp_path, resolve(episodes=4), runner=ray_runner)
+    result = sweep(cases, open_source, tmp_path, resolve(episodes=4), runner=ray_runner, on_step=fail_by_seed)
     assert [done.kind for done in result.cases] == [None, "dead process", "bug"]
     assert result.cases[0].rows is not None
     dead, bug = result.failed
     assert dead.log == tmp_path / "s-seed=1-fold0.log"
     assert "Ray lost the work" in dead.log.read_text()
     assert bug.error == "ZeroDivisionError: a bug of seed 2"
-    assert "in labels" in bug.log.read_text(), "the traceback"
+    assert "in fail_by_seed" in bug.log.read_text(), "the traceback"
     assert not (tmp_path / ".sweep").exists()
     again = sweep(cases, open_source, tmp_path, resolve(episodes=4), runner=ray_runner)
     assert not again.failed
