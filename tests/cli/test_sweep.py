@@ -45,11 +45,17 @@ def test_what_a_sweep_refuses(store: Path, tmp_path: Path) -> None:
         (("--vary", "speed=1"), "'speed=1' is not CHOICE=VALUE"),
         (("--fix", "seed=1,2"), "--fix seed takes one value"),
         (("--protocol", "original"), "A sweep tests at network size"),
+        (("--gpus-per-case", "0.25"), "shares out machines among workers: give --workers or --address"),
+        (("--gpus-per-case", "0.25", "--workers", "2", "--device", "cpu"), "needs a GPU; the device is cpu"),
+        (("--cpus-per-case", "1.5", "--workers", "2"), "must be a share up to 1, or a whole number, got 1.5"),
+        (("--cpus-per-case", "nan", "--workers", "2"), "must be a share up to 1, or a whole number, got nan"),
+        (("--cpus-per-case", "-1", "--workers", "2"), "must be a share up to 1, or a whole number, got -1"),
     ):
         refused = invoke(*words, *more)
         assert refused.exit_code == 1
         assert said in refused.stderr
     assert invoke(*words, "--folds", "first").exit_code == 2
+    assert invoke(*words, "--pack", "0").exit_code == 2
     assert not (tmp_path / "out").exists()
 
 
@@ -119,3 +125,49 @@ def test_what_is_refused_before_anything_is_done(store: Path, tmp_path: Path) ->
         assert said in refused.stderr
         assert "Traceback" not in refused.stderr
     assert not out.exists()
+
+
+def test_a_pack_and_a_folder_that_is_taken(store: Path, tmp_path: Path) -> None:
+    from pipeline.common.lock import sole_writer
+
+    out = tmp_path / "out"
+    words = ("sweep", "--store", store, "--folds", "0", *FIX, "--episodes", "4", "--out", out, "--resident", "host")
+    out.mkdir()
+    with sole_writer(out):
+        refused = invoke(*words)
+    assert refused.exit_code == 1
+    assert "is being written by process" in refused.stderr
+    packed = invoke(*words, "--vary", "learning_rate=1e-3,1e-4,7", "--pack", "3")
+    assert packed.exit_code == 1
+    assert "2 of 3 cases" in packed.stdout
+    assert "s-learning_rate=7.0-fold0: learning_rate must be between 0 and 1" in packed.stderr
+    assert "s-learning_rate=0.001-fold0: 2 steps" in packed.stderr
+    alone = invoke(*words, "--vary", "learning_rate=1e-3,1e-4")
+    assert "s-learning_rate=0.001-fold0: 2 steps were there" in alone.stderr
+
+
+def test_the_table_of_what_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import sys
+
+    from commands.sweep_progress import SweepProgress, status_cells
+    from pipeline.sweep_status import CaseStatus
+
+    training = CaseStatus("a[b]-fold0", "training", 1200, 5000, 0.25, None, 75.3)
+    testing = CaseStatus("b-fold0", "testing", 20, 100, None, 41.5, None)
+    assert status_cells(training) == ("a[b]-fold0", "training", "1,200/5,000", "0.2500", "-", "1:15")
+    assert status_cells(testing) == ("b-fold0", "testing", "20/100", "-", "41.50", "?")
+    with SweepProgress(8) as progress:
+        progress.running([training, testing])
+        progress.done(1)
+    assert "sweep: 1/8 cases" in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("TERM", "xterm")
+    with SweepProgress(8) as progress:
+        progress.running([training, testing])
+        progress.say("c-fold0: 5000 steps")
+    shown = capsys.readouterr().err
+    assert "a[b]-fold0" in shown
+    assert "0 of 8 cases done, 2 running" in shown
+    assert "1,200/5,000" in shown
+    assert "c-fold0: 5000 steps" in shown
