@@ -156,6 +156,9 @@ def finish(process: subprocess.Popen[str], said: list, printed: list, began: flo
         process.kill()
         process.wait()
         code = 124
+    except BaseException:
+        process.kill()
+        raise
     ended = time.monotonic()
     time.sleep(0.3)
     moments = [since, *(moment for moment, _ in said if moment > since), ended]

@@ -16,6 +16,7 @@ from typing import Any
 
 from cluster import nodes
 from cluster.probe import trouble
+from cluster.watch import head_watched
 from hsnet.errors import ClusterError
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ def session(
         if ray.is_initialized():
             yield
             return
-        local = address == "local"
+        local, head = address == "local", None
         environment = _local_environment() if local else {}
         with _environment(environment):
             if local:
@@ -87,7 +88,7 @@ def session(
                     "include_dashboard": False,
                 }
             else:
-                _probe(address, timeout_s)
+                head = _probe(address, timeout_s)
                 passed = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
                 options["runtime_env"] = {
                     "py_modules": [str(PROJECT / package) for package in PACKAGES],
@@ -107,7 +108,8 @@ def session(
             try:
                 if check and not local:
                     nodes.require_alike(nodes.look(idle_too=False), nodes.versions(), allow_mixed)
-                yield
+                with head_watched(*head) if head else contextlib.nullcontext():
+                    yield
             finally:
                 ray.shutdown()
 
@@ -191,8 +193,8 @@ def _stdout_to_stderr() -> Iterator[None]:
         os.close(saved)
 
 
-def _probe(address: str, timeout_s: float) -> None:
-    """Ask for an answer first: Ray itself waits two minutes for one, and then ends the process."""
+def _probe(address: str, timeout_s: float) -> tuple[str, int]:
+    """Ask for an answer first: Ray itself waits two minutes for one, and then ends the process. Host and port."""
     target = address if address != "auto" else _address_of_auto()
     if target is None:
         # Ray itself would look for any running process, also one that belongs to another command.
@@ -202,6 +204,7 @@ def _probe(address: str, timeout_s: float) -> None:
         raise ClusterError(f"'{target}' is not an address of a Ray cluster. Give local, auto or HOST:PORT.")
     if reason := trouble(host.strip("[]"), int(port), timeout_s):
         raise ClusterError(_cannot(target, reason))
+    return host.strip("[]"), int(port)
 
 
 def _address_of_auto() -> str | None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from cluster import nodes, probe, session
+from cluster import nodes, probe, session, watch
 from cluster.nodes import ABSENT, NodeFacts, require_alike
 from hsnet.errors import ClusterError
 
@@ -155,7 +155,7 @@ def test_the_network_interface_of_groups_is_passed_on_and_nothing_else(monkeypat
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **options: given.update(options))
     monkeypatch.setattr(ray, "shutdown", lambda: None)
-    monkeypatch.setattr(session, "_probe", lambda *_: None)
+    monkeypatch.setattr(session, "_probe", lambda *_: ("host", 6379))
     for name in [name for name in os.environ if name.startswith(session.PASSED_ON)]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth1")
@@ -163,3 +163,19 @@ def test_the_network_interface_of_groups_is_passed_on_and_nothing_else(monkeypat
     with session.session("host:6379", check=False):
         pass
     assert given["runtime_env"]["env_vars"] == {"GLOO_SOCKET_IFNAME": "eth1", "NCCL_SOCKET_IFNAME": "ib0"}
+
+
+@pytest.mark.ray
+def test_a_head_that_is_lost_is_told_and_ends_the_command(caplog) -> None:
+    caplog.set_level("WARNING")
+    ended: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+    began = time.monotonic()
+    with watch.head_watched("127.0.0.1", port, every_s=0.05, patience=0.3, end=ended.append):
+        while not ended and time.monotonic() - began < 10:
+            time.sleep(0.05)
+    assert time.monotonic() - began > 0.3
+    assert caplog.text.count("head does not answer") == 1
+    assert f"The head of the cluster at 127.0.0.1:{port} was lost" in ended[0]
+    assert "the same command goes on" in ended[0]
