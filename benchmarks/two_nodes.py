@@ -31,7 +31,8 @@ class Nothing:
     def invalidate_caches(self):
         pass
 def hide(path):
-    if (os.path.realpath(path) + os.sep).startswith({root!r} + os.sep):
+    there = os.path.realpath(path) + os.sep
+    if there.startswith({root!r} + os.sep) and not there.startswith({packages!r}):  # packages may lie in the checkout
         return Nothing()
     raise ImportError
 sys.path_hooks.insert(0, hide)
@@ -196,10 +197,11 @@ def _thin_environment(folder: Path) -> Path:
     """A virtual environment with the packages of this one and without this project; returns its interpreter."""
     venv.EnvBuilder(symlinks=True, with_pip=False).create(folder)
     packages = folder / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
-    (packages / "hide_project.py").write_text(_HIDE.format(root=str(ROOT)))
     # A line of a .pth file that names a folder adds it, without reading the .pth files there: an editable
     # installation of the project is not followed.
     here = dict.fromkeys(path for path in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")) if path)
+    kept = tuple(os.path.realpath(path) + os.sep for path in here)
+    (packages / "hide_project.py").write_text(_HIDE.format(root=str(ROOT), packages=kept))
     (packages / "of_another.pth").write_text("\n".join(["import hide_project", *here]) + "\n")
     return folder / "bin" / "python"
 

@@ -21,7 +21,7 @@ from commands.options import (
     weights_option,
     workers_option,
 )
-from commands.steps import emit, pick_device, require_ray
+from commands.steps import allow_mixed, emit, pick_device, require_ray
 from commands.terminal import Progress, set_up_logging
 from pipeline.common.text import printable, time_text
 from pipeline.episodes.protocols import FUSIONS
@@ -157,5 +157,6 @@ def _pipe(workers: int, address: str | None, device: str) -> Iterator[Any]:
     from cluster.session import session
 
     # Beside the models at least one CPU decodes and encodes.
-    with session(address or "local", num_cpus=max(workers + 1, os.cpu_count() or 1), object_store_bytes=STORE_BYTES):
+    cpus = max(workers + 1, os.cpu_count() or 1)
+    with session(address or "local", num_cpus=cpus, object_store_bytes=STORE_BYTES, allow_mixed=allow_mixed()):
         yield RayPipe(workers or max(1, total("CPU") // 2), gpus=1 if device.startswith("cuda") else 0)

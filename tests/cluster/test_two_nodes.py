@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import fingerprints, machine
+from PIL import Image
 
 from benchmarks.two_nodes import Nodes, driver
 from pipeline.common.files import read_table
+from pipeline.datasets.shapes import Shapes
 
 SHAPES = ("shapes", "--data-option", "size=64", "--data-option", "trn_per_class=3", "--data-option", "val_per_class=4")
 BACKBONE = ("--backbone", "squeezenet1_1", "--image-size", 64, "--shard-images", 4)
@@ -121,11 +123,20 @@ def test_supports(two_nodes: Nodes, store: Path, run: Path) -> None:
     assert on(two_nodes, *words)[0] == machine(*words, "-q")
 
 
-def test_predict_works_in_its_own_process_and_takes_no_address(two_nodes: Nodes, run: Path) -> None:
-    process = driver(two_nodes, "predict", "--checkpoint", run, "--support", "a:b", "--query", "c", "--out", "d")
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert "No such option '--address'" in said
+def test_predict(two_nodes: Nodes, run: Path, tmp_path: Path) -> None:
+    data, photos = Shapes(size=64), tmp_path / "photos"
+    photos.mkdir()
+    images = data.index.split(0, "test").by_class[0]
+    for number in range(4):
+        data.image(images[number]).save(photos / f"{number}.png")
+    Image.fromarray((data.label(images[0]) == 1).astype(np.uint8) * np.uint8(255)).save(tmp_path / "mask.png")
+    words = ("predict", "--checkpoint", run, "--support", f"{photos / '0.png'}:{tmp_path / 'mask.png'}")
+    words += ("--query", photos, "--out")
+    machine(*words, tmp_path / "alone", "-q")
+    there, _ = on(two_nodes, *words, tmp_path / "there")
+    assert (there["photos"], there["unusable"]) == (4, 0)
+    for path in sorted((tmp_path / "alone").glob("*_mask.png")):
+        np.testing.assert_array_equal(Image.open(path), Image.open(tmp_path / "there" / path.name))
 
 
 def test_doctor_looks_at_every_node(two_nodes: Nodes, store: Path, tmp_path: Path) -> None:
