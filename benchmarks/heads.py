@@ -55,14 +55,9 @@ def print_table(heads: Mapping[str, Files], against: str | None) -> None:
 
 def paired(files: Files, against: Files) -> list[Difference]:
     """A head minus another, each by its own fusion, one per number of shots."""
-    found = analyze(
-        files,
-        against=against,
-        fusions=[files[0].protocol.fusion],
-        fusion_against=against[0].protocol.fusion,
-        sections=(),
-    )
-    return [one for one in found.differences if len(files) == 1 or one.fold is None]
+    own = files[0].protocol.fusion
+    found = analyze(files, against=against, sections=()).differences
+    return [one for one in found if one.fusion == own and (len(files) == 1 or one.fold is None)]
 
 
 def _told(difference: Difference) -> str:
@@ -89,7 +84,7 @@ def draw(target: Path, panels: Mapping[str, Mapping[str, Files]]) -> None:
             shots = ", ".join(f"{score.shots}-shot {form}" for score, form in zip(scores, ("●", "■"), strict=False))
             place.set(xscale="log", xlabel="ms per episode, one core", ylabel="mIoU", title=f"{title} ({shots})")
             place.grid(alpha=0.3)
-            place.margins(x=0.18)
+            place.margins(x=0.3)
         figure.savefig(target, metadata={"Date": None})
 
 
