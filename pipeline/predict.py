@@ -219,15 +219,13 @@ class Work:
         """Write the overlay, if one is wanted, then the mask (H, W). Raises OSError."""
         task.mask.parent.mkdir(parents=True, exist_ok=True)
         if task.overlay is not None and photo is not None:
-            with whole(task.overlay) as partial:
-                render.overlay(photo, mask).save(partial, format="JPEG", quality=90)
+            _save(render.overlay(photo, mask), task.overlay, "JPEG", quality=90)
         else:  # one of an earlier mask would tell another story
             task.mask.with_name(task.mask.name.replace(_MASK, _OVERLAY)).unlink(missing_ok=True)
         share = float(mask.mean())
         text = PngInfo()
         text.add_text(_TEXT, json.dumps({"made": self._made(task), "object_share": share}))
-        with whole(task.mask) as partial:
-            Image.fromarray(mask.astype(np.uint8) * np.uint8(255)).save(partial, format="PNG", pnginfo=text)
+        _save(Image.fromarray(mask.astype(np.uint8) * np.uint8(255)), task.mask, pnginfo=text)
         return Result(task, share)
 
     def _made(self, task: Task) -> str:
@@ -262,6 +260,11 @@ class Model:
                 own = [level[number : number + 1] for level in levels]
                 masks.append(self.predictor.segment_levels(own, size, self.supports, work.fusion, work.tau))
         return masks
+
+
+def _save(picture: Image.Image, path: Path, kind: str = "PNG", **options: Any) -> None:
+    with whole(path) as partial:
+        picture.save(partial, format=kind, **options)
 
 
 Pipe = Callable[[Work, Iterator[Task]], Iterator[Result]]

@@ -89,20 +89,8 @@ class PartWriter:
 
     def keep(self, part: Part) -> Part:
         """The part as a file of the folder."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        table = part.table()
-        keys = zip(table["shots"].to_pylist(), table["fusion"].to_pylist(), strict=True)
-        cases = list(dict.fromkeys(keys))
         path = self.folder / _name(part.manifest, self.key, part.first, part.last)
-        schema = table.schema.with_metadata({"cases": json.dumps(cases), "name": path.name})
-        try:
-            with whole(path) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
-                for shots, fusion in cases:
-                    writer.write_table(part.group(shots, fusion).cast(schema))
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"Cannot write {path}: {error}. What was written before is kept.") from error
+        write_part(path, part)
         return Part(part.manifest, part.first, part.last, path)
 
 
@@ -218,6 +206,23 @@ def _short(manifest: str) -> str:
 
 def _name(manifest: str, key: str, first: int, last: int) -> str:
     return f"{_short(manifest)}-{key}-{first:09d}-{last:09d}.parquet"
+
+
+def write_part(path: Path, part: Part) -> None:
+    """Write a part whole or not at all, a row group per number of shots and fusion. Raises DataError."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = part.table()
+    keys = zip(table["shots"].to_pylist(), table["fusion"].to_pylist(), strict=True)
+    cases = list(dict.fromkeys(keys))
+    schema = table.schema.with_metadata({"cases": json.dumps(cases), "name": path.name})
+    try:
+        with whole(path) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+            for shots, fusion in cases:
+                writer.write_table(part.group(shots, fusion).cast(schema))
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"Cannot write {path}: {error}. What was written before is kept.") from error
 
 
 def in_order(parts: Sequence[Part], tests: Sequence[Drawn], fusions: Sequence[str]) -> Iterator[pa.Table]:

@@ -138,7 +138,7 @@ def test_a_packed_sweep_equals_one_by_one(store, tmp_path, caplog):
     varied = {"learning_rate": (1e-3, 3e-3, 5.0), "average": (0.0, 0.5)}
     cases = make_cases([store], (0, 1), varied, QUICK)[:6] + make_cases([store], (0,), {}, {}, heads=("cosine",))
     cases.append(make_cases([store], (0,), {"learning_rate": (5.0,)}, QUICK)[0])
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "pipeline"):
         packed = sweep(cases, open_source, tmp_path / "packed", RULES, pack=3)
     assert "1 cases need no training and are not packed" in caplog.text
     assert [done.case for done in packed.cases] == cases
@@ -162,7 +162,7 @@ def test_who_is_packed_with_whom(tmp_path, caplog):
     for pack in packs:
         assert len({(case.store, case.fold, case.choices["seed"]) for case in pack}) == 1, "the same episodes"
     (tmp_path / f"{cases[0].name}.parquet").touch()
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "pipeline"):
         packs = make_packs(cases, tmp_path, 8, workers=4)
     assert (cases[0],) in packs, "it only has to be looked at"
     assert sorted(map(len, packs)) == [1, 7, 8]

@@ -24,6 +24,7 @@ from hsnet.errors import DataError
 from pipeline.common.files import PARTIAL, whole, whole_folder, write_table
 from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.episodes import drawing, manifest_file
+from pipeline.evaluate.parts import Part
 from pipeline.features.recipe import Recipe
 from pipeline.heads.config import RunConfig
 from pipeline.heads.run_dir import Position, RunDir
@@ -76,10 +77,18 @@ def text(version: int) -> str:
     return f"{version}" * 100_000
 
 
+def part(version: int) -> Part:
+    return Part("sha256:" + "0" * 64, 0, 1, pa.table({"shots": [1], "fusion": ["vote"], "x": [version]}))
+
+
 WRITERS = {
     # Every function that calls `whole` or `whole_folder`, with arguments to write a version of something.
     "pipeline.common.files:replace_text": lambda write, path, version: write(path, text(version)),
     "pipeline.common.files:write_table": lambda write, path, version: write(path, pa.table({"x": [version]})),
+    "pipeline.evaluate.parts:write_part": lambda write, path, version: write(path, part(version)),
+    "pipeline.evaluate.parts:write_rows": lambda write, path, version: write(
+        path, iter([part(version).place]), part(version).place.schema
+    ),
     "pipeline.features.convert:_write": lambda write, path, version: write(path, text(version).encode()),
     "pipeline.heads.checkpoint:write_tensors": lambda write, path, version: write(
         path, {"x": torch.full((9999,), version)}, {}
@@ -292,10 +301,6 @@ def test_a_link_in_the_place_of_the_temporary_file_is_not_followed(tmp_path):
     assert precious.read_text() == "precious"
 
 
-if __name__ == "__main__":
-    play(Path(sys.argv[1]))
-
-
 def test_what_killed_writers_left_is_cleared_and_a_living_writer_is_not(tmp_path):
     from pipeline.common.files import clear_partials, whole
 
@@ -307,3 +312,7 @@ def test_what_killed_writers_left_is_cleared_and_a_living_writer_is_not(tmp_path
         assert partial.exists()
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted([partial.name, "kept.txt"])
     assert (tmp_path / "best.txt").read_text() == "half"
+
+
+if __name__ == "__main__":
+    play(Path(sys.argv[1]))
