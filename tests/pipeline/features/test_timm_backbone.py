@@ -162,7 +162,7 @@ def plain_vit(state, images, patch, heads, blocks, grid, prefix=("cls_token",), 
 def test_taps_of_the_dinov2_file_agree_with_a_plain_reading(shared):
     path = shared / "weights" / "vit_small_patch14_dinov2_f16.safetensors"
     if not path.is_file():
-        pytest.skip(f"needs {path}")
+        pytest.skip(f"needs the real DINOv2-S weights in {path}, which are not part of the repository")
     weights = load_weights("timm:vit_small_patch14_dinov2", path)
     assert weights.source == "file vit_small_patch14_dinov2_f16.safetensors"
     recipe = new_recipe(weights.backbone, weights, 112, "float32")
