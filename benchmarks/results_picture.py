@@ -19,7 +19,7 @@ from pipeline.datasets.own_support import read_support
 from pipeline.features.backbones import open_backbone
 from pipeline.features.weights import load_weights
 from pipeline.heads.checkpoint import load_checkpoint
-from pipeline.predict import Predictor
+from pipeline.predict.stage import Predictor
 
 
 def main(run: str, classes: str, out: str, support: int = 1, queries: int = 3) -> None:

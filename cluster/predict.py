@@ -16,7 +16,7 @@ from ray import cloudpickle
 from hsnet.errors import ClusterError, HSNetError
 from pipeline.common.runner import one_torch_thread
 from pipeline.datasets.images import read_photo
-from pipeline.predict import Result, Task, Work
+from pipeline.predict.stage import Result, Task, Work
 
 GROUP = 16
 """Photos that go through the pipeline together: what one task decodes, what the model gets, what one task writes."""
@@ -33,7 +33,7 @@ Packed = dict[str, Any]
 
 @dataclass(frozen=True)
 class RayPipe:
-    """A `pipeline.predict.Pipe` on the Ray of the current `cluster.session`.
+    """A `pipeline.predict.stage.Pipe` on the Ray of the current `cluster.session`.
 
     Photos are read, and masks written, on all machines: photos and output folder must be on a disk that all share.
 

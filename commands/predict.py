@@ -96,11 +96,11 @@ def predict(
     """
     set_up_logging(quiet)
     on_interrupt("The masks written so far are whole: give the same command again to go on.")
-    from pipeline import predict as stage
     from pipeline.datasets.own_support import parse_support
     from pipeline.datasets.queries import list_queries
     from pipeline.features.weights import load_weights
     from pipeline.heads.checkpoint import load_checkpoint
+    from pipeline.predict import stage
 
     pairs = [parse_support(text) for text in supports]
     loaded = load_checkpoint(checkpoint_path)
@@ -146,7 +146,7 @@ def predict(
 @contextlib.contextmanager
 def _pipe(workers: int, address: str | None, device: str) -> Iterator[Any]:
     """What does the work: this process, or a pipeline on Ray."""
-    from pipeline.predict import in_process
+    from pipeline.predict.stage import in_process
 
     if workers == 0 and address is None:
         yield in_process

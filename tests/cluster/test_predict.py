@@ -17,7 +17,7 @@ from pipeline.datasets.shapes import Shapes
 from pipeline.features.recipe import Recipe
 from pipeline.features.weights import load_weights
 from pipeline.heads.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
-from pipeline.predict import predict
+from pipeline.predict.stage import predict
 
 SIZE = 64
 

@@ -22,7 +22,7 @@ from pipeline.heads.checkpoint import load_checkpoint
 from pipeline.heads.config import RunConfig
 from pipeline.loading.source import OnlineSource, StoreSource
 from pipeline.plan.costs import measure_costs
-from pipeline.predict import predict
+from pipeline.predict.stage import predict
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.recompute import recompute
 from pipeline.train import fit

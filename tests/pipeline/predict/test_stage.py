@@ -27,7 +27,7 @@ from pipeline.datasets.shapes import Shapes
 from pipeline.features.recipe import Recipe
 from pipeline.features.weights import Weights, load_weights
 from pipeline.heads.checkpoint import Checkpoint, CheckpointInfo, load_checkpoint, save_checkpoint
-from pipeline.predict import (
+from pipeline.predict.stage import (
     Predictor,
     PredictSummary,
     Result,
@@ -345,7 +345,7 @@ def test_masks_only(checkpoint: Checkpoint, weights: Weights, photos: Path, tmp_
 def test_many_photos_go_into_subfolders(
     checkpoint: Checkpoint, weights: Weights, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.predict.PER_FOLDER", 1)
+    monkeypatch.setattr("pipeline.predict.stage.PER_FOLDER", 1)
     summary = run(checkpoint, weights, photos, tmp_path)
     assert {item.mask.parent.parent for item in summary.written} == {tmp_path}
     assert {len(item.mask.parent.name) for item in summary.written} == {2}
