@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 from itertools import pairwise
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +22,14 @@ from pipeline.scores.bootstrap import Interval, Part, interval
 from pipeline.scores.rows import (
     Results,
     ScoredEpisodes,
+    cases_of,
+    paired_fusion,
+    require_counts,
     require_one_configuration,
     require_same_episodes,
     require_same_rows,
     scored_episodes,
+    together_and_apart,
 )
 from pipeline.scores.support_spread import spread_by_support
 
@@ -35,7 +39,6 @@ SIZE_EDGES = (0.0, 0.01, 0.05, 0.15, 0.35, 1.0)
 """Bins of the object's share of the squashed query photo; fixed, so that tables of different data can be compared."""
 
 Floats = NDArray[np.float64]
-Fold = TypeVar("Fold")
 
 
 def analyze(
@@ -76,13 +79,7 @@ def analyze(
         require_one_configuration(against)
         require_same_episodes(files, against)
     policies = list(policies) or [files[0].protocol.policy]
-    for policy in policies:
-        for file in (*files, *against):
-            if policy not in file.policies:
-                raise DataError(
-                    f"{file.path} has no counts at {policy}: it was evaluated without the photos' own masks. Evaluate "
-                    f"again with --data-root, or choose another --policy."
-                )
+    require_counts((*files, *against), policies)
     scorer = _Scorer(unit, seed, frozenset(sections))
     scores = scorer.scores(files, policies, fusions)
     differences: list[Difference] = []
@@ -109,13 +106,13 @@ class _Scorer:
         """Per policy, number of shots and fusion: the mean over several folds, then every fold."""
         scores: list[Score] = []
         for policy in policies:
-            for shots, fusion in _cases(files, fusions):
+            for shots, fusion in cases_of(files, fusions):
                 folds = [
                     (episodes, self._resampled(episodes))
                     for fold in _folds(files)
                     if (episodes := scored_episodes(files, fold, shots, fusion, policy)) is not None
                 ]
-                for some in _together_and_apart(folds):
+                for some in together_and_apart(folds):
                     scores.append(self._score(policy, shots, fusion, some, files[0].image_size))
         return scores
 
@@ -215,10 +212,8 @@ class _Scorer:
         """As `scores`, of `files` minus `against`."""
         differences: list[Difference] = []
         for policy in policies:
-            for shots, fusion in _cases(files, fusions):
-                # A headline is paired with the headline: heads have their own ways to combine supports.
-                own = not fusions and (shots == 1 or fusion == files[0].protocol.fusion)
-                other = fusion_against or (against[0].protocol.fusion if own else fusion)
+            for shots, fusion in cases_of(files, fusions):
+                other = fusion_against or paired_fusion(files, against, (shots, fusion), fusions)
                 if against is files and other == fusion:
                     continue
                 folds = []
@@ -228,7 +223,7 @@ class _Scorer:
                     if first is not None and second is not None:
                         require_same_rows(first, second, f"Fold {fold}, {shots}-shot")
                         folds.append(self._pair(first, second))
-                for some in _together_and_apart(folds):
+                for some in together_and_apart(folds):
                     differences.append(self._difference(policy, shots, fusion, other, some))
         if not differences:
             raise DataError(
@@ -283,31 +278,8 @@ class _Pair(NamedTuple):
     """What it is when the two are swapped at random."""
 
 
-def _together_and_apart(folds: list[Fold]) -> list[list[Fold]]:
-    """All folds, if there are several, and each by itself."""
-    return ([folds] if len(folds) > 1 else []) + [[fold] for fold in folds]
-
-
 def _folds(files: Sequence[Results]) -> list[int]:
     return sorted({file.fold for file in files})
-
-
-def _cases(files: Sequence[Results], fusions: Sequence[str]) -> list[tuple[int, str]]:
-    """(shots, fusion) to look at. With one support all fusions answer alike: the protocol's own stands for them."""
-    there = {(k, fusion) for file in files for k in file.shots for fusion in file.fusions}
-    known = sorted({fusion for _, fusion in there})
-    odd = set(fusions) - set(known)
-    if odd:
-        raise ConfigError(f"No rows of fusion '{min(odd)}': {files[0].path} has {', '.join(known)}.")
-    usual = files[0].protocol.fusion
-    order = sorted(known, key=lambda name: (name != usual, name))
-    shots = sorted({k for k, _ in there})
-    return [
-        (k, fusion)
-        for k in shots
-        for fusion in order
-        if (k, fusion) in there and (fusion in fusions if fusions else k > 1 or fusion == usual)
-    ]
 
 
 def _first_minus_second(values: Floats, samples: Floats) -> tuple[Floats, Floats]:

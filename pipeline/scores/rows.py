@@ -10,10 +10,10 @@ that names both values. Two sets are paired only on the same episodes.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,8 @@ from pipeline.episodes.protocols import POLICIES, Policy, Protocol
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+Fold = TypeVar("Fold")
 
 COUNTS = ("intersection_background", "intersection", "union_background", "union")
 """Columns of an episode's counts, pixels, in the order of `hsnet.metrics.count`; each again with every suffix."""
@@ -158,10 +160,7 @@ def read_results(path: Path) -> Results:
     import pyarrow as pa
 
     table = read_table(path)
-    try:
-        facts = json.loads((table.schema.metadata or {})[METADATA])
-    except (KeyError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} holds no rows of an evaluation: `hsnet evaluate --out` writes them.") from error
+    facts = facts_in(path, table)
     if isinstance(facts, dict) and "ways" in facts:
         raise DataError(
             f"{path} holds rows of {facts['ways']}-way episodes: `hsnet analyze` takes them together with others of "
@@ -188,7 +187,36 @@ def read_results(path: Path) -> Results:
     return results
 
 
+def facts_in(path: Path, table: pa.Table) -> Any:
+    """The facts of the evaluation that rows come with. Raises DataError if there are none."""
+    try:
+        return json.loads((table.schema.metadata or {})[METADATA])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} holds no rows of an evaluation: `hsnet evaluate --out` writes them.") from error
+
+
 def _check(results: Results) -> None:
+    path, table = results.path, results.table
+    require_whole(results, table["class_id"].to_pylist())
+    for policy in results.policies:
+        counts = episode_counts(table, policy)
+        wrong = np.flatnonzero((counts < 0).any((1, 2)) | (counts[:, 0] > counts[:, 1]).any(1))
+        if len(wrong):
+            raise DataError(
+                f"{path}, row {wrong[0]} (query {table['query'][int(wrong[0])]}): an intersection that is negative or "
+                f"larger than its union."
+            )
+
+
+def require_whole(results: Results, class_ids: Iterable[int]) -> None:
+    """Refuse rows that lack something, say a thing twice, or are not all of one evaluation.
+
+    Args:
+        class_ids: of all episodes.
+
+    Raises:
+        DataError: says what is wrong.
+    """
     path, table = results.path, results.table
     if not len(table):
         raise DataError(f"{path} holds no episode.")
@@ -199,17 +227,8 @@ def _check(results: Results) -> None:
     for name in ("store", "checkpoint"):
         if len(table[name].unique()) > 1:
             raise DataError(f"{path} mixes rows of {len(table[name].unique())} values of '{name}'.")
-    folds, odd = set(table["fold"].to_pylist()), set(table["class_id"].to_pylist()) - set(results.classes)
-    if folds != {results.fold} or odd:
+    if set(table["fold"].to_pylist()) != {results.fold} or set(class_ids) - set(results.classes):
         raise DataError(f"{path} says fold {results.fold} with its classes, but has rows of another fold or class.")
-    for policy in results.policies:
-        counts = episode_counts(table, policy)
-        wrong = np.flatnonzero((counts < 0).any((1, 2)) | (counts[:, 0] > counts[:, 1]).any(1))
-        if len(wrong):
-            raise DataError(
-                f"{path}, row {wrong[0]} (query {table['query'][int(wrong[0])]}): an intersection that is negative or "
-                f"larger than its union."
-            )
     keys = list(zip(*(table[name].to_pylist() for name in ("shots", "fusion", "seed", "episode")), strict=True))
     if len(set(keys)) < len(keys):
         raise DataError(f"{path} has two rows of one episode. Evaluate again.")
@@ -297,19 +316,8 @@ def scored_episodes(
     files: Sequence[Results], fold: int, shots: int, fusion: str, policy: Policy
 ) -> ScoredEpisodes | None:
     """The episodes of all files of a fold, or None if there are none."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    parts = []
-    for file in files:
-        if file.fold == fold:
-            wanted = pc.and_(pc.equal(file.table["shots"], shots), pc.equal(file.table["fusion"], fusion))
-            parts.append(file.table.filter(wanted))
-    table = pa.concat_tables(parts) if parts else None
-    if table is None or not len(table):
-        return None
-    table = table.sort_by([("seed", "ascending"), ("episode", "ascending")])
-    if table[count_columns(policy)[0]].null_count:
+    table = rows_of_case(files, fold, shots, fusion)
+    if table is None or table[count_columns(policy)[0]].null_count:
         return None
     classes = next(file.classes for file in files if file.fold == fold)
     return ScoredEpisodes(
@@ -324,6 +332,73 @@ def scored_episodes(
         table["object_pixels"].to_numpy(),
         episode_counts(table, policy),
     )
+
+
+def rows_of_case(files: Sequence[Results], fold: int, shots: int, fusion: str) -> pa.Table | None:
+    """The rows of all files of a fold, by seed and episode, or None if there are none."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    parts = []
+    for file in files:
+        if file.fold == fold:
+            wanted = pc.and_(pc.equal(file.table["shots"], shots), pc.equal(file.table["fusion"], fusion))
+            parts.append(file.table.filter(wanted))
+    table = pa.concat_tables(parts) if parts else None
+    return table.sort_by([("seed", "ascending"), ("episode", "ascending")]) if table else None
+
+
+def require_counts(files: Iterable[Results], policies: Sequence[Policy]) -> None:
+    """Refuse files without the counts of a policy. Raises DataError."""
+    for policy in policies:
+        for file in files:
+            if policy not in file.policies:
+                raise DataError(
+                    f"{file.path} has no counts at {policy}: it was evaluated without the photos' own masks. Evaluate "
+                    f"again with --data-root, or choose another --policy."
+                )
+
+
+def cases_of(files: Sequence[Results], fusions: Sequence[str]) -> list[tuple[int, str]]:
+    """(shots, fusion) to look at. With one support all fusions answer alike: the protocol's own stands for them.
+
+    Args:
+        fusions: empty: the protocol's own for one shot, all there are for more.
+
+    Raises:
+        ConfigError: a fusion without rows.
+    """
+    there = {(k, fusion) for file in files for k in file.shots for fusion in file.fusions}
+    known = sorted({fusion for _, fusion in there})
+    odd = set(fusions) - set(known)
+    if odd:
+        raise ConfigError(f"No rows of fusion '{min(odd)}': {files[0].path} has {', '.join(known)}.")
+    usual = files[0].protocol.fusion
+    order = sorted(known, key=lambda name: (name != usual, name))
+    shots = sorted({k for k, _ in there})
+    return [
+        (k, fusion)
+        for k in shots
+        for fusion in order
+        if (k, fusion) in there and (fusion in fusions if fusions else k > 1 or fusion == usual)
+    ]
+
+
+def paired_fusion(
+    files: Sequence[Results], against: Sequence[Results], case: tuple[int, str], fusions: Sequence[str]
+) -> str:
+    """The fusion of `against` that a case of `cases_of(files, fusions)` is paired with.
+
+    A headline is paired with the headline: heads have their own ways to combine supports.
+    """
+    shots, fusion = case
+    own = not fusions and (shots == 1 or fusion == files[0].protocol.fusion)
+    return against[0].protocol.fusion if own else fusion
+
+
+def together_and_apart(folds: list[Fold]) -> list[list[Fold]]:
+    """All folds, if there are several, and each by itself."""
+    return ([folds] if len(folds) > 1 else []) + [[fold] for fold in folds]
 
 
 def require_same_episodes(files: Sequence[Results], against: Sequence[Results]) -> None:

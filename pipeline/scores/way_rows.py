@@ -7,7 +7,7 @@ are the confusion of the N classes and the background, once per policy.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from hsnet.errors import ConfigError, DataError
 from pipeline.common.files import read_table
 from pipeline.episodes.protocols import POLICIES, Policy, Protocol
-from pipeline.scores.rows import METADATA, Results
+from pipeline.scores.rows import METADATA, Results, facts_in, require_whole, rows_of_case
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -117,10 +117,7 @@ def read_way_results(path: Path) -> WayResults:
             be.
     """
     table = read_table(path)
-    try:
-        facts = json.loads((table.schema.metadata or {})[METADATA])
-    except (KeyError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} holds no rows of an evaluation: `hsnet evaluate --out` writes them.") from error
+    facts = facts_in(path, table)
     if not isinstance(facts, dict) or type(facts.get("ways")) is not int:
         raise DataError(
             f"{path} holds rows of 1-way episodes; they cannot be put together or compared with N-way ones. Analyze "
@@ -147,12 +144,7 @@ def of_table(path: Path | None, table: pa.Table, facts: Mapping[str, Any]) -> Wa
 
 def _check(results: WayResults) -> None:
     path, table, ways = results.path, results.table, results.ways
-    if not len(table):
-        raise DataError(f"{path} holds no episode.")
-    for name in table.column_names:
-        nulls = table[name].null_count
-        if nulls and not ("_original" in name and nulls == len(table)):
-            raise DataError(f"{path}: column '{name}' is empty in {nulls} of {len(table)} rows. Evaluate again.")
+    require_whole(results, (c for row in table["classes"].to_pylist() for c in row or ()))
     lengths = {"classes": ways, "object_pixels": ways, "supports": ways}
     for name, length in {**lengths, **{counts_column(p): (ways + 1) ** 2 for p in results.policies}}.items():
         found = {len(values) for values in table[name].to_pylist()}
@@ -165,45 +157,28 @@ def _check(results: WayResults) -> None:
         wrong = np.flatnonzero((_matrix(table[counts_column(policy)], ways) < 0).any((1, 2)))
         if len(wrong):
             raise DataError(f"{path}, row {wrong[0]}: a negative number of pixels. Evaluate again.")
-    odd = {c for row in table["classes"].to_pylist() for c in row} - set(results.classes)
-    if set(table["fold"].to_pylist()) != {results.fold} or odd:
-        raise DataError(f"{path} says fold {results.fold} with its classes, but has rows of another fold or class.")
-    keys = list(zip(*(table[name].to_pylist() for name in ("shots", "fusion", "seed", "episode")), strict=True))
-    if len(set(keys)) < len(keys):
-        raise DataError(f"{path} has two rows of one episode. Evaluate again.")
 
 
-def way_episodes(files: list[WayResults], fold: int, shots: int, fusion: str, policy: Policy) -> WayEpisodes | None:
+def way_episodes(files: Sequence[WayResults], fold: int, shots: int, fusion: str, policy: Policy) -> WayEpisodes | None:
     """The episodes of all files of a fold, or None if there are none."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    chosen = [file for file in files if file.fold == fold]
-    parts = [
-        file.table.filter(pc.and_(pc.equal(file.table["shots"], shots), pc.equal(file.table["fusion"], fusion)))
-        for file in chosen
-    ]
-    table = pa.concat_tables(parts) if parts else None
-    if table is None or not len(table) or table[counts_column(policy)].null_count:
+    table = rows_of_case(files, fold, shots, fusion)
+    if table is None or table[counts_column(policy)].null_count:
         return None
-    order = pc.sort_indices(
-        table.select(["seed", "episode"]), sort_keys=[("seed", "ascending"), ("episode", "ascending")]
-    )
-    table = table.take(order)
+    first = next(file for file in files if file.fold == fold)
     names = ("seed", "episode", "classes", "query", "supports", "absent")
     columns = {name: table[name].to_pylist() for name in names}
     shown = np.array(table["object_pixels"].to_pylist(), np.int64) > 0
     return WayEpisodes(
         fold,
-        tuple(sorted(chosen[0].classes)),
-        chosen[0].classes,
+        tuple(sorted(first.classes)),
+        first.classes,
         np.array(columns["classes"], np.int64),
         np.array(columns["seed"], np.int64),
         tuple(columns["query"]),
         tuple(zip(*columns.values(), strict=True)),
         shown,
         np.array(columns["absent"], bool) & ~shown.any(1),
-        _matrix(table[counts_column(policy)], chosen[0].ways),
+        _matrix(table[counts_column(policy)], first.ways),
     )
 
 

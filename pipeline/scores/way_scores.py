@@ -23,7 +23,14 @@ from pipeline.common.philox import philox
 from pipeline.episodes.protocols import Policy
 from pipeline.scores import bootstrap
 from pipeline.scores.bootstrap import Interval, Part, interval, p_value
-from pipeline.scores.rows import require_one_configuration, require_same_episodes
+from pipeline.scores.rows import (
+    cases_of,
+    paired_fusion,
+    require_counts,
+    require_one_configuration,
+    require_same_episodes,
+    together_and_apart,
+)
 from pipeline.scores.way_rows import WayEpisodes, WayResults, way_episodes
 
 ALARM = 0.01
@@ -78,6 +85,7 @@ class WayDifference:
     policy: Policy
     shots: int
     fusion: str
+    fusion_against: str
     fold: int | None
     episodes: int
     figures: WayFigures
@@ -106,14 +114,16 @@ def score_ways(
         ConfigError: an unknown fusion or unit.
     """
     require_one_configuration(files)
+    policies = list(policies) or [files[0].protocol.policy]
+    require_counts(files, policies)
     scores = []
     for policy, shots, fusion in _cases(files, policies, fusions, unit):
         folds = [
             (episodes, _resample(sums(episodes)[None], episodes, unit, seed))
             for fold in sorted({file.fold for file in files})
-            if (episodes := way_episodes(list(files), fold, shots, fusion, policy)) is not None
+            if (episodes := way_episodes(files, fold, shots, fusion, policy)) is not None
         ]
-        for some in ([folds] if len(folds) > 1 else []) + [[fold] for fold in folds]:
+        for some in together_and_apart(folds):
             each = [episodes for episodes, _ in some]
             some_shown = [e.shown.any(1) & ~e.shown.all(1) for e in each]
             scores.append(
@@ -151,12 +161,15 @@ def compare_ways(
     require_one_configuration(files)
     require_one_configuration(against)
     require_same_episodes(files, against)
+    policies = list(policies) or [files[0].protocol.policy]
+    require_counts((*files, *against), policies)
     differences = []
     for policy, shots, fusion in _cases(files, policies, fusions, unit):
+        other = paired_fusion(files, against, (shots, fusion), fusions)
         folds = []
         for fold in sorted({file.fold for file in files}):
-            pair = [way_episodes(list(some), fold, shots, fusion, policy) for some in (files, against)]
-            first, second = pair
+            first = way_episodes(files, fold, shots, fusion, policy)
+            second = way_episodes(against, fold, shots, other, policy)
             if first is None or second is None:
                 continue
             if first.identities != second.identities:
@@ -166,13 +179,14 @@ def compare_ways(
                 )
             both = np.stack([sums(first), sums(second)])
             folds.append((first, _resample(both, first, unit, seed), _swapped(both, first, unit, seed)))
-        for some in ([folds] if len(folds) > 1 else []) + [[fold] for fold in folds]:
+        for some in together_and_apart(folds):
             drawn = [(episodes, sampled) for episodes, sampled, _ in some]
             differences.append(
                 WayDifference(
                     policy,
                     shots,
                     fusion,
+                    other,
                     drawn[0][0].fold if len(some) == 1 else None,
                     sum(len(episodes) for episodes, _ in drawn),
                     _figures(drawn, 1),
@@ -332,27 +346,7 @@ def _parts(episodes: WayEpisodes, drawn: Drawn, minus: int | None) -> tuple[Part
 def _cases(
     files: Sequence[WayResults], policies: Sequence[Policy], fusions: Sequence[str], unit: str
 ) -> list[tuple[Policy, int, str]]:
-    first = files[0]
-    policies = list(policies) or [first.protocol.policy]
-    for file in files:
-        for policy in policies:
-            if policy not in file.policies:
-                raise DataError(
-                    f"{file.path} has no counts at {policy}: it was evaluated without the photos' own masks. Evaluate "
-                    f"again with --data-root, or choose another --policy."
-                )
     if unit not in ("episode", "query"):
         raise ConfigError(f"The unit is episode or query, not {unit}.")
-    known = dict.fromkeys(name for file in files for name in file.fusions)
-    if odd := set(fusions) - set(known):
-        raise ConfigError(f"No rows of fusion '{min(odd)}': {first.path} has {', '.join(known)}.")
-    usual = first.protocol.fusion
-    order = sorted(known, key=lambda name: (name != usual, name))
-    shots = sorted({k for file in files for k in file.shots})
-    return [
-        (policy, k, fusion)
-        for policy in policies
-        for k in shots
-        for fusion in order
-        if (fusion in fusions if fusions else k > 1 or fusion == usual)
-    ]
+    cases = cases_of(files, fusions)
+    return [(policy, *case) for policy in policies for case in cases]
