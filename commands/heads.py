@@ -23,17 +23,10 @@ def heads(as_json: bool) -> Any:
     Example:
       hsnet heads
     """
-    from dataclasses import asdict
-
     from pipeline.heads.catalogue import HEADS
 
-    told = [
-        {
-            "name": name,
-            **{key: value for key, value in asdict(head).items() if key not in ("make", "again", "stands_on")},
-        }
-        for name, head in HEADS.items()
-    ]
+    listed = ("summary", "source", "needs", "fusion", "joint", "background")
+    told = [{"name": name, **{key: getattr(head, key) for key in listed}} for name, head in HEADS.items()]
     rows = [
         [one["name"], one["needs"], one["fusion"] or "the protocol's", "yes" if one["joint"] else "no", one["summary"]]
         for one in told

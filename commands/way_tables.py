@@ -29,11 +29,11 @@ EXPLAINED = (
 
 def ways_text(scores: Sequence[WayScore | WayDifference]) -> str:
     """One table: a column per number of shots, fusion, policy and fold."""
-    many = {(one.fusion, one.policy, one.fold) for one in scores}
+    many = {(_fusion(one), one.policy, one.fold) for one in scores}
     head = [""]
     for one in scores:
         fold = "folds' mean" if one.fold is None else f"fold {one.fold}"
-        more = f" {one.fusion}, {policy_name(one.policy)}, {fold}" if len(many) > 1 else ""
+        more = f" {_fusion(one)}, {policy_name(one.policy)}, {fold}" if len(many) > 1 or " - " in _fusion(one) else ""
         head.append(f"{one.shots}-shot{more}")
     rows = []
     for name, title in FIGURES.items():
@@ -51,6 +51,11 @@ def ways_text(scores: Sequence[WayScore | WayDifference]) -> str:
         found = [{part.name: part.value for part in one.classes}.get(name) for one in scores]
         rows.append([f"  {printable(name)}", *(interval_text(one, hasattr(scores[0], "p")) for one in found)])
     return table(rows, head)
+
+
+def _fusion(one: WayScore | WayDifference) -> str:
+    """The way to combine supports; both, where a difference is of two."""
+    return " - ".join(dict.fromkeys([one.fusion, getattr(one, "fusion_against", one.fusion)]))
 
 
 def background_text(background: Mapping[str, Any]) -> str:

@@ -112,73 +112,6 @@ def trained(path: Path, source: FeatureSource, device: str = "cpu", arithmetic: 
     return Method(partial(_load, checkpoint.path.absolute(), device, arithmetic), facts, path.absolute())
 
 
-def _cosine(source: FeatureSource, fold: int, seed: int, device: str) -> Method:
-    log.info("Fitting head cosine on training episodes")
-    threshold = fit_cosine_threshold(source, fold, seed=seed).threshold
-    return Method(partial(CosineSegmenter, threshold), {"name": "cosine", "threshold": threshold})
-
-
-def _location(source: FeatureSource, fold: int, seed: int, device: str) -> Method:
-    log.info("Fitting head location on training episodes")
-    mask = fit_location_mask(source, fold, seed=seed).mask
-    return Method(partial(LocationSegmenter, mask), {"name": "location", "object_share": float(mask.float().mean())})
-
-
-def _untrained(source: FeatureSource, fold: int, seed: int, device: str) -> Method:
-    arguments = source.recipe.learner_arguments()
-    return Method(partial(_initialise, arguments, seed, device), {"name": "untrained", "seed": seed})
-
-
-def _contrast(source: FeatureSource, fold: int, seed: int, device: str) -> Method:
-    return Method(ContrastSegmenter, {"name": "contrast"})
-
-
-def _aggregate(source: FeatureSource, fold: int, seed: int, device: str) -> Method:
-    return Method(AggregateSegmenter, {"name": "aggregate"})
-
-
-def _aggregate_again(facts: Mapping[str, Any], source: FeatureSource, device: str) -> Method:
-    return Method(AggregateSegmenter, facts)
-
-
-def _tune(source: FeatureSource, fold: int, seed: int, device: str) -> Method:
-    return Method(TuneSegmenter, {"name": "tune"})
-
-
-def _tune_again(facts: Mapping[str, Any], source: FeatureSource, device: str) -> Method:
-    return Method(TuneSegmenter, facts)
-
-
-def _pseudo(source: FeatureSource, fold: int, seed: int, device: str) -> Method:
-    return Method(partial(TuneSegmenter, CHAINS), {"name": "pseudo", "chains": CHAINS})
-
-
-def _pseudo_again(facts: Mapping[str, Any], source: FeatureSource, device: str) -> Method:
-    return Method(partial(TuneSegmenter, int(facts["chains"])), facts)
-
-
-def _cosine_again(facts: Mapping[str, Any], source: FeatureSource, device: str) -> Method:
-    return Method(partial(CosineSegmenter, float(facts["threshold"])), facts)
-
-
-def _untrained_again(facts: Mapping[str, Any], source: FeatureSource, device: str) -> Method:
-    return _untrained(source, 0, int(facts["seed"]), device)
-
-
-def _contrast_again(facts: Mapping[str, Any], source: FeatureSource, device: str) -> Method:
-    return Method(ContrastSegmenter, facts)
-
-
-def _on_head(name: str, method: Method) -> Method:
-    chains = CHAINS if name == "pseudo" else 0
-    facts = {**method.facts, "name": name, "on": method.facts["name"], "chains": chains}
-    return Method(partial(_load_beside, method.make, chains), facts, method.path)
-
-
-def _load_beside(make: Callable[[], Segmenter], chains: int) -> Segmenter:
-    return TuneSegmenter(chains, make())
-
-
 TRAINING, FOLD, NOTHING = "a checkpoint", "training classes", "nothing"
 """What a head needs before it can answer: a trained checkpoint, episodes of the fold's training classes, nothing."""
 
@@ -199,12 +132,14 @@ class Head:
     """Whether it can answer several supports together (fusion joint)."""
     background: bool = False
     """Whether it needs a support to show more than its object."""
-    make: Callable[[FeatureSource, int, int, str], Method] | None = None
-    """(source, fold, seed, device) -> method; None: from a checkpoint, by `trained`."""
-    again: Callable[[Mapping[str, Any], FeatureSource, str], Method] | None = None
-    """(facts, source, device) -> the same method; None: the facts do not hold enough."""
-    stands_on: Callable[[str, Method], Method] | None = None
-    """(name, trained method) -> the head beside a trained one; None: it cannot stand on one."""
+    values: Callable[[FeatureSource, int, int], Mapping[str, Any]] = lambda source, fold, seed: {}
+    """(source, fold, seed) -> what it is made with, beside its name."""
+    segmenter: Callable[[Mapping[str, Any], FeatureSource, str], Callable[[], Segmenter]] | None = None
+    """(values, source, device) -> what builds the segmenter in any process; None: a checkpoint's, by `trained`."""
+    told: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    """Values -> what results say of them; None: all of them, so that the head can be made again from the results."""
+    chains: int | None = None
+    """Of `TuneSegmenter` beside a trained head; None: it cannot stand on one."""
 
 
 HEADS: dict[str, Head] = {
@@ -227,8 +162,7 @@ HEADS: dict[str, Head] = {
         fusion="joint",
         joint=True,
         background=True,
-        make=_contrast,
-        again=_contrast_again,
+        segmenter=lambda values, source, device: ContrastSegmenter,
     ),
     "aggregate": Head(
         "contrast, carried along the query's own similarities",
@@ -237,8 +171,7 @@ HEADS: dict[str, Head] = {
         fusion="joint",
         joint=True,
         background=True,
-        make=_aggregate,
-        again=_aggregate_again,
+        segmenter=lambda values, source, device: AggregateSegmenter,
     ),
     "tune": Head(
         "a logistic regression fitted to the episode's supports; beside a checkpoint's head, if one is given",
@@ -247,9 +180,8 @@ HEADS: dict[str, Head] = {
         fusion="joint",
         joint=True,
         background=True,
-        make=_tune,
-        again=_tune_again,
-        stands_on=_on_head,
+        segmenter=lambda values, source, device: TuneSegmenter,
+        chains=0,
     ),
     "pseudo": Head(
         "tune, fitted once more with the query's own most confident positions as a further support",
@@ -258,30 +190,34 @@ HEADS: dict[str, Head] = {
         fusion="joint",
         joint=True,
         background=True,
-        make=_pseudo,
-        again=_pseudo_again,
-        stands_on=_on_head,
+        values=lambda source, fold, seed: {"chains": CHAINS},
+        segmenter=lambda values, source, device: partial(TuneSegmenter, int(values["chains"])),
+        chains=CHAINS,
     ),
     "cosine": Head(
         "the deepest level's cosine map, cut at one fitted threshold",
         "the correlations of Min et al., ICCV 2021, without a learner",
         FOLD,
-        make=_cosine,
-        again=_cosine_again,
+        values=lambda source, fold, seed: {"threshold": fit_cosine_threshold(source, fold, seed=seed).threshold},
+        segmenter=lambda values, source, device: partial(CosineSegmenter, float(values["threshold"])),
     ),
     "location": Head(
         "one mask for every query: where training objects usually are",
         "a check of the data, not a method",
         FOLD,
-        make=_location,
+        values=lambda source, fold, seed: {"mask": fit_location_mask(source, fold, seed=seed).mask},
+        segmenter=lambda values, source, device: partial(LocationSegmenter, values["mask"]),
+        told=lambda values: {"object_share": float(values["mask"].float().mean())},
     ),
     "untrained": Head(
         "the learner with its initial weights",
         "a check of the data, not a method",
         NOTHING,
         joint=True,
-        make=_untrained,
-        again=_untrained_again,
+        values=lambda source, fold, seed: {"seed": seed},
+        segmenter=lambda values, source, device: partial(
+            _initialise, source.recipe.learner_arguments(), int(values["seed"]), device
+        ),
     ),
 }
 """Name -> head. Adding one is adding a module with its segmenter and an entry here."""
@@ -307,12 +243,15 @@ def made(name: str, source: FeatureSource, *, fold: int = 0, seed: int = 0, devi
         ConfigError: no such head, or one that needs a checkpoint.
     """
     head = head_named(name)
-    if head.make is None:
+    if head.segmenter is None:
         raise ConfigError(
             f"Head '{name}' must be trained: give its run or checkpoint with --checkpoint instead of --head. Nothing "
             f"was computed."
         )
-    return head.make(source, fold, seed, device)
+    if head.needs == FOLD:
+        log.info("Fitting head %s on training episodes", name)
+    values = head.values(source, fold, seed)
+    return Method(head.segmenter(values, source, device), {"name": name, **(head.told or dict)(values)})
 
 
 def on_trained(name: str, method: Method) -> Method:
@@ -322,13 +261,13 @@ def on_trained(name: str, method: Method) -> Method:
         ConfigError: no such head, or one that answers without a checkpoint only.
     """
     head = head_named(name)
-    if head.stands_on is None:
-        able = ", ".join(other for other, one in HEADS.items() if one.stands_on)
+    if head.chains is None:
+        able = ", ".join(other for other, one in HEADS.items() if one.chains is not None)
         raise ConfigError(
             f"Head '{name}' does not stand on a checkpoint; {able} do. Give --head or --checkpoint alone. Nothing was "
             f"computed."
         )
-    return head.stands_on(name, method)
+    return _beside(name, head.chains, method)
 
 
 def made_again(
@@ -345,16 +284,18 @@ def made_again(
     """
     name = str(facts.get("name"))
     head = HEADS.get("hsnet" if name == "trained" else name)  # as rows called it before there were two
-    if head is not None and head.stands_on is not None and "checkpoint" in facts:
-        on = made_again({**facts, "name": facts.get("on")}, source, checkpoint=checkpoint, device=device)
-        return head.stands_on(name, on)
-    if head is None or (head.make and not head.again):
+    if head is None or head.told is not None:
         raise DataError(f"Answers of the method '{name}' cannot be made again from what the rows say.")
-    if head.again is not None:
-        try:
-            return head.again(facts, source, device)
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"The rows do not say how their '{name}' method was made: {error!r}.") from error
+    stands = head.chains is not None and "checkpoint" in facts
+    try:
+        if head.segmenter is not None and not stands:
+            return Method(head.segmenter(facts, source, device), facts)
+        chains = int(facts["chains"]) if stands else 0
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"The rows do not say how their '{name}' method was made: {error!r}.") from error
+    if stands:
+        on = made_again({**facts, "name": facts.get("on")}, source, checkpoint=checkpoint, device=device)
+        return _beside(name, chains, on)
     if checkpoint is None:
         raise DataError("The rows do not say where their checkpoint is: give --checkpoint.")
     method = trained(checkpoint, source, device, str(facts.get("arithmetic", "float32")))
@@ -364,6 +305,16 @@ def made_again(
             f"  checkpoint  {method.checkpoint}\nGive that one with --checkpoint."
         )
     return method
+
+
+def _beside(name: str, chains: int, method: Method) -> Method:
+    """A head of `TuneSegmenter` that stands on a trained one."""
+    facts = {**method.facts, "name": name, "on": method.facts["name"], "chains": chains}
+    return Method(partial(_load_beside, method.make, chains), facts, method.path)
+
+
+def _load_beside(make: Callable[[], Segmenter], chains: int) -> Segmenter:
+    return TuneSegmenter(chains, make())
 
 
 def _load(path: Path, device: str, arithmetic: str) -> Segmenter:

@@ -98,7 +98,7 @@ def test_choices_equal_the_tables_they_are_copied_from() -> None:
     assert tuple(BACKBONES) == options.BACKBONES
     assert tuple(DATASETS) == options.DATASETS
     assert sorted(DTYPES) == sorted(options.PRECISIONS)
-    assert tuple(name for name, head in HEADS.items() if head.make) == options.HEADS
+    assert tuple(name for name, head in HEADS.items() if head.segmenter) == options.HEADS
 
 
 def test_help_needs_nothing_heavy() -> None:

@@ -33,10 +33,13 @@ def test_a_method_is_made_again_from_its_facts(head, tiny_source):
     assert again.make().arithmetic == "bfloat16"
     renamed = made_again({**head.facts, "name": "trained"}, tiny_source, checkpoint=head.path)
     assert renamed.facts == head.facts, "as rows called it before there were two trained heads"
-    for name in ("cosine", "untrained", "contrast"):
+    for name in ("cosine", "untrained", "contrast", "aggregate", "tune", "pseudo"):
         method = made(name, tiny_source, seed=3)
         assert (method.facts["name"], method.checkpoint, method.path) == (name, "", None)
-        assert torch.equal(answers(made_again(method.facts, tiny_source), tiny_source), answers(method, tiny_source))
+        again = made_again(method.facts, tiny_source)
+        assert again.facts == method.facts
+        assert torch.equal(answers(again, tiny_source), answers(method, tiny_source))
+    assert made_again({"name": "pseudo", "chains": 3}, tiny_source).make().chains == 3, "what the rows say"
 
 
 @pytest.mark.parametrize(
@@ -45,6 +48,7 @@ def test_a_method_is_made_again_from_its_facts(head, tiny_source):
         ({"name": "location"}, "'location' cannot be made again"),
         ({"name": "cosine"}, "do not say how their 'cosine' method was made"),
         ({"name": "untrained", "seed": "x"}, "do not say how their 'untrained' method was made"),
+        ({"name": "pseudo", "on": "hsnet"}, "do not say how their 'pseudo' method was made: KeyError"),
         ({"checkpoint": "sha256:other"}, "is not the checkpoint of the rows:\n  rows        sha256:other"),
     ],
 )

@@ -180,7 +180,7 @@ def test_the_catalogue(tiny_source):
         assert head.summary, name
         assert head.fusion in (None, *FUSIONS), name
         assert head.joint or head.fusion != "joint", name
-        if head.make is not None and head.needs == NOTHING:
+        if head.needs == NOTHING:
             methods = [made(name, tiny_source, fold=fold) for fold in (0, 1)]
             assert methods[0].facts == methods[1].facts, "no fold is known to it"
             assert methods[0].names_seen() == ()
@@ -190,7 +190,7 @@ def test_the_catalogue(tiny_source):
         made("hsnet", tiny_source)
 
 
-@pytest.mark.parametrize("name", [name for name, head in HEADS.items() if head.make and not head.joint])
+@pytest.mark.parametrize("name", [name for name, head in HEADS.items() if head.segmenter and not head.joint])
 def test_joint_is_refused_by_heads_that_have_none(name, tiny_source):
     stream = EpisodeStream(tiny_source.index, 0, "test", 2, 0)
     batch = load_batch(tiny_source, [stream[0]])

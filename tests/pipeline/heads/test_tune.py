@@ -171,6 +171,8 @@ def test_standing_on_a_checkpoint(tmp_path, tiny_config, tiny_source):
     batch = batch_in(tiny_source, 2)
     again = made_again(method.facts, tiny_source, checkpoint=method.path)
     assert again.facts == method.facts
+    other = made_again({**method.facts, "chains": 3}, tiny_source, checkpoint=method.path)
+    assert (other.facts["chains"], other.make().chains) == (3, 3), "what the rows say"
     found = [one.make().answer(batch, (2,)).joint[2] for one in (method, again)]
     assert torch.equal(*found)
     with pytest.raises(ConfigError, match="'contrast' does not stand on a checkpoint; tune, pseudo do"):

@@ -55,7 +55,7 @@ def made(*, ways=2, n=40, seed=0, draw=0, shots=(1,), fusions=("vote",), absent=
                     values[counts_column(policy)] = None if policy.resolution == "original" else cells.ravel().tolist()
                 for name, value in values.items():
                     columns[name].append(value)
-    protocol = resolve("default", ways=ways, absent=absent, shots=shots, seeds=(seed,), episodes=n)
+    protocol = resolve("default", ways=ways, absent=absent, shots=shots, seeds=(seed,), episodes=n, fusion=fusions[0])
     said = {
         "data": "sha256:d",
         "dataset": "own",
@@ -158,6 +158,18 @@ def test_folds_are_averaged_and_seeds_pooled(tmp_path):
     seeds = [results(tmp_path / f"s{seed}.parquet", seed=seed) for seed in (0, 1)]
     (pooled,) = score_ways(seeds)
     assert (pooled.seeds, pooled.episodes) == ((0, 1), 80)
+
+
+def test_a_headline_is_compared_with_the_headline(tmp_path):
+    first = results(tmp_path / "1.parquet", shots=(1, 5), fusions=("vote",))
+    second = results(tmp_path / "2.parquet", shots=(1, 5), fusions=("joint", "vote"), draw=1)
+    found = compare_ways([first], [second])
+    assert [(one.shots, one.fusion, one.fusion_against) for one in found] == [
+        (1, "vote", "joint"),
+        (5, "vote", "joint"),
+    ]
+    (alike,) = [one for one in compare_ways([first], [second], fusions=["vote"]) if one.shots == 5]
+    assert (alike.fusion, alike.fusion_against) == ("vote", "vote")
 
 
 def test_what_tells_nothing_is_none(tmp_path):
