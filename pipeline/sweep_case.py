@@ -17,11 +17,10 @@ from typing import Any, Literal
 import torch
 
 from hsnet.errors import CheckpointMismatch, ConfigError, DataError, HSNetError
-from pipeline.common.files import write_table
 from pipeline.common.runner import Failed, failure, free_gpu
 from pipeline.episodes.protocols import Protocol
 from pipeline.evaluate.plan import EvaluationPlan, plan_evaluation
-from pipeline.evaluate.stage import evaluate
+from pipeline.evaluate.stage import evaluate_to
 from pipeline.heads.catalogue import HEADS, trained
 from pipeline.heads.config import RunConfig
 from pipeline.heads.learner import LEARNED_HEADS, LEARNER_CHOICES, learner_arguments
@@ -237,7 +236,7 @@ def _trained_and_tested(job: Job, case: Case, fitted: FitSummary | None) -> Case
     method = trained(run_dir, source, job.device)
     if not is_tested(rows, case, method.checkpoint, source.store.identity, job.protocol):
         plan = EvaluationPlan(method=method, source=source, fold=case.fold, protocol=job.protocol, device=job.device)
-        write_table(rows, evaluate(plan, on_event=tested).rows)
+        evaluate_to(plan, rows, on_event=tested, replace=True)
     moved = _transfer(case, job, run_dir, method.checkpoint, tested)
     return CaseDone(case, run_dir, rows, fitted.steps, is_new, None, moved)
 
@@ -305,7 +304,7 @@ def _test_untrained(
     method = replace(plan.method, facts={**plan.method.facts, "seed": seed})
     rules = replace(plan.protocol, seeds=protocol.seeds)
     plan = replace(plan, method=method, protocol=rules, dataset=None)
-    write_table(rows, evaluate(plan, on_event=on_event).rows)
+    evaluate_to(plan, rows, on_event=on_event, replace=True)
 
 
 def _transfer(
@@ -326,7 +325,7 @@ def _transfer(
                 plan = plan_evaluation(
                     partial(_same, source), protocol, checkpoint=run_dir, transfer=True, device=job.device
                 )
-                write_table(rows, evaluate(replace(plan, dataset=None), on_event=on_event).rows)
+                evaluate_to(replace(plan, dataset=None), rows, on_event=on_event, replace=True)
             moved[name] = rows
     if case.transfer and not moved:
         raise ConfigError(

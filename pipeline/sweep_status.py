@@ -103,7 +103,8 @@ class Teller:
         self._losses: deque[float] = deque(maxlen=_RECENT)
         self._seconds: deque[float] = deque(maxlen=_RECENT)
         self._best: float | None = None
-        self._test_began: float | None = None
+        self._test_began = 0.0, 0
+        self._tested: float = math.inf
 
     def step(self, step: int, steps: int, loss: float, seconds: float) -> None:
         """An optimiser step was made."""
@@ -119,8 +120,10 @@ class Teller:
     def tested(self, done: int, episodes: int) -> None:
         """Episodes were tested."""
         now = self.clock()
-        self._test_began = now if self._test_began is None else self._test_began
-        left = (now - self._test_began) / done * (episodes - done) if done else None
+        if done <= self._tested:  # the first that is heard of a test, which may go on from an earlier call's episodes
+            self._test_began = now, done
+        (began, before), self._tested = self._test_began, done
+        left = (now - began) / (done - before) * (episodes - done) if done > before else None
         self._tell(CaseStatus(self.name, "testing", done, episodes, None, self._best, left))
 
     def _tell(self, status: CaseStatus) -> None:

@@ -140,12 +140,13 @@ class PartFolder:
 
 
 @contextmanager
-def part_folder(out: Path, facts: Mapping[str, Any]) -> Iterator[PartFolder]:
+def part_folder(out: Path, facts: Mapping[str, Any], *, replace: bool = False) -> Iterator[PartFolder]:
     """Hold the folder of an evaluation's parts inside the block; made if it is not there.
 
     Args:
         out: the file of rows that is wanted.
         facts: everything that decides the rows; see `pipeline.evaluate.keeping.decided_by`.
+        replace: remove parts of another evaluation instead of refusing them.
 
     Raises:
         DataError: it holds parts of another evaluation (says what differs), another process works on it, or it cannot
@@ -159,9 +160,12 @@ def part_folder(out: Path, facts: Mapping[str, Any]) -> Iterator[PartFolder]:
             folder.mkdir(parents=True, exist_ok=True)
             token = stack.enter_context(sole_writer(folder))
             known = folder / IDENTITY
-            if known.exists():
-                _require_same(folder, read_json(known), identity)
-            else:
+            there = read_json(known) if known.exists() else None
+            if there is not None and not replace:
+                _require_same(folder, there, identity)
+            if there != identity:
+                for part in folder.glob("*.parquet") if replace else ():
+                    part.unlink()
                 replace_json(known, identity)
         except StoreError as error:
             raise DataError(str(error)) from error

@@ -125,6 +125,7 @@ def evaluate_to(
     *,
     runner: Runner | None = None,
     on_event: Callable[[int, int], None] | None = None,
+    replace: bool = False,
 ) -> Outcome:
     """As `evaluate`, with the rows in a file; in memory are 20 bytes per episode and number of shots, and the episodes.
 
@@ -134,6 +135,7 @@ def evaluate_to(
 
     Args:
         out: file of rows; None keeps none.
+        replace: parts of another evaluation are removed, as its rows would be; otherwise they are refused.
 
     Raises:
         ConfigError, DataError: as `evaluate`; there are parts of another evaluation, or the disk refuses.
@@ -142,7 +144,7 @@ def evaluate_to(
     if out is None:
         work.run(runner, on_event)
         return Outcome(work.scores(), work.facts, None)
-    with part_folder(out, decided_by(plan, work.facts, schema())) as folder:
+    with part_folder(out, decided_by(plan, work.facts, schema()), replace=replace) as folder:
         parts = work.run(runner, on_event, folder)
         scores = work.scores()
         write_rows(out, in_order(parts, work.tests, work.fusions), work.schema)

@@ -93,6 +93,32 @@ def test_a_stop_is_heard_in_a_test_too(store, tmp_path, monkeypatch):
     assert not (tmp_path / ".sweep").exists()
 
 
+def test_an_interrupted_test_goes_on_with_what_was_answered(store, tmp_path, monkeypatch):
+    (case,) = make_cases([store], (0,), {}, {}, heads=("cosine",))
+    told: list[int] = []
+    monkeypatch.setattr(Teller, "tested", lambda teller, done, episodes: told.append(done))
+
+    def run(out, **options):
+        told.clear()
+        (done,) = sweep([case], open_source, out, resolve(episodes=60), **options).cases
+        return done
+
+    assert run(tmp_path, stop=lambda: len(told) >= 1).kind == "interrupted"
+    again = run(tmp_path)
+    assert told[0] > 0, "goes on"
+    assert not list(tmp_path.glob("*.parts"))
+    rows = [read_results(done.rows).table.drop_columns(["seconds"]) for done in (again, run(tmp_path / "whole"))]
+    assert rows[0].to_pylist() == rows[1].to_pylist()
+    # What was answered by other rules is not kept: rows would be overwritten, too.
+    again.rows.unlink()
+    assert run(tmp_path, stop=lambda: len(told) >= 1).kind == "interrupted"
+    assert list(tmp_path.glob("*.parts"))
+    told.clear()
+    (other,) = sweep([case], open_source, tmp_path, resolve(episodes=50)).cases
+    assert told[0] == 0
+    assert len(read_results(other.rows).table) == 50
+
+
 def test_what_cases_tell_while_they_run(store, tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.sweep_status.TOLD_SECONDS", 0)
     monkeypatch.setattr("pipeline.sweep.WATCH_SECONDS", 0.01)
@@ -125,6 +151,11 @@ def test_words_are_few_and_say_what_is_left(tmp_path):
     now[0] = 12.0
     teller.tested(50, 100)
     assert board.read(["a"]) == [CaseStatus("a", "testing", 50, 100, None, 40.0, 10.0)]
+    now[0] = 20.0
+    teller.tested(30, 90)  # another test, that an earlier call began
+    now[0] = 22.0
+    teller.tested(50, 90)
+    assert board.read(["a"]) == [CaseStatus("a", "testing", 50, 90, None, 40.0, 4.0)]
     (board.path / "a.json").write_text("cut o")
     assert board.read(["a"]) == []
     other = Board(tmp_path)
