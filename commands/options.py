@@ -170,7 +170,6 @@ class StorePlace(click.ParamType):
 
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 ANY_PATH = click.Path(path_type=Path)
 STORE = StorePlace()
 

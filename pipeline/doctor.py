@@ -50,8 +50,8 @@ class Finding:
     todo: str = ""
 
 
-def _judged(name: str, good: bool, detail: str, todo: str, otherwise: Status = "warn") -> Finding:
-    return Finding(name, "ok", detail) if good else Finding(name, otherwise, detail, todo)
+def _judged(name: str, good: bool, detail: str, todo: str) -> Finding:
+    return Finding(name, "ok", detail) if good else Finding(name, "warn", detail, todo)
 
 
 def examine(folder: Path = Path()) -> list[Finding]:

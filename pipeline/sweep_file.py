@@ -45,6 +45,9 @@ MAX_BRACKETS = 500
 ALL = "all"
 """Instead of a list of folds: those that all stores have."""
 
+_ALSO = {"seeds": "seed", "steps": "steps"}
+"""Keys of their own, and the choices that stand for them in `fix` and `vary`."""
+
 _WANTED: dict[Any, str] = {int: "a whole number", float: "a number", bool: "yes or no", str: "text"}
 
 
@@ -66,11 +69,14 @@ class SweepPart:
     def over(self, below: SweepPart) -> SweepPart:
         """This part, with what it does not say from the one below; a choice said here is no longer as it was there,
         whether it was fixed or varied."""
+        chosen = {*self.fix, *self.vary}
+        said = chosen | {choice for name, choice in _ALSO.items() if getattr(self, name)}
         mine = {name: getattr(self, name) for name in ("stores", "folds", "heads", "seeds", "steps", "transfer")}
-        said = {*self.fix, *self.vary, *(["seed"] if self.seeds else []), *(["steps"] if self.steps else [])}
         return SweepPart(
-            **{name: value or getattr(below, name) for name, value in mine.items()}
-            | ({"seeds": ()} if {"seed"} & {*self.fix, *self.vary} and not self.seeds else {}),
+            **{
+                name: value if value or _ALSO.get(name) in chosen else getattr(below, name)
+                for name, value in mine.items()
+            },
             fix={name: value for name, value in below.fix.items() if name not in said} | dict(self.fix),
             vary={name: values for name, values in below.vary.items() if name not in said} | dict(self.vary),
         )
@@ -80,6 +86,12 @@ class SweepPart:
         wanted = folds if self.folds in (None, ALL) else self.folds
         assert isinstance(wanted, Sequence)
         vary, fix = dict(self.vary), dict(self.fix)
+        for name, choice in _ALSO.items():
+            if getattr(self, name) and choice in {**vary, **fix}:
+                raise ConfigError(
+                    f"`{name}` says {_text(getattr(self, name))}, and {choice} stands under `fix` or `vary`, too: "
+                    f"{_text({**vary, **fix}[choice])}. Say it once. Nothing was done."
+                )
         if self.seeds:
             vary["seed"] = self.seeds
         if "steps" not in vary:
@@ -209,16 +221,15 @@ class _Reader:
     def _part(self, kind: type[Any], node: yaml.Node | None, what: str) -> Any:
         if kind is SweepPart and isinstance(node, yaml.MappingNode) and not node.value:
             return kind()  # all that stands above
-        kinds = get_type_hints(kind)
         known = [item.name for item in fields(kind)]
         values: dict[str, Any] = {}
         for key, value in self._items(node, what):
             if key.value not in known:
                 self._fail(key, f"unknown key '{key.value}'; {what.lower()} has {', '.join(known)}", key.value, known)
-            values[key.value] = self._value(key.value, kinds[key.value], value)
+            values[key.value] = self._value(key.value, value)
         return kind(**values)
 
-    def _value(self, name: str, kind: Any, node: yaml.Node) -> Any:
+    def _value(self, name: str, node: yaml.Node) -> Any:
         if name == "parts":
             return tuple(self._part(SweepPart, one, "A part") for one in self._list(node, name))
         if name in ("fix", "vary"):

@@ -93,17 +93,12 @@ def _without_masks(folder: Path, names: list[str]) -> list[str]:
     return kept
 
 
-def output_names(queries: Sequence[Path]) -> list[str]:
+def names_of(queries: Iterable[Path]) -> Iterator[str]:
     """A file name stem for each query: readable, never twice (also not by case alone), never another folder.
 
-    >>> output_names([Path("a/dog.jpg"), Path("b/Dog.png"), Path("..jpg")])
+    >>> list(names_of([Path("a/dog.jpg"), Path("b/Dog.png"), Path("..jpg")]))
     ['dog', 'Dog-2', 'query']
     """
-    return list(names_of(queries))
-
-
-def names_of(queries: Iterable[Path]) -> Iterator[str]:
-    """The same, one by one."""
     taken: set[str] = set()
     numbers: dict[str, int] = {}
     for query in queries:

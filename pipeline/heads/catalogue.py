@@ -6,7 +6,6 @@ write into the results.
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 
 from hsnet.errors import ConfigError, DataError
 from hsnet.model import HSNet
+from pipeline.common.text import did_you_mean
 from pipeline.datasets.index import DatasetIndex
 from pipeline.heads.aggregate import AggregateSegmenter
 from pipeline.heads.checkpoint import load_checkpoint
@@ -224,12 +224,11 @@ HEADS: dict[str, Head] = {
 
 
 def head_named(name: str) -> Head:
-    """The head of a name. Raises ConfigError with the nearest names if there is none."""
-    if name in HEADS:
-        return HEADS[name]
-    near = difflib.get_close_matches(name, HEADS, 3, 0.5)
-    meant = f" Did you mean {' or '.join(near)}?" if near else ""
-    raise ConfigError(f"No head '{name}'.{meant} There are {', '.join(HEADS)} (`hsnet heads`). Nothing was computed.")
+    """The head of a name. Raises ConfigError with the nearest name if there is none."""
+    if name not in HEADS:
+        near = did_you_mean(name, HEADS) or "."
+        raise ConfigError(f"No head '{name}': choose of {', '.join(HEADS)} (`hsnet heads`){near} Nothing was computed.")
+    return HEADS[name]
 
 
 def made(name: str, source: FeatureSource, *, fold: int = 0, seed: int = 0, device: str = "cpu") -> Method:

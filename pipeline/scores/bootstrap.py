@@ -136,29 +136,38 @@ def resample(
     samples = np.zeros((resamples, methods, len(class_ids), 2, 2))
     units = np.zeros(len(class_ids), np.int64)
     for column, class_id in enumerate(class_ids):
-        of_class = _units(counts, chosen == class_id, groups)
-        n = units[column] = of_class.shape[1]
+        of_class = units_of(counts, chosen == class_id, groups)
+        units[column] = of_class.shape[1]
         totals[:, column] = of_class.sum(1)
-        if n < 2:
-            samples[:, :, column] = totals[:, column]
-            continue
-        flat = of_class.transpose(1, 0, 2, 3).reshape(n, -1).astype(np.float64)
-        for rows, drawn_often in weights(("bootstrap", seed, int(class_id)), resamples, n):
-            drawn = (drawn_often @ flat) * (n / (n - 1))
-            samples[rows, :, column] = drawn.reshape(-1, methods, 2, 2)
+        for rows, drawn in drawn_again(of_class, seed, int(class_id), resamples):
+            samples[rows, :, column] = drawn
     return Resampled(totals, samples, units)
 
 
-def _units(counts: Counts, mask: NDArray[np.bool_], groups: Sequence[object] | None) -> Counts:
-    """(M, n, 2, 2) of the episodes in the mask, added up over those with one key."""
+def units_of(counts: Counts, mask: NDArray[np.bool_], groups: Sequence[object] | None) -> Counts:
+    """(M, units, ...) of the episodes in the mask, from any sums (M, n, ...) of n episodes: those with one key are one
+    unit, added up. Without keys each is its own."""
     counts = counts[:, mask]
     if groups is None:
         return counts
     numbers: dict[object, int] = {}
     units = [numbers.setdefault(group, len(numbers)) for group, taken in zip(groups, mask, strict=True) if taken]
-    summed = np.zeros((len(numbers), len(counts), 2, 2), np.int64)
+    summed = np.zeros((len(numbers), len(counts), *counts.shape[2:]), np.int64)
     np.add.at(summed, np.array(units, np.int64), counts.swapaxes(0, 1))
     return summed.swapaxes(0, 1)
+
+
+def drawn_again(units: Counts, seed: int, class_id: int, resamples: int) -> Iterator[tuple[slice, Floats]]:
+    """Sums over the units (M, n, ...) of a class as often as they are drawn again: blocks (rows, (rows, M, ...)) of all
+    resamples; the sum as it is, for all of them, where there is one unit or none."""
+    n = units.shape[1]
+    if n < 2:
+        yield slice(resamples), units.sum(1, dtype=np.float64)[None]
+        return
+    flat = units.swapaxes(0, 1).reshape(n, -1).astype(np.float64)
+    for rows, drawn_often in weights(("bootstrap", seed, class_id), resamples, n):
+        drawn = (drawn_often @ flat) * (n / (n - 1))
+        yield rows, drawn.reshape(-1, len(units), *units.shape[2:])
 
 
 def weights(key: tuple[object, ...], resamples: int, n: int) -> Iterator[tuple[slice, Floats]]:
@@ -204,19 +213,24 @@ def swapped_differences(
     chosen = np.asarray(classes)
     real, swapped = 0.0, np.zeros(swaps)
     for class_id in class_ids:
-        pair = _units(counts, chosen == class_id, groups)[..., 1].astype(np.float64)  # (2, n, 2): the foreground
-        n = pair.shape[1]
-        if not n:
+        pair = units_of(counts, chosen == class_id, groups)[..., 1].astype(np.float64)  # (2, n, 2): the foreground
+        if not pair.shape[1]:
             continue
         real += float(_iou(pair[0].sum(0)) - _iou(pair[1].sum(0)))
-        both, apart = pair.sum(0).sum(0), pair[0] - pair[1]
-        stream, step = philox("swap", seed, int(class_id)), max(1, _CHUNK // n)
-        for first in range(0, swaps, step):
-            rows = min(step, swaps - first)
-            coins = (stream.random_raw(rows * n) >> np.uint64(63)).astype(np.float64).reshape(rows, n)
-            moved = (2 * coins - 1) @ apart
-            swapped[first : first + rows] += _iou((both + moved) / 2) - _iou((both - moved) / 2)
+        both = pair.sum(0).sum(0)
+        for rows, moved in swapped_sums(pair[0] - pair[1], seed, int(class_id), swaps):
+            swapped[rows] += _iou((both + moved) / 2) - _iou((both - moved) / 2)
     return real / len(class_ids), swapped / len(class_ids)
+
+
+def swapped_sums(apart: Floats, seed: int, class_id: int, swaps: int) -> Iterator[tuple[slice, Floats]]:
+    """Sums of a class's differences (n, ...), each with a sign by a coin: blocks (rows, (rows, ...)) of all swaps."""
+    n = len(apart)
+    stream, step = philox("swap", seed, class_id), max(1, _CHUNK // n)
+    for first in range(0, swaps, step):
+        rows = min(step, swaps - first)
+        coins = (stream.random_raw(rows * n) >> np.uint64(63)).astype(np.float64).reshape(rows, n)
+        yield slice(first, first + rows), (2 * coins - 1) @ apart
 
 
 def p_value(real: float, swapped: Floats) -> float:

@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hsnet.errors import ConfigError, DataError
-from pipeline.common.philox import philox
 from pipeline.episodes.protocols import Policy
 from pipeline.scores import bootstrap
 from pipeline.scores.bootstrap import Interval, Part, interval, p_value
@@ -262,14 +261,8 @@ def _resample(values: NDArray[np.int64], episodes: WayEpisodes, unit: str, seed:
     totals = values.sum(1).astype(np.float64)
     samples = np.zeros((bootstrap.RESAMPLES, *totals.shape))
     for class_id, units in _strata(values, episodes, unit):
-        n = units.shape[1]
-        if n < 2:
-            samples += units.sum(1)
-            continue
-        flat = units.transpose(1, 0, 2).reshape(n, -1).astype(np.float64)
-        key = ("bootstrap", seed * 10_000 + episodes.fold, class_id)
-        for rows, drawn_often in bootstrap.weights(key, len(samples), n):
-            samples[rows] += ((drawn_often @ flat) * (n / (n - 1))).reshape(-1, *totals.shape)
+        for rows, drawn in bootstrap.drawn_again(units, seed * 10_000 + episodes.fold, class_id, len(samples)):
+            samples[rows] += drawn
     return totals, samples
 
 
@@ -277,15 +270,12 @@ def _swapped(values: NDArray[np.int64], episodes: WayEpisodes, unit: str, seed: 
     """As `pipeline.scores.bootstrap.swapped_differences`: the difference of mIoU, and (swaps,) of swapped ones."""
     classes = len(episodes.class_ids)
     values = values[..., : 2 * classes]
-    totals, swaps = values.sum(1).astype(np.float64), bootstrap.SWAPS
-    moved = np.zeros((swaps, 2 * classes))
+    totals = values.sum(1).astype(np.float64)
+    moved = np.zeros((bootstrap.SWAPS, 2 * classes))
     for class_id, units in _strata(values, episodes, unit):
-        n, apart = units.shape[1], (units[0] - units[1]).astype(np.float64)
-        stream, step = philox("swap", seed * 10_000 + episodes.fold, class_id), max(1, 4_000_000 // n)
-        for first in range(0, swaps, step):
-            rows = min(step, swaps - first)
-            coins = (stream.random_raw(rows * n) >> np.uint64(63)).astype(np.float64).reshape(rows, n)
-            moved[first : first + rows] += (2 * coins - 1) @ apart
+        apart = (units[0] - units[1]).astype(np.float64)
+        for rows, signed in bootstrap.swapped_sums(apart, seed * 10_000 + episodes.fold, class_id, len(moved)):
+            moved[rows] += signed
     both = totals.sum(0)
 
     def miou(some: Floats) -> Floats:
@@ -296,19 +286,13 @@ def _swapped(values: NDArray[np.int64], episodes: WayEpisodes, unit: str, seed: 
 
 def _strata(values: NDArray[np.int64], episodes: WayEpisodes, unit: str) -> list[tuple[int, NDArray[np.int64]]]:
     """(class id, (M, units, F)) of the episodes in which the class comes first."""
-    strata = []
-    for class_id in episodes.class_ids:
-        chosen = np.flatnonzero(episodes.classes[:, 0] == class_id)
-        units = values[:, chosen]
-        if unit == "query" and len(chosen):
-            numbers: dict[str, int] = {}
-            place = [numbers.setdefault(episodes.queries[i], len(numbers)) for i in chosen]
-            added = np.zeros((len(numbers), len(values), values.shape[2]), np.int64)
-            np.add.at(added, np.array(place), units.swapaxes(0, 1))
-            units = added.swapaxes(0, 1)
-        if len(chosen):
-            strata.append((int(class_id), units))
-    return strata
+    groups = episodes.queries if unit == "query" else None
+    first = episodes.classes[:, 0]
+    return [
+        (int(class_id), bootstrap.units_of(values, first == class_id, groups))
+        for class_id in episodes.class_ids
+        if (first == class_id).any()
+    ]
 
 
 def _figures(folds: Sequence[tuple[WayEpisodes, Drawn]], minus: int | None) -> WayFigures:

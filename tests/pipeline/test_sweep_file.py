@@ -178,6 +178,8 @@ def test_grids_that_cannot_be(read):
         ("stores: [a.zarr]", "'all' folds cannot be told without the stores: a.zarr is not there"),
         ("stores: [a.zarr, a.zarr/]\nfolds: [0]", "different names"),
         ("stores: [a.zarr]\nfolds: [0]\nfix: {seed: 1}\nvary: {seed: [2]}", "both varied and fixed"),
+        ("stores: [a.zarr]\nfolds: [0]\nseeds: [0]\nvary: {seed: [1, 2]}", r"`seeds` says \[0\], and .*\[1, 2\]"),
+        ("stores: [a.zarr]\nfolds: [0]\nsteps: 3\nfix: {steps: 4}", "`steps` says 3, and .*: 4. Say it once"),
         (
             "stores: [a.zarr]\nfolds: [0]\nparts: [{fix: {depth: 2}}, {fix: {depth: 3}}]",
             r"Two parts of the sweep both have a case 'a-fold0', with other choices: depth=2, .* and depth=3",
@@ -188,3 +190,6 @@ def test_grids_that_cannot_be(read):
     with pytest.raises(ConfigError, match=r"Not every store has fold 7; folds of all: \[0, 1\]"):
         cases("stores: [a.zarr, b.zarr]\nfolds: [0, 7]", a=[0, 1], b=[0, 1, 7])
     assert [case.fold for case in cases("stores: [a.zarr, b.zarr]\nfolds: all", a=[0, 1], b=[1, 7])] == [1, 1]
+    part = "parts: [{vary: {seed: [1]}}, {fix: {steps: 4}}]"
+    said = [case.choices for case in cases(f"stores: [a.zarr]\nfolds: [0]\nseeds: [0]\nsteps: 3\n{part}")]
+    assert said == [{"steps": 3, "seed": 1}, {"steps": 4, "seed": 0}], "a part stands over what is above it"

@@ -184,7 +184,7 @@ def test_the_catalogue(tiny_source):
             methods = [made(name, tiny_source, fold=fold) for fold in (0, 1)]
             assert methods[0].facts == methods[1].facts, "no fold is known to it"
             assert methods[0].names_seen() == ()
-    with pytest.raises(ConfigError, match=r"No head 'contast'\. Did you mean contrast"):
+    with pytest.raises(ConfigError, match=r"No head 'contast': choose of hsnet, .*; did you mean 'contrast'"):
         made("contast", tiny_source)
     with pytest.raises(ConfigError, match="Head 'hsnet' must be trained: give its run or checkpoint with --checkpoint"):
         made("hsnet", tiny_source)

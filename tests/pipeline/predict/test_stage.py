@@ -22,7 +22,7 @@ from hsnet.fusion import vote
 from hsnet.model import HSNet, predict_mask, resize_logits
 from pipeline.datasets.images import network_image, read_photo, resize_label
 from pipeline.datasets.own_support import read_support
-from pipeline.datasets.queries import Queries, list_queries, output_names
+from pipeline.datasets.queries import Queries, list_queries, names_of
 from pipeline.datasets.shapes import Shapes
 from pipeline.features.recipe import Recipe
 from pipeline.features.weights import Weights, load_weights
@@ -253,7 +253,7 @@ def test_hostile_names(checkpoint: Checkpoint, weights: Weights, photos: Path, t
 
 def test_output_names() -> None:
     queries = [Path("in/dog.jpg"), Path("in/dog.png"), Path("in/DOG-2.jpg"), Path("other/dog.jpg"), Path("..jpg")]
-    assert output_names(queries) == ["dog", "dog-2", "DOG-2-2", "dog-3", "query"]
+    assert list(names_of(queries)) == ["dog", "dog-2", "DOG-2-2", "dog-3", "query"]
 
 
 def test_list_queries(tmp_path: Path) -> None:
