@@ -25,7 +25,9 @@ SLOW = {
     "pipeline/common": "files",
     "pipeline/features": "convert fitting timm_backbone",
     "pipeline/loading": "source",
-    "pipeline/store": "export growth hostile_store recompute",
+    "pipeline/store": "export recompute",
+    "pipeline/store/growth": "growth killed refused",
+    "pipeline/store/hostile": "bombs index markers_and_data metadata",
 }
 """Files that have the mark slow as a whole, by folder."""
 

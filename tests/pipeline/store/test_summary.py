@@ -1,18 +1,18 @@
 """The seal of a complete store: it says what the markers say, goes before anything is written, and is never believed
 against them by a writer."""
 
-import importlib.util
 import json
 import os
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import google_crc32c
 import numpy as np
 import pytest
+import stores_by_hand as helpers
 from fakes import fingerprints
+from stores_by_hand import contents, fill, make_index, make_recipe
 
 import pipeline.store.shard_table as table
 from hsnet.errors import StoreError, StoreIncomplete
@@ -24,12 +24,6 @@ from pipeline.store.markers import marker_file, shard_file, summary_file
 from pipeline.store.restore import drop_damaged_summary
 from pipeline.store.summary import SummaryDamaged
 from pipeline.store.verify import verify
-
-spec = importlib.util.spec_from_file_location("store_helpers", Path(__file__).with_name("test_feature_store.py"))
-helpers = importlib.util.module_from_spec(spec)
-sys.modules["store_helpers"] = helpers
-spec.loader.exec_module(helpers)
-contents, fill, make_index, make_recipe = helpers.contents, helpers.fill, helpers.make_index, helpers.make_recipe
 
 
 @pytest.fixture

@@ -1,12 +1,10 @@
 """Whatever byte of a shard is flipped, it is found and named, and is never read."""
 
-import importlib.util
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+import stores_by_hand as helpers
 
 from hsnet.errors import StoreError
 from pipeline.store.feature_store import FeatureStore
@@ -14,11 +12,6 @@ from pipeline.store.markers import marker_file, shard_file
 from pipeline.store.verify import verify
 
 ARRAYS = ("level0", "level1", "level2", "label")
-
-spec = importlib.util.spec_from_file_location("store_helpers", Path(__file__).with_name("test_feature_store.py"))
-helpers = importlib.util.module_from_spec(spec)
-sys.modules["store_helpers"] = helpers
-spec.loader.exec_module(helpers)
 
 
 @pytest.fixture(scope="module", params=["int8", "float32"])
