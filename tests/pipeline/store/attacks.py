@@ -5,7 +5,6 @@ from pathlib import Path
 
 import google_crc32c
 import pytest
-import stores_by_hand as helpers
 from numcodecs import zstd
 
 from hsnet.errors import HSNetError
@@ -38,10 +37,6 @@ def attack(path: Path) -> HSNetError:
         tracemalloc.stop()
     assert peak < MEMORY, f"{peak:,} bytes"
     return caught.value
-
-
-def change(file: Path, **values) -> None:
-    helpers.change_json(file, lambda metadata: metadata.update(values))
 
 
 def inner(metadata):
