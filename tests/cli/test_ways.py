@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from fakes import machine, printed
 
+from commands.way_tables import ways_text
 from pipeline.episodes.manifest_file import read
+from pipeline.episodes.protocols import Policy
+from pipeline.scores.bootstrap import Interval
+from pipeline.scores.way_scores import WayDifference, WayFigures
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +87,11 @@ def test_tables_that_are_not_made_of_several_ways(store, tmp_path):
     given = ("evaluate", "--store", store, "--head", "untrained", "--episodes", "5", "--quiet", "--out", rows)
     printed(*given, "--ways", "2", "--background", "0")
     assert "have no --csv" in printed("analyze", rows, "--csv", code=2)
+
+
+def test_a_difference_of_two_ways_to_combine_supports_names_both():
+    nothing = dict.fromkeys(("confused", "stray_pixels", "stray_episodes", "alarm_pixels", "alarm_episodes"))
+    figures = WayFigures(miou=Interval(1, 0, 2), fb_iou=Interval(1, 0, 2), **nothing)
+    five = WayDifference(Policy(), 5, "vote", "joint", 0, 3, figures, 0.5, ())
+    assert "5-shot vote - joint, " in ways_text([five]).splitlines()[0]
+    assert "vote" not in ways_text([replace(five, fusion_against="vote")])
