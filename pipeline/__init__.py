@@ -27,6 +27,7 @@ Folders, each importing only those above it:
 
 common      no subject of this project: whole files, columns, locks, seeded randomness, runners, pictures
 datasets    photos, masks, classes and lists: readers by name
+annotations  formats of annotation tools: marked photos in, found objects out
 episodes    which photos meet: drawing, protocols, manifests
 features    what a stored feature is: recipe, weights, precisions, the budgeted codec
 store       features on disk or in a bucket: shards, markers, their summary, growth, repair

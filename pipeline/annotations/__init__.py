@@ -1,0 +1,1 @@
+"""Annotation formats of other tools: photos with marked classes in, found classes out."""
