@@ -97,6 +97,14 @@ def whole_mask(mask: Mask, score: float | None = None) -> Instance | None:
     return Instance(cut, (left, top, right - left, bottom - top), int(cut.sum()), score)
 
 
+def placed(instance: Instance, found: Found) -> Mask:
+    """The instance's mask in its photo, (H, W)."""
+    left, top, width, height = instance.box
+    full = np.zeros((found.height, found.width), bool)
+    full[top : top + height, left : left + width] = instance.mask
+    return full
+
+
 def objects_of(found: FoundClass) -> tuple[Instance, ...]:
     """The instances of a class, or its whole mask as one with the class's score if it names none."""
     if found.instances:

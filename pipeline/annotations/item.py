@@ -14,6 +14,9 @@ from hsnet.errors import DataError
 Mask = NDArray[np.bool_]
 """(H, W) bool, True on the object."""
 
+IGNORE = "(ignore)"
+"""As the name of a class, on reading: its pixels are not known."""
+
 
 @dataclass(frozen=True, eq=False)
 class Annotation:

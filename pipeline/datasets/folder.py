@@ -175,7 +175,7 @@ class _ClassFolders:
 
     def __init__(self, root: Path, description: Description) -> None:
         self.root = root
-        pairs = {folder: _pairs(root, folder) for folder in _folders(root)}
+        pairs = {folder: pairs_beside(root, folder) for folder in _folders(root)}
         empty = sorted(folder for folder, listed in pairs.items() if not listed)
         if description.classes is not None:
             names = list(description.classes.values())
@@ -246,7 +246,7 @@ def _layout_of(root: Path, description: Description) -> str:
             return "masks"
         if (root / description.annotations).is_file():
             return "coco"
-    if any(_pairs(root, folder) for folder in _folders(root)):
+    if any(pairs_beside(root, folder) for folder in _folders(root)):
         return "classes"
     raise DataError(
         f"{root} has none of the known layouts: {description.images}/ with {description.masks}/, "
@@ -361,8 +361,8 @@ def _folders(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _pairs(root: Path, folder: str) -> list[tuple[str, str]]:
-    """(photo, mask) in a class folder: x.jpg with x.png, or any x.* with x_mask.png."""
+def pairs_beside(root: Path, folder: str) -> list[tuple[str, str]]:
+    """(photo, mask), relative to the root, in one of its folders: x.jpg with x.png, or any x.* with x_mask.png."""
     names = {
         path.name
         for path in (root / folder).iterdir()

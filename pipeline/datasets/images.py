@@ -89,6 +89,12 @@ def photo_size(path: Path, mask_size: Size | None = None) -> Size:
         return (image.width, image.height) if turn in _SWAPPING else (image.height, image.width)
 
 
+def photo_turn(path: Path) -> Image.Transpose | None:
+    """How `read_photo` turns the stored pixels when there is no mask; reads the header only."""
+    with open_image(path) as image:
+        return _turn(image, path, None)
+
+
 def image_size(path: Path) -> Size:
     """(height, width) of the stored pixels; reads the header only."""
     with open_image(path) as image:

@@ -36,6 +36,8 @@ class Instance:
     area: float
     polygons: tuple[np.ndarray, ...] | None
     runs: np.ndarray | None
+    box: tuple[float, float, float, float] | None = None
+    """Left, top, width, height as the file states them, unchecked but finite."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class InstanceMasks:
             DataError: the image is not annotated here, or an outline in it is broken.
         """
         height, width, instances = self._image(file)
-        shapes = [(instance, _drawn(instance, height, width)) for instance in instances]
+        shapes = [(instance, drawn(instance, height, width)) for instance in instances]
         shapes.sort(key=lambda pair: (not pair[0].crowd, -int(pair[1].sum()), pair[0].id))
         label = np.zeros((height, width), label_dtype(self.classes))
         for instance, shape in shapes:
@@ -103,15 +105,18 @@ class InstanceMasks:
 
 
 @lru_cache(maxsize=4)
-def read_annotations(path: Path) -> Annotations:
+def read_annotations(path: Path, as_ids: bool = True) -> Annotations:
     """Parse an instances JSON, trusting nothing in it; the last four files stay in memory.
+
+    Args:
+        as_ids: file names must be image ids (`image_id_problem`). Without, they are any texts: check before use.
 
     Raises:
         DataError: missing, not JSON, or not such annotations. Names the place.
     """
     try:
         raw = json.loads(path.read_bytes())
-        return _annotations(raw)
+        return _annotations(raw, as_ids)
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing.") from error
     except KeyError as error:
@@ -120,7 +125,7 @@ def read_annotations(path: Path) -> Annotations:
         raise DataError(f"{path} is not a COCO instances file: {error}.") from error
 
 
-def _annotations(raw: Any) -> Annotations:
+def _annotations(raw: Any, as_ids: bool) -> Annotations:
     if not isinstance(raw, dict):
         raise ValueError("must be an object with images, annotations and categories")
     categories = sorted((_whole(c["id"], "category id"), str(c["name"])) for c in raw["categories"])
@@ -130,7 +135,7 @@ def _annotations(raw: Any) -> Annotations:
     images: dict[int, tuple[str, int, int]] = {}
     for image in raw["images"]:
         name, height, width = image["file_name"], _whole(image["height"], "height"), _whole(image["width"], "width")
-        if image_id_problem(name):
+        if not isinstance(name, str) or (as_ids and image_id_problem(name)):
             raise ValueError(f"file name {str(name)[:80]!r}: {image_id_problem(name)}")
         if not 0 < height * width <= (Image.MAX_IMAGE_PIXELS or 10**9) or height < 0:
             raise ValueError(f"image {name} has {width} x {height} pixels")
@@ -160,7 +165,7 @@ def _instance(raw: Any, class_of: dict[int, int], height: int, width: int) -> In
         if list(outline["size"]) != [height, width]:
             raise ValueError(f"annotation {number}: run lengths of another size than its image")
         counts = outline["counts"]
-        runs = np.array(_uncompressed(counts) if isinstance(counts, str) else counts)
+        runs = np.array(uncompressed(counts) if isinstance(counts, str) else counts)
         if runs.dtype.kind not in "iu" or runs.ndim != 1 or runs.min() < 0 or int(runs.sum()) != height * width:
             raise ValueError(f"annotation {number}: run lengths that do not fill its image")
     else:
@@ -172,23 +177,44 @@ def _instance(raw: Any, class_of: dict[int, int], height: int, width: int) -> In
     area = float(raw.get("area", 0))
     if not math.isfinite(area) or area < 0:
         raise ValueError(f"annotation {number} has area {area}")
-    return Instance(number, class_of[raw["category_id"]], bool(raw.get("iscrowd", 0)), area, polygons, runs)
+    return Instance(
+        number, class_of[raw["category_id"]], bool(raw.get("iscrowd", 0)), area, polygons, runs, _box(raw.get("bbox"))
+    )
 
 
-def _drawn(instance: Instance, height: int, width: int) -> np.ndarray:
+def _box(raw: Any) -> tuple[float, float, float, float] | None:
+    if raw is None:
+        return None
+    left, top, width, height = map(float, raw)
+    return (left, top, width, height) if np.isfinite((left, top, width, height)).all() else None
+
+
+def drawn(instance: Instance, height: int, width: int) -> np.ndarray:
     """(H, W) bool: true inside."""
-    runs: Sequence[int] | np.ndarray | None = instance.runs
-    if runs is None:
-        outlines = [polygon.tolist() for polygon in instance.polygons or () if len(polygon) >= 6]
-        if not outlines:
-            return np.zeros((height, width), bool)
-        merged = coco_mask.merge(coco_mask.frPyObjects(outlines, height, width))
-        # Not coco_mask.decode: 2.0.11 warns with numpy 2, and would need checked lengths.
-        runs = _uncompressed(merged["counts"].decode())
+    if instance.runs is not None:
+        return draw_runs(instance.runs, height, width)
+    return draw_polygons([polygon for polygon in instance.polygons or () if len(polygon) >= 6], height, width)
+
+
+def draw_polygons(polygons: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
+    """(H, W) bool: true in any of the polygons x0 y0 x1 y1 ..., each of three points at least; inside by even-odd.
+
+    (0, 0) is the upper left corner of the first pixel, and a pixel is inside if its centre is, to a fifth of a pixel
+    (pycocotools' rule).
+    """
+    if not polygons:
+        return np.zeros((height, width), bool)
+    merged = coco_mask.merge(coco_mask.frPyObjects([polygon.tolist() for polygon in polygons], height, width))
+    # Not coco_mask.decode: 2.0.11 warns with numpy 2, and would need checked lengths.
+    return draw_runs(uncompressed(merged["counts"].decode()), height, width)
+
+
+def draw_runs(runs: Sequence[int] | np.ndarray, height: int, width: int) -> np.ndarray:
+    """(H, W) bool of run lengths, column by column from background, that sum up to H x W."""
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 
 
-def _uncompressed(text: str) -> list[int]:
+def uncompressed(text: str) -> list[int]:
     """COCO's compressed run lengths: 5 bits a character, low bits first; from the third run on, differences to the
     run two before. Decoded here because pycocotools trusts the lengths."""
     runs: list[int] = []
