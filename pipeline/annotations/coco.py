@@ -22,12 +22,12 @@ from pipeline.annotations.item import Mask
 from pipeline.annotations.photos import PhotoFinder
 from pipeline.annotations.shapes import Entry, Patch, Shape, Source, box, draw_outlines, mention
 from pipeline.annotations.streams import JsonParts, Names, bare
-from pipeline.datasets.instances import Instance, draw_runs, read_annotations
+from pipeline.datasets.instances import Instance, draw_runs, parse_annotations
 
 
 def open_source(path: Path, photos: Path | None) -> Source:
     """Raises DataError: not such a file, broken run lengths, photos that are not there. Names the place."""
-    annotations = read_annotations(path, as_ids=False)
+    annotations = parse_annotations(path, as_ids=False)
     finder = PhotoFinder(path, [photos] if photos is not None else [path.parent, path.parent / "images"])
     entries = []
     for name, (height, width, instances) in annotations.images.items():

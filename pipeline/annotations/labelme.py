@@ -17,7 +17,7 @@ import math
 import os
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ from pipeline.annotations.photos import PhotoFinder, read_bytes
 from pipeline.annotations.shapes import Entry, Patch, Shape, Source, box, mention, polygon
 from pipeline.annotations.streams import Names, bare
 from pipeline.common.files import replace_text
+from pipeline.datasets.images import PHOTO_SUFFIXES
+from pipeline.datasets.queries import suffix
 
 _LARGEST = 256 << 20  # photos are inside as text
 _VERSION = "5.5.0"
@@ -52,9 +54,7 @@ def open_source(path: Path, photos: Path | None) -> Source:
     for file in files:
         shapes, image, size = _parsed(file)
         finder = PhotoFinder(file, [photos] if photos is not None else [file.parent])
-        # A relative path may well lead beside the file ("../photos/1.jpg"): the user's own folders.
-        beside = file.parent / image.replace("\\", "/")
-        photo = beside if photos is None and "\0" not in image and beside.is_file() else finder.find(image)
+        photo = (_beside(file, image) if photos is None else None) or finder.find(image)
         finder.require_all()
         assert photo is not None  # require_all
         if photo in entries:
@@ -64,6 +64,13 @@ def open_source(path: Path, photos: Path | None) -> Source:
         classes.update(dict.fromkeys(shape.label for shape in drawn))
         entries[photo] = Entry(photo, size, partial(tuple, drawn), exhaustive=False)
     return Source(path, "labelme", tuple(classes), list(entries.values()))
+
+
+def _beside(file: Path, image: str) -> Path | None:
+    """The photo by its path from the file: LabelMe writes "../photos/1.jpg" if it was told to keep them apart."""
+    photo = file.parent / image.replace("\\", "/")
+    plain = "\0" not in image and not PurePosixPath(image).is_absolute() and suffix(image) in PHOTO_SUFFIXES
+    return photo if plain and photo.is_file() else None
 
 
 def _parsed(path: Path) -> tuple[list[dict[str, Any]], str, tuple[int, int] | None]:

@@ -18,8 +18,9 @@ LARGEST = 1 << 30
 """Bytes of an annotation file. COCO's training file has 0.45 of it."""
 
 
-def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
-    """An annotation file. Raises DataError: missing, no regular file, or larger than is read."""
+def read_bytes(path: Path, largest: int | None = None) -> bytes:
+    """An annotation file. Raises DataError: missing, no regular file, or larger than is read (`LARGEST`)."""
+    largest = LARGEST if largest is None else largest
     try:
         facts = path.stat()
         if not stat.S_ISREG(facts.st_mode):
@@ -63,7 +64,7 @@ class PhotoFinder:
                 for text in dict.fromkeys((name, plain)):
                     if _is_file(folder / text):
                         return folder / text
-        found = self._named().get(self.key(inside.name), [])
+        found = _nearest(self._named().get(self.key(inside.name), []), inside)
         if len(found) > 1:
             raise DataError(
                 f"{self.source} names the photo {name!r}, and there are {len(found)} of that name: "
@@ -108,6 +109,19 @@ def list_photos(folder: Path) -> list[Path]:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in PHOTO_SUFFIXES
         ]
     return found
+
+
+def _nearest(photos: list[Path], name: PurePosixPath) -> list[Path]:
+    """Those whose path ends with the most parts of the name."""
+    if len(photos) < 2:
+        return photos
+
+    def common(photo: Path) -> int:
+        pairs = zip(reversed(photo.parts), reversed(name.parts), strict=False)
+        return next((n for n, (one, other) in enumerate(pairs) if one != other), len(name.parts))
+
+    most = max(map(common, photos))
+    return [photo for photo in photos if common(photo) == most]
 
 
 def _is_file(path: Path) -> bool:

@@ -24,6 +24,8 @@ _FAR = 10
 """Points may lie so many photo sides outside: further ones are no slip of a hand."""
 _LONGEST = 5_000_000
 """Pixels along one outline. The drawing code holds five points for each."""
+_NEARLY = 1e-3
+"""Pixels."""
 
 Patch = tuple[int, int, Mask]
 """top, left, and a mask (h, w) that lies there in the photo."""
@@ -104,8 +106,9 @@ def box(label: str, where: str, corners: Callable[[int, int], Sequence[float]]) 
         left, top, right, bottom = corners(height, width)
         if not all(map(math.isfinite, (left, top, right, bottom))):
             return nothing(height, width)
-        rows = slice(max(0, math.floor(top)), max(0, min(height, math.ceil(bottom))))
-        columns = slice(max(0, math.floor(left)), max(0, min(width, math.ceil(right))))
+        # Every pixel that it touches; percents meet the sides of pixels only nearly.
+        rows = slice(max(0, math.floor(top + _NEARLY)), max(0, min(height, math.ceil(bottom - _NEARLY))))
+        columns = slice(max(0, math.floor(left + _NEARLY)), max(0, min(width, math.ceil(right - _NEARLY))))
         shape = (max(0, rows.stop - rows.start), max(0, columns.stop - columns.start))
         return rows.start, columns.start, np.ones(shape, bool)
 

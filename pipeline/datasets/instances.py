@@ -105,8 +105,13 @@ class InstanceMasks:
 
 
 @lru_cache(maxsize=4)
-def read_annotations(path: Path, as_ids: bool = True) -> Annotations:
-    """Parse an instances JSON, trusting nothing in it; the last four files stay in memory.
+def read_annotations(path: Path) -> Annotations:
+    """`parse_annotations` for a data set, which does not change: the last four files stay in memory."""
+    return parse_annotations(path)
+
+
+def parse_annotations(path: Path, as_ids: bool = True) -> Annotations:
+    """Parse an instances JSON, trusting nothing in it.
 
     Args:
         as_ids: file names must be image ids (`image_id_problem`). Without, they are any texts: check before use.
