@@ -36,6 +36,8 @@ ABSENT = "_absent"
 _COLOUR = re.compile(r"#[0-9a-f]{6}")
 _FLAT = 256
 """Colours of a mask that was drawn with flat ones; a photo or JPEG has more."""
+_FEW, _DARK, _COVERS = 16, 64, 0.01
+"""Colours of a mask without soft edges; brightness below which a hue is noise; share from which a colour counts."""
 _HIGHEST_CLASS = 90  # as in own_support: with larger values, 255 is a value like others
 _BOUNDARY = (255, 65535)
 
@@ -52,7 +54,7 @@ def open_pairs(pairs: Sequence[str], name: str, classes: Mapping[str, str] | Non
         key = photo.resolve()
         photos.setdefault(key, photo)
         mine = table if choice is None else {choice: name}
-        for target in {name} if mine is None else set(mine.values()) - {IGNORE}:
+        for target in [name] if mine is None else [one for one in dict.fromkeys(mine.values()) if one != IGNORE]:
             if target in layers.setdefault(key, {}):
                 raise DataError(
                     f"{photo} has two masks for '{target}', {layers[key][target]} and {mask}. Keep one, or paint both "
@@ -295,20 +297,30 @@ def _require_one_colour(path: Path) -> None:
     with open_image(path) as picture:
         if picture.mode in ("1", "L", "LA", "P", "PA", "F") or picture.mode.startswith("I"):
             return
-    tinted = _tinted(path)
     colours = colours_of(path)
-    if not tinted or len([colour for colour, _ in colours if colour != "#000000"]) < 2:
+    if len(_hues(colours)) < 2:
         return
-    if len(colours) > _FLAT:  # soft edges or JPEG: what differs clearly, and covers something
-        packed = _packed(path)
-        coarse = (packed >> 22 & 3) << 4 | (packed >> 14 & 3) << 2 | (packed >> 6 & 3)
-        counts = np.bincount(coarse[packed >= 0], minlength=64)
-        if (counts[1:] > 0.005 * packed.size).sum() < 2:
-            return
-    raise DataError(
-        f"The mask {path} has several colours: {_few(colours)}. Say which is the object: {path}:{tinted[0]}, or give a "
-        f"table of colours and classes."
-    )
+    flat = len(colours) <= _FLAT and path.suffix.lower() not in (".jpg", ".jpeg")
+    hint = f"Say which is the object, as {path}:{_tinted(path)[0]}, or give" if flat else "Save it as PNG, and give"
+    raise DataError(f"The mask {path} has several colours: {_few(colours)}. {hint} a table of colours and classes.")
+
+
+def _hues(colours: Sequence[tuple[str, float]]) -> set[tuple[int, ...]]:
+    """Colours that differ by more than their brightness: soft edges have many shades of one. Black is none of them.
+
+    In a mask of few colours, shades that cover something are colours of their own, too (VOC's 128 0 0 and 192 0 0).
+    """
+    hues: dict[tuple[int, ...], float] = {}
+    few = len(colours) <= _FEW
+    for colour, share in colours:
+        channels = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
+        brightest = int(channels.max())
+        if brightest < (1 if few else _DARK):
+            continue
+        hue = tuple(np.rint(channels / brightest * 3).astype(int).tolist())
+        shade = (brightest,) if few and share >= _COVERS and len(set(hue)) > 1 else ()
+        hues[hue + shade] = hues.get(hue + shade, 0.0) + share
+    return set(hues) if few else {hue for hue, share in hues.items() if share >= _COVERS}
 
 
 def _tinted(path: Path) -> list[str]:
