@@ -14,12 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pycocotools import mask as coco_mask
 
-from pipeline.annotations.found import Found, objects_of, placed
-from pipeline.annotations.item import Mask
+from pipeline.annotations.found import Found, objects_of
+from pipeline.annotations.found import Instance as InstanceMask
 from pipeline.annotations.photos import PhotoFinder
+from pipeline.annotations.runs import placed_runs
 from pipeline.annotations.shapes import Entry, Patch, Shape, Source, box, draw_outlines, mention
 from pipeline.annotations.streams import JsonParts, Names, bare
 from pipeline.datasets.instances import Instance, draw_runs, parse_annotations
@@ -66,10 +66,12 @@ def _shape(instance: Instance, label: str, place: str) -> Shape:
     return Shape(label, where, draw, sure=not instance.crowd)
 
 
-def compressed(mask: Mask) -> dict[str, Any]:
-    """COCO's compressed run lengths of a mask (H, W), as they stand in JSON."""
-    runs = coco_mask.encode(np.asfortranarray(mask, np.uint8))
-    return {"size": [int(side) for side in runs["size"]], "counts": runs["counts"].decode("ascii")}
+def compressed(one: InstanceMask, height: int, width: int) -> dict[str, Any]:
+    """COCO's compressed run lengths, column by column, of an object in a photo, as they stand in JSON."""
+    left, top, _, _ = one.box
+    counts = placed_runs(one.mask.T, top, left, width, height).tolist()
+    runs = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+    return {"size": [height, width], "counts": runs["counts"].decode("ascii")}
 
 
 class CocoWriter:
@@ -97,7 +99,7 @@ class CocoWriter:
                     "id": self._annotations,
                     "image_id": image,
                     "category_id": self._ids[name],
-                    "segmentation": compressed(placed(one, found)),
+                    "segmentation": compressed(one, found.height, found.width),
                     "bbox": list(one.box),
                     "area": one.area,
                     "iscrowd": 0,

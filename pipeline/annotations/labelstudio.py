@@ -24,9 +24,9 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 from xml.sax.saxutils import quoteattr
 
 from hsnet.errors import DataError
-from pipeline.annotations.found import Found, objects_of, placed
+from pipeline.annotations.found import Found, Instance, objects_of
 from pipeline.annotations.photos import PhotoFinder
-from pipeline.annotations.runs import pack, unpack
+from pipeline.annotations.runs import pack, placed_runs, unpack
 from pipeline.annotations.shapes import Entry, Patch, Shape, Source, box, mention, scaled_polygon
 from pipeline.annotations.streams import Names, WholeFile, bare
 from pipeline.datasets.images import PHOTO_SUFFIXES
@@ -165,6 +165,11 @@ def _brush(rle: list[int], place: str, where: str, height: int, width: int) -> P
         raise DataError(f"{place}: the run lengths of {where} are broken: {error}.") from error
 
 
+def _packed(one: Instance, found: Found) -> list[int]:
+    left, top, _, _ = one.box
+    return pack(placed_runs(one.mask, left, top, found.height, found.width))
+
+
 class LabelStudioWriter:
     """`labelstudio.json` to import into a project, `labelstudio.xml` as its labelling setup.
 
@@ -206,7 +211,7 @@ class LabelStudioWriter:
                     "original_width": found.width,
                     "original_height": found.height,
                     "image_rotation": 0,
-                    "value": {"format": "rle", "rle": pack(placed(one, found)), "brushlabels": [label]},
+                    "value": {"format": "rle", "rle": _packed(one, found), "brushlabels": [label]},
                     "score": one.score,
                 }
                 results.append(bare(region))

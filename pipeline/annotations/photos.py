@@ -113,6 +113,7 @@ def list_photos(folder: Path) -> list[Path]:
 
 def _nearest(photos: list[Path], name: PurePosixPath) -> list[Path]:
     """Those whose path ends with the most parts of the name."""
+    photos = list({photo.resolve(): photo for photo in reversed(photos)}.values())  # a link is no other photo
     if len(photos) < 2:
         return photos
 

@@ -36,9 +36,27 @@ def row_runs(mask: Mask) -> NDArray[np.int64]:
     return np.concatenate([[0], runs]) if flat.size and flat[0] else runs
 
 
-def pack(mask: Mask) -> list[int]:
-    """A mask (H, W) in Label Studio's form: all four channels 255 on the object, bytes as whole numbers."""
-    runs = row_runs(mask) * _CHANNELS
+def placed_runs(mask: Mask, left: int, top: int, height: int, width: int) -> NDArray[np.int64]:
+    """Run lengths of a photo (height, width), row by row, in which a mask (h, w) lies at (left, top), all else
+    background. Only the rows of the mask are looked at."""
+    rows = np.zeros((mask.shape[0], width), bool)
+    rows[:, left : left + mask.shape[1]] = mask
+    runs = row_runs(rows)
+    before, after = top * width, (height - top - mask.shape[0]) * width
+    if not len(runs):
+        return np.array([height * width])
+    runs[0] += before
+    if len(runs) % 2:  # it ends with background
+        runs[-1] += after
+        return runs
+    return np.append(runs, after) if after else runs
+
+
+def pack(runs: NDArray[np.int64]) -> list[int]:
+    """Run lengths of a photo, row by row, in Label Studio's form: all four channels 255 on the object; bytes as whole
+    numbers."""
+    number = int(runs.sum()) * _CHANNELS
+    runs = runs * _CHANNELS
     values = np.where(np.arange(len(runs)) % 2, 255, 0)
     # A run longer than 2^16 values takes several records.
     longest = 1 << int(_LENGTH_BITS[-1])
@@ -49,7 +67,7 @@ def pack(mask: Mask) -> list[int]:
     size = np.searchsorted(1 << _LENGTH_BITS, lengths)
     bits = _LENGTH_BITS[size]
     codes = ((((1 << 2) | size) << bits) | (lengths - 1)) << 8 | values[which]
-    head = int(f"{mask.size * _CHANNELS:032b}" + f"{7:05b}" + "".join(f"{n - 1:04b}" for n in _LENGTH_BITS), 2)
+    head = int(f"{number:032b}" + f"{7:05b}" + "".join(f"{n - 1:04b}" for n in _LENGTH_BITS), 2)
     widths = np.concatenate([[_HEAD], 3 + bits + 8])
     codes = np.concatenate([[head], codes])
     ends = np.cumsum(widths)

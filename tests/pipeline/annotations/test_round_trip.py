@@ -110,19 +110,14 @@ def test_a_folder_that_moved_with_its_photos(out: Path, album: Path, founds: lis
     assert len(read) == len(founds)
 
 
-def test_coco_to_yolo_to_coco(out: Path, album: Path, founds: list[Found], tmp_path: Path) -> None:
-    """Through polygons and back, by way of what is read."""
-    from pipeline.annotations.found import FoundClass
-
-    for number, (place, name) in enumerate([(out / "coco.json", "yolo"), (tmp_path / "0" / "yolo", "coco")]):
-        read = read_annotations(place, photos=None if place.name == "yolo" else album)
-        with Writer([name], tmp_path / str(number), CLASSES, album) as writer:
-            for item, found in zip(read, founds, strict=True) if number == 0 else ((item, None) for item in read):
-                shape = (
-                    next(iter(item.masks.values())).shape
-                    if item.masks
-                    else (found or founds[-1]).classes["car"].mask.shape
-                )
-                classes = {label: FoundClass(mask) for label, mask in item.masks.items()}
-                writer.add(Found(item.photo.resolve(), shape[1], shape[0], classes))
-    assert differences(read_annotations(tmp_path / "1" / "coco.json", photos=album), founds, "others") == []
+def test_a_link_to_a_photo_is_no_second_photo(out: Path, album: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(album, moved)
+    shutil.rmtree(moved / "sub")
+    (moved / "yolo").mkdir()
+    (moved / "yolo" / "a b.jpg").symlink_to(moved / "a b.jpg")
+    raw = json.loads((out / "coco.json").read_text())
+    raw["images"] = [{**raw["images"][0], "file_name": "/somewhere/a b.jpg"}]
+    raw["annotations"] = []
+    (tmp_path / "coco.json").write_text(json.dumps(raw))
+    assert read_annotations(tmp_path / "coco.json", photos=moved).photos == (moved / "a b.jpg",)

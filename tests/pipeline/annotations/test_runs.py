@@ -10,8 +10,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from label_studio_converter import brush
+from pycocotools import mask as coco_mask
 
-from pipeline.annotations.runs import pack, row_runs, unpack
+from pipeline.annotations.coco import compressed
+from pipeline.annotations.found import whole_mask
+from pipeline.annotations.runs import pack, placed_runs, row_runs, unpack
 
 masks = arrays(bool, array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=20))
 
@@ -26,7 +29,7 @@ def rgba(mask: np.ndarray) -> np.ndarray:
 @example(np.zeros((150, 150), bool))  # 90,000 values: longer than one record holds
 @example(np.ones((128, 128), bool))  # 65,536 values: exactly one
 def test_label_studio_reads_what_is_packed(mask: np.ndarray) -> None:
-    assert np.array_equal(brush.decode_rle(pack(mask)), rgba(mask))
+    assert np.array_equal(brush.decode_rle(pack(row_runs(mask))), rgba(mask))
 
 
 @settings(max_examples=60, deadline=None)
@@ -40,7 +43,7 @@ def test_what_label_studio_packs_is_read(mask: np.ndarray) -> None:
 @given(masks)
 @example(np.ones((128, 129), bool))
 def test_packed_and_unpacked(mask: np.ndarray) -> None:
-    assert np.array_equal(unpack(pack(mask), *mask.shape), mask)
+    assert np.array_equal(unpack(pack(row_runs(mask)), *mask.shape), mask)
 
 
 def test_values_one_after_the_other_are_read() -> None:
@@ -55,7 +58,7 @@ def test_values_one_after_the_other_are_read() -> None:
 
 
 def broken(change) -> list[int]:
-    data = pack(np.eye(8, dtype=bool))
+    data = pack(row_runs(np.eye(8, dtype=bool)))
     change(data)
     return data
 
@@ -91,3 +94,20 @@ def test_row_runs(mask: np.ndarray) -> None:
     assert runs.sum() == mask.size
     assert (runs[1:] > 0).all()
     assert np.array_equal(np.repeat(np.arange(len(runs)) % 2 == 1, runs), mask.ravel())
+
+
+@settings(max_examples=60, deadline=None)
+@given(masks, st.integers(0, 3), st.integers(0, 3), st.integers(0, 3), st.integers(0, 3))
+def test_runs_of_a_part_are_those_of_the_whole(mask: np.ndarray, left: int, top: int, right: int, bottom: int) -> None:
+    full = np.pad(mask, ((top, bottom), (left, right)))
+    assert placed_runs(mask, left, top, *full.shape).tolist() == row_runs(full).tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(masks)
+def test_coco_reads_what_is_compressed_for_it(mask: np.ndarray) -> None:
+    mask[0, 0] = True
+    one = whole_mask(mask)
+    assert one is not None
+    theirs = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+    assert compressed(one, *mask.shape) == {"size": list(mask.shape), "counts": theirs["counts"].decode()}
