@@ -89,7 +89,7 @@ def folder_name(name: str) -> str:
     """A class's name as the name of a folder, with %XX for what would lead elsewhere, be hidden or not be printed.
 
     >>> folder_name("sofa"), folder_name("../a"), folder_name("Tür 3")
-    ('sofa', '%2E./a'.replace('/', '%2F'), 'Tür 3')
+    ('sofa', '%2E.%2Fa', 'Tür 3')
     """
     text = "".join(c if c.isprintable() and c not in '%/\\:*?"<>|' else quote(c, safe="") for c in name)
     return f"%{ord(text[0]):02X}{text[1:]}" if text[:1] in (".", "_") else text
