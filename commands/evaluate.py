@@ -98,7 +98,11 @@ if TYPE_CHECKING:
     "--transfer", is_flag=True, help="Test on all classes of the store's data set that the head was not trained on."
 )
 @click.option(
-    "--trained-on", type=STORE, metavar="S.zarr", help="With --transfer: the training store, if C is an older head."
+    "--trained-on",
+    type=STORE,
+    metavar="S.zarr|C",
+    help="With --transfer: the training store, if C is an older head. With --head: store or checkpoint of a head to "
+    "compare with, whose classes are left out.",
 )
 @click.option(
     "--dataset",

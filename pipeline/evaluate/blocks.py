@@ -187,6 +187,8 @@ def facts_of(
         "environment": environment(),
         "method": method.facts,
         "recipe": source.recipe.to_dict(),
+        # Only where there are some: what is told of other evaluations stays what it was.
+        **({"classes_trained_on": list(plan.trained_on)} if plan.trained_on else {}),
         "notes": protocol.departures(
             dataset=index.name, image_size=source.recipe.image_size, has_ignore=index.has_ignore
         ),

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from hsnet.errors import ConfigError, DataError
 from pipeline.datasets import DATASETS, open_dataset, reader_of
 from pipeline.datasets.index import DatasetIndex
-from pipeline.datasets.unseen import unseen_classes
+from pipeline.datasets.unseen import training_index, unseen_classes
 from pipeline.episodes.drawing import PlannedTest
 from pipeline.episodes.manifest import Manifest
 from pipeline.episodes.protocols import FUSIONS, Protocol
+from pipeline.features.recipe import difference_lines
 from pipeline.heads.catalogue import FOLD, Method, head_named, made, on_trained, trained
-from pipeline.loading.source import FeatureSource
+from pipeline.heads.checkpoint import BEST, LAST, SAME_FEATURES, load_checkpoint
+from pipeline.loading.source import FeatureSource, RelistedSource, StoreSource
 from pipeline.store.feature_store import FeatureStore
 
 if TYPE_CHECKING:
@@ -48,6 +50,8 @@ class EvaluationPlan:
     headline is at original size."""
     data_root: Path | None = None
     """Folder of `dataset`, for the results: a report may look for photos there."""
+    trained_on: Sequence[str] = ()
+    """Names of the tested classes that the head was trained on; told with the results."""
     resident: str = "off"
     """Keep the episodes' images in memory, in every worker process (`pipeline.loading.resident.keep`)."""
     device: str = "cpu"
@@ -84,8 +88,10 @@ def plan_evaluation(
             `pipeline.heads.catalogue.HEADS`; one of them, or both for a head that stands on a trained one.
         fold: whose classes are tested; None is the one that the head held out, or 0.
         transfer: test on all classes that the head was not trained on instead.
-        trained_on: with `transfer`, the store it was trained on, for heads that do not say. For a head that needs no
-            training: the store of a head that it shall be compared with, whose classes are left out for it, too.
+        trained_on: with `transfer`, the store it was trained on, for heads that do not say. For a head without a
+            checkpoint: the store, or the checkpoint, of a head that it shall be compared with, whose classes are left
+            out for it, too. A head that is fitted on training classes is fitted on that store's; with a checkpoint, on
+            photos of its classes that the tested store has; with neither, on the training classes of `fold`.
         manifest: its episodes, fold and role instead of the protocol's; the protocol is changed to match.
         shots: with `manifest`, the numbers of shots; none takes the manifest's.
         ways: with `manifest`, the number of classes its episodes must have; None takes the manifest's.
@@ -111,14 +117,11 @@ def plan_evaluation(
         method = trained(checkpoint, source, device, arithmetic)
         if head is not None:
             method = on_trained(head, method)
-        if not transfer:
-            fold = _tested_fold(method, source.index, fold)
+        if not transfer and fold is None:
+            fold = method.held_out
+    elif transfer and head_named(str(head)).needs == FOLD:
+        method, trained_on = _fitted(str(head), source, trained_on, fold or 0, protocol.seeds[0], device), None
     else:
-        if transfer and head_named(str(head)).needs == FOLD:
-            raise ConfigError(
-                f"Head '{head}' is fitted on classes of the store it is tested on: it cannot be tested on all of them "
-                f"(--transfer). Nothing was computed."
-            )
         method = made(str(head), source, fold=fold or 0, seed=protocol.seeds[0], device=device)
     if transfer:
         index, fold = _transfer(method, source.index, trained_on, fold)
@@ -132,6 +135,7 @@ def plan_evaluation(
         manifests = (PlannedTest(wanted, seed, manifest.first(wanted[-1])),)
         protocol = replace(protocol, episodes=len(manifest), shots=wanted, seeds=(seed,), role=manifest.role, **drawn)
     protocol, fusions = _with_fusion(protocol, method, fusion, fusions)
+    known = () if transfer else _classes_known(method, source.index, fold, protocol.role)
     return EvaluationPlan(
         method=method,
         source=source,
@@ -143,6 +147,7 @@ def plan_evaluation(
         fusions=fusions,
         dataset=dataset,
         data_root=data_root,
+        trained_on=known,
         resident=resident,
         device=device,
     )
@@ -202,24 +207,99 @@ def _transfer(
     method: Method, index: DatasetIndex, trained_on: str | Path | None, fold: int | None
 ) -> tuple[DatasetIndex, int]:
     """The index narrowed to what the head has not seen, and its fold. Says which classes that are."""
-    training = FeatureStore.open(trained_on, require_complete=False).index if trained_on else None
     held_out = fold if method.held_out is None else method.held_out
-    unseen = unseen_classes(index, method.names_seen(training, held_out), held_out or 0)
-    log.info("Tested on %d classes the head has not seen: %s.", len(unseen.tested), ", ".join(unseen.tested))
+    if (names := _names_of(trained_on)) is None or method.checkpoint:
+        training = None
+        if trained_on and names is None:
+            training = FeatureStore.open(trained_on, require_complete=False).index
+        names = method.names_seen(training, held_out)
+    unseen = unseen_classes(index, names, held_out or 0)
+    log.info("Tested on %s the head has not seen: %s.", _classes(len(unseen.tested)), ", ".join(unseen.tested))
     log.info("Left out, trained on: %s.", ", ".join(unseen.left_out) or "none")
+    for role, some in unseen.elsewhere.items():
+        log.info("Held out by no fold of this store, so tested on photos of the '%s' lists: %s.", role, ", ".join(some))
+    if unseen.too_few:
+        some = tuple(f"{name} ({count})" for name, count in unseen.too_few.items())
+        log.info("Not tested, fewer than 2 photos listed (in brackets): %s.", ", ".join(some))
     return unseen.index, unseen.fold
 
 
-def _tested_fold(method: Method, index: DatasetIndex, fold: int | None) -> int:
-    """The fold to test a trained head on: its own unless another is asked for. Warns if it knows the classes."""
-    fold = (method.held_out or 0) if fold is None else fold
-    if seen := [index.classes[class_id] for class_id in method.classes_seen(index, fold)]:
-        log.warning(
-            "the head was trained on %d of the classes tested here (%s): it held out fold %s, not fold %d. This is no "
-            "few-shot result.",
-            len(seen),
-            ", ".join(seen[:5]),
-            method.held_out,
-            fold,
+def _names_of(trained_on: str | Path | None) -> tuple[str, ...] | None:
+    """Names of the training classes of a checkpoint or run; None for a store or nothing.
+
+    Raises:
+        ConfigError: a checkpoint that does not say.
+        CheckpointError: as `load_checkpoint`.
+    """
+    path = None if trained_on is None or "://" in str(trained_on) else Path(trained_on)
+    if path is None or not (path.is_file() or any((path / name).is_file() for name in (BEST, LAST))):
+        return None
+    if classes := load_checkpoint(path).info.classes:
+        return tuple(classes)
+    raise ConfigError(
+        f"{path} does not say which classes it was trained on (it was imported, or made by an earlier version). Give "
+        f"the store it was trained on with --trained-on, and the fold it held out with --fold. Nothing was computed."
+    )
+
+
+def _fitted(
+    head: str, source: FeatureSource, trained_on: str | Path | None, fold: int, seed: int, device: str
+) -> Method:
+    """A head fitted on training classes, for a test on all other classes. Says which they were.
+
+    Raises:
+        ConfigError: no photo to fit on, or the store named has features of another kind.
+    """
+    if (names := _names_of(trained_on)) is not None:
+        on: FeatureSource = RelistedSource(source, training_index(source.index, names, fold))
+        where = "their photos in the store that is tested"
+    elif trained_on is not None:
+        on, where = StoreSource(FeatureStore.open(trained_on)), f"the training list of fold {fold} of {trained_on}"
+        differing = on.recipe.differences(source.recipe)
+        if differing := {name: pair for name, pair in differing.items() if name in SAME_FEATURES}:
+            raise ConfigError(
+                f"Head '{head}' cannot be fitted on {trained_on}, whose features are of another kind:\n"
+                f"{difference_lines(differing, 'fitted on', 'tested on')}\nGive a store of features as those tested, "
+                f"or leave out --trained-on. Nothing was computed."
+            )
+    else:
+        on, where = source, f"the training list of fold {fold} of the same store"
+    classes = on.index.classes
+    split = on.index.split(fold, "trn")
+    if names is not None and not split.entries:
+        raise ConfigError(
+            f"Head '{head}' needs classes to be fitted on that are not tested, and {source.index.name} has photos of "
+            f"none of the {len(names)} of {trained_on}. Give the store that it was trained on with --trained-on, or a "
+            f"head that needs nothing (`hsnet heads`). Nothing was computed."
         )
-    return fold
+    fitted = [classes[class_id] for class_id in split.class_ids]
+    method = made(head, on, fold=fold, seed=seed, device=device)
+    log.info("Head %s is fitted on %s, %s: %s.", head, _classes(len(fitted)), where, ", ".join(fitted))
+    return replace(method, facts={**method.facts, "classes": tuple(names or fitted), "fitted_on": fitted})
+
+
+def _classes(count: int) -> str:
+    return f"{count} class{'' if count == 1 else 'es'}"
+
+
+def _classes_known(method: Method, index: DatasetIndex, fold: int, role: str) -> tuple[str, ...]:
+    """Names of the tested classes that the head was trained on, with a warning if there are some."""
+    seen = tuple(index.classes[class_id] for class_id in method.classes_seen(index, fold, role))
+    if not seen:
+        return ()
+    trained_on, tested = method.facts.get("trained_on"), len(index.split(fold, role).class_ids)
+    same = trained_on is not None and trained_on["data"] == index.digest
+    if same and method.held_out != fold:
+        why = f"it held out fold {method.held_out}, not fold {fold}"
+    else:
+        why = "as its checkpoint names them" if not same else f"the list '{role}' is of training classes"
+    log.warning(
+        "the head was trained on %d of the %s tested here (%s%s): %s. This is no few-shot result%s.",
+        len(seen),
+        _classes(tested),
+        ", ".join(seen[:5]),
+        ", ..." if len(seen) > 5 else "",
+        why,
+        "" if same else "; --transfer tests the classes that are new to it",
+    )
+    return seen

@@ -19,6 +19,7 @@ from hsnet.errors import ConfigError, DataError
 from hsnet.model import HSNet
 from pipeline.common.text import did_you_mean
 from pipeline.datasets.index import DatasetIndex
+from pipeline.datasets.unseen import canonical_name
 from pipeline.heads.aggregate import AggregateSegmenter
 from pipeline.heads.checkpoint import load_checkpoint
 from pipeline.heads.contrast import ContrastSegmenter
@@ -79,16 +80,19 @@ class Method:
             )
         return tuple(trained_on.classes[class_id] for class_id in trained_on.split(fold, "trn").class_ids)
 
-    def classes_seen(self, index: DatasetIndex, fold: int) -> tuple[int, ...]:
-        """Test classes of the fold that the head was trained on: a score on them says nothing about new classes.
+    def classes_seen(self, index: DatasetIndex, fold: int, role: str = "test") -> tuple[int, ...]:
+        """Tested classes of a fold that the head was trained on: a score on them says nothing about new classes.
 
-        Known for heads trained on the same data set; an imported checkpoint does not say what it saw.
+        By the names in the checkpoint, whatever data set it was trained on (`canonical_name`); of a checkpoint without
+        names known only on its own data set. An imported checkpoint does not say what it saw.
         """
+        tested = index.split(fold, role).class_ids
         trained_on = self.facts.get("trained_on")
-        if not trained_on or trained_on["data"] != index.digest:
-            return ()
-        seen = set(index.split(trained_on["fold"], "trn").class_ids)
-        return tuple(sorted(seen & set(index.split(fold, "test").class_ids)))
+        if trained_on and trained_on["data"] == index.digest:
+            seen = set(index.split(trained_on["fold"], "trn").class_ids)
+            return tuple(class_id for class_id in tested if class_id in seen)
+        names = {canonical_name(name) for name in self.facts.get("classes") or ()}
+        return tuple(class_id for class_id in tested if canonical_name(index.classes[class_id]) in names)
 
 
 def trained(path: Path, source: FeatureSource, device: str = "cpu", arithmetic: str = "float32") -> Method:

@@ -39,7 +39,8 @@ BEST, LAST = "best.safetensors", "last.safetensors"
 BACKBONE = "backbone."
 """Begins the names of a finetuned backbone's tensors; torchvision's follow."""
 _KEY = "hsnet"
-_SAME_FEATURES = ("backbone", "weights", "image_size", "taps", "normalisation", "resize", "network levels")
+SAME_FEATURES = ("backbone", "weights", "image_size", "taps", "normalisation", "resize", "network levels")
+"""Fields of a recipe in which features must agree to be one kind; their precision may differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +148,7 @@ class Checkpoint:
             CheckpointMismatch: names every differing field with both values.
         """
         differing = self.info.recipe.differences(recipe)
-        if differing := {name: pair for name, pair in differing.items() if name in _SAME_FEATURES}:
+        if differing := {name: pair for name, pair in differing.items() if name in SAME_FEATURES}:
             advice = "Use features of the checkpoint's kind, or a checkpoint trained on these."
             if self.info.finetuned and "weights" in differing:
                 advice = (

@@ -76,6 +76,15 @@ class StoreSource:
         return torch.from_numpy(self.store.labels(images).astype(np.int32))
 
 
+class RelistedSource:
+    """A source with other lists: the same images by the same numbers, another index."""
+
+    def __init__(self, source: FeatureSource, index: DatasetIndex) -> None:
+        self.source, self.index = source, index
+        self.recipe, self.skipped, self.codec = source.recipe, source.skipped, source.codec
+        self.classes_present, self.features, self.labels = source.classes_present, source.features, source.labels
+
+
 class OnlineSource:
     """Features computed when they are asked for: no store, the backbone runs again for every use of an image.
 

@@ -260,8 +260,12 @@ def test_a_head_is_tested_on_its_own_fold_unless_another_is_asked_for(job: Path,
     assert json.loads(own.stdout)["facts"]["fold"] == 2
     assert "Warning" not in own.stderr
     other = invoke("evaluate", "--checkpoint", tmp_path / "run", *store, "--episodes", "2", "--fold", "0")
-    assert "Warning: the head was trained on 8 of the classes tested here" in other.stderr
+    assert "Warning: the head was trained on 8 of the 8 classes tested here" in other.stderr
     assert "held out fold 2, not fold 0" in other.stderr
+    told = json.loads(
+        invoke("evaluate", "--checkpoint", tmp_path / "run", *store, "--episodes", "2", "--fold", "0", "--json").stdout
+    )["facts"]["classes_trained_on"]
+    assert len(told) == 8
 
 
 def test_choices_that_move_scores_are_recorded(job: Path, tmp_path: Path) -> None:

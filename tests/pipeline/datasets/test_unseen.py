@@ -6,7 +6,7 @@ from hsnet.errors import ConfigError
 from pipeline.datasets.coco import COCO_CLASSES
 from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.datasets.pascal import VOC_CLASSES
-from pipeline.datasets.unseen import canonical_name, unseen_classes
+from pipeline.datasets.unseen import canonical_name, training_index, unseen_classes
 
 
 def test_names_of_pascal_and_coco_are_matched():
@@ -37,6 +37,30 @@ def test_only_unseen_classes_are_tested(tiny_source):
     assert unseen_classes(index, [names[0]], 3).index.digest == found.index.digest
     with pytest.raises(ConfigError, match=r"No class of .* is new to this head"):
         unseen_classes(index, names)
+
+
+def test_a_new_class_that_no_fold_holds_out_is_tested_too():
+    """As with `folds: [[door]]` in dataset.yaml: all other classes are in the training and validation lists alone."""
+    names = ("door", "window", "car", "roof", "sky", "lamp")
+    split = {
+        "test": Split(((0, 0), (1, 0)), (0,)),
+        "val": Split(((0, 1), (1, 1), (0, 2), (1, 4)), (1, 2, 3, 4, 5)),
+        "trn": Split(((2, 1), (3, 2), (4, 2), (5, 3), (2, 4), (3, 4)), (1, 2, 3, 4, 5)),
+    }
+    index = DatasetIndex("folder", dict(enumerate(names)), tuple("abcdef"), {0: split})
+    found = unseen_classes(index, ["sky"])
+    assert found.tested == ("door", "window", "car")
+    assert found.left_out == ("sky",)
+    assert found.elsewhere == {"val": ("window",), "trn": ("car",)}
+    assert found.too_few == {"roof": 1, "lamp": 0}
+    assert found.index.split(0, "test").entries == ((0, 0), (1, 0), (0, 1), (1, 1), (3, 2), (4, 2))
+    assert unseen_classes(index, ["window", "car", "sky"]).index.split(0, "test").entries == ((0, 0), (1, 0))
+    with pytest.raises(ConfigError, match="was trained on 4; the others cannot be tested") as caught:
+        unseen_classes(index, ["window", "car", "sky", "door"])
+    assert "roof (1), lamp (0)" in str(caught.value)
+    with pytest.raises(ConfigError, match="it was trained on all 6"):
+        unseen_classes(index, names)
+    assert training_index(index, ["Sky", "roof"], 2).split(2, "trn").entries == ((1, 4), (2, 4), (3, 4))
 
 
 def test_every_pascal_class_is_new_to_exactly_one_coco_fold():

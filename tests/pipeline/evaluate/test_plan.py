@@ -3,12 +3,15 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from hsnet.errors import ConfigError
+from hsnet.model import HSNet
 from pipeline.datasets.shapes import Shapes
 from pipeline.episodes.drawing import make
 from pipeline.episodes.protocols import FUSIONS, resolve
 from pipeline.evaluate.plan import plan_evaluation
+from pipeline.heads.checkpoint import CheckpointInfo, save_checkpoint
 
 
 def plan(source, **options):
@@ -63,5 +66,55 @@ def test_a_head_that_knows_no_class_is_tested_on_all_of_them(tiny_source):
     tested = plan(tiny_source, head="contrast", transfer=True)
     classes = tested.index.split(tested.fold, "test").class_ids
     assert [tested.index.classes[c] for c in classes] == list(tiny_source.index.classes.values())
-    with pytest.raises(ConfigError, match="'cosine' is fitted on classes of the store"):
-        plan(tiny_source, head="cosine", transfer=True)
+
+
+def test_a_fitted_head_is_tested_on_the_classes_it_was_not_fitted_on(tiny_source, tmp_path, caplog):
+    """On its own store, or on the classes of a checkpoint that it is compared with: then on the same episodes."""
+    caplog.set_level("INFO")
+    index = tiny_source.index
+    alone = plan(tiny_source, head="location", transfer=True, fold=1)
+    fitted = [index.classes[c] for c in index.split(1, "trn").class_ids]
+    assert alone.method.facts["fitted_on"] == fitted
+    assert "training list of fold 1 of the same store" in caplog.text
+    tested = {alone.index.classes[c] for c in alone.index.split(alone.fold, "test").class_ids}
+    assert tested == set(index.classes.values()) - set(fitted)
+
+    head = trained_head(tiny_source, tmp_path, classes=("zebra", *list(index.classes.values())[:6]))
+    of_head = plan(tiny_source, head=None, checkpoint=head, transfer=True)
+    beside = plan(tiny_source, head="location", transfer=True, trained_on=head)
+    nothing = plan(tiny_source, head="contrast", transfer=True, trained_on=head)
+    assert of_head.index.digest == beside.index.digest == nothing.index.digest
+    assert beside.method.facts["fitted_on"] == list(index.classes.values())[:6]
+    assert plan(tiny_source, head="contrast", transfer=True).index.digest != nothing.index.digest
+
+    strange = trained_head(tiny_source, tmp_path, classes=("zebra",))
+    with pytest.raises(ConfigError, match="has photos of none of the 1 of"):
+        plan(tiny_source, head="location", transfer=True, trained_on=strange)
+    silent = trained_head(tiny_source, tmp_path, classes=None)
+    with pytest.raises(ConfigError, match="does not say which classes it was trained on"):
+        plan(tiny_source, head="contrast", transfer=True, trained_on=silent)
+
+
+def test_classes_that_the_head_knows_by_name_are_told_also_on_other_data(tiny_source, tmp_path, caplog):
+    index = tiny_source.index
+    held_out = [index.classes[c] for c in index.split(0, "test").class_ids]
+    head = trained_head(tiny_source, tmp_path, classes=(held_out[1].upper().replace(" ", "_"), "zebra"))
+    known = plan(tiny_source, head=None, checkpoint=head)
+    assert known.trained_on == (held_out[1],)
+    assert f"trained on 1 of the 8 classes tested here ({held_out[1]})" in caplog.text
+    assert "--transfer tests the classes that are new to it" in caplog.text
+    caplog.clear()
+    assert plan(tiny_source, head=None, checkpoint=head, transfer=True).trained_on == ()
+    manifest = make(index, 1, 1, episodes=2)
+    assert plan(tiny_source, head=None, checkpoint=head, manifest=manifest).trained_on == ()
+    assert "trained on" not in caplog.text
+
+
+def trained_head(source, folder, classes):
+    """A checkpoint of a head that nobody trained, which says what it was trained on."""
+    torch.manual_seed(0)
+    learner = {**source.recipe.learner_arguments(), "channels": [4, 8, 16]}
+    info = CheckpointInfo(recipe=source.recipe, learner=learner, step=1, origin="a test", classes=classes)
+    path = folder / f"{len(classes or ())}.safetensors"
+    save_checkpoint(path, HSNet(**learner).state_dict(), info)
+    return path
