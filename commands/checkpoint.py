@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from commands.groups import OrderedGroup
-from commands.options import ANY_PATH, BACKBONES, FILE, image_size_option, json_option
+from commands.options import ANY_PATH, BACKBONES, FILE, Whole, json_option
 from commands.steps import emit
 from commands.terminal import fact_lines
 from pipeline.common.text import printable
@@ -67,7 +67,13 @@ def checkpoint_info(path: Path, as_json: bool) -> None:
 @click.argument("source", type=FILE, metavar="FILE")
 @click.argument("target", type=ANY_PATH, metavar="OUT")
 @click.option("--backbone", type=click.Choice(BACKBONES), help="Its network. [default: told from its layers]")
-@image_size_option
+@click.option(
+    "--image-size",
+    type=Whole(32),
+    default=400,
+    show_default=True,
+    help="Side of the squares it was trained on, pixels.",
+)
 @json_option
 def checkpoint_import(source: Path, target: Path, backbone: str | None, image_size: int, as_json: bool) -> None:
     """Turn a checkpoint of the published code (FILE, a .pt) into one of ours (OUT).

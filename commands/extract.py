@@ -30,7 +30,7 @@ from commands.options import (
     weights_option,
     workers_option,
 )
-from commands.steps import emit, open_data, open_runner, pick_device
+from commands.steps import emit, image_size_for, open_data, open_runner, pick_device
 from commands.terminal import Progress, set_up_logging
 from pipeline.common.text import printable, size_text, time_text
 
@@ -84,7 +84,7 @@ def run_extraction(
     data_options: tuple[str, ...],
     backbone: str,
     weights: str | None,
-    image_size: int,
+    image_size: int | None,
     taps: str | None,
     autocast: str | None,
     store: str | Path,
@@ -122,6 +122,7 @@ def run_extraction(
     sizes: dict[str, Any] = {"bytes_per_image": bytes_per_image, "shard_images": shard_images}
     sizes["shard_bytes"] = None if shard_mb is None else shard_mb * 1_000_000
     reading = Reading(taps, autocast or "")
+    image_size = image_size_for(image_size, backbone, reading)
     if dry_run:
         exact = new_recipe(backbone, None, image_size, precision, reading)
         plan = plan_extraction(data, exact, store, **sizes, weights=lambda: load_weights(backbone, weights)).plan

@@ -213,9 +213,8 @@ weights_option = click.option(
 image_size_option = click.option(
     "--image-size",
     type=Whole(32),
-    default=400,
-    show_default=True,
-    help="Side of the square that photos are squashed to, pixels.",
+    help="Side of the square that photos are squashed to, pixels. [default: 400 as published, or the nearest that the "
+    "backbone can be read at]",
 )
 store_option = click.option(
     "--store", type=STORE, metavar="S.zarr", required=True, help="Feature store made by `hsnet extract`."

@@ -29,7 +29,7 @@ from commands.options import (
     weights_option,
     workers_option,
 )
-from commands.steps import emit, open_data, pick_device
+from commands.steps import emit, image_size_for, open_data, pick_device
 from commands.terminal import fact_lines, set_up_logging, table
 from pipeline.common.text import size_text, time_text
 
@@ -108,13 +108,15 @@ def plan(
     lies = cache_folder() / "store" if address(store) else local_path(store)
     folder = next(above for above in lies.absolute().parents if above.is_dir())
     chosen = pick_device(device, None)
+    reading = Reading(taps, autocast or "")
+    measured["image_size"] = image_size_for(measured["image_size"], backbone, reading)
     costs = measure_costs(
         data,
         load_weights(backbone, weights),
         folder=folder,
         workers=workers,
         device=chosen,
-        reading=Reading(taps, autocast or ""),
+        reading=reading,
         **measured,
     )
     each = ", ".join(f"{name} {1000 * value:.0f}" for name, value in costs.seconds_per_image.items())

@@ -21,6 +21,7 @@ from hsnet.errors import ConfigError
 if TYPE_CHECKING:
     from pipeline.common.runner import Runner
     from pipeline.datasets import Dataset
+    from pipeline.features.backbones import Reading
     from pipeline.features.recipe import Recipe
     from pipeline.features.weights import Weights
     from pipeline.loading.source import FeatureSource, StoreSource
@@ -45,6 +46,19 @@ def open_data(name: str, root: Path | None, splits: Path | None, given: Sequence
     for note in () if quiet else dataset.index.notes:
         click.echo(f"Note: {note}", err=True)
     return dataset
+
+
+def image_size_for(given: int | None, backbone: str, reading: Reading) -> int:
+    """The image size that was asked for, or the default of the backbone; says where it is not the published one."""
+    from pipeline.features.backbones import PUBLISHED_SIZE, default_image_size
+
+    if given is not None:
+        return given
+    size, why = default_image_size(backbone, reading)
+    if why:
+        log.info("Note: image size %d px, the nearest to the published %d that %s can be read at.",
+                 size, PUBLISHED_SIZE, backbone)  # fmt: skip
+    return size
 
 
 def parse_data_options(given: Sequence[str]) -> dict[str, Any]:

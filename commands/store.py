@@ -30,7 +30,7 @@ from commands.options import (
     weights_option,
     workers_option,
 )
-from commands.steps import emit, online_source, open_data, open_runner, pick_device, store_source
+from commands.steps import emit, image_size_for, online_source, open_data, open_runner, pick_device, store_source
 from commands.terminal import Progress, fact_lines, set_up_logging, table
 from pipeline.common.text import printable, size_text
 
@@ -234,7 +234,8 @@ def _restore_metadata(options: Mapping[str, Any]) -> None:
     )
     loaded = load_weights(options["backbone"], options["weights"])
     reading = Reading(options["taps"], options["autocast"] or "")
-    recipe = new_recipe(options["backbone"], loaded, options["image_size"], options["precision"], reading)
+    size = image_size_for(options["image_size"], options["backbone"], reading)
+    recipe = new_recipe(options["backbone"], loaded, size, options["precision"], reading)
     budget, codec = options["bytes_per_image"], None
     if options["budget"] is not None:
         budget = options["budget"] // max(1, len(data.index.images))

@@ -38,6 +38,7 @@ from commands.options import (
 from commands.steps import (
     allow_mixed,
     emit,
+    image_size_for,
     online_source,
     open_data,
     pick_device,
@@ -139,7 +140,7 @@ def train(
     data_options: tuple[str, ...],
     backbone: str | None,
     weights: str | None,
-    image_size: int,
+    image_size: int | None,
     taps: str | None,
     autocast: str | None,
     finetune_backbone: bool,
@@ -187,7 +188,9 @@ def train(
         assert backbone is not None
         data = open_data(dataset, data_root, splits, data_options, quiet)
         loaded = load_weights(backbone, weights)
-        recipe = new_recipe(backbone, loaded, image_size, "float32", Reading(taps, autocast or ""))
+        reading = Reading(taps, autocast or "")
+        size = image_size_for(image_size, backbone, reading)
+        recipe = new_recipe(backbone, loaded, size, "float32", reading)
         recipe.require_trainable()
         make_source = online_source(data, loaded, recipe, device, photos=finetune_backbone)
     source = make_source()

@@ -2,6 +2,7 @@
 
     HSNetError
     ├── ConfigError           an option or a combination of options cannot work
+    │   └── ImageSizeError        a backbone cannot be read at an image size; says which are near and work
     ├── DataError             a data set, image, mask or split file is not as it should be
     ├── ShapeError            tensors that do not fit each other
     ├── WeightsError          backbone weights missing, corrupt or of another network
@@ -38,6 +39,15 @@ def _rebuild(cls: type[HSNetError], args: tuple[object, ...], attributes: Mappin
 
 class ConfigError(HSNetError):
     """An option or a combination of options cannot work."""
+
+
+class ImageSizeError(ConfigError):
+    """A backbone cannot be read at an image size."""
+
+    def __init__(self, message: str, nearest: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.nearest = tuple(nearest)
+        """Sizes that work, pixels; none if none is known."""
 
 
 class DataError(HSNetError):

@@ -9,11 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from hsnet.backbone import Backbone, FrozenBackbone, backbone_spec
-from hsnet.errors import ConfigError
+from hsnet.errors import ConfigError, ImageSizeError
 from pipeline.features.network import AUTOCAST
 from pipeline.features.recipe import LARGEST_IMAGE, UNKNOWN, Recipe, normalisation_text
 from pipeline.features.weight_names import is_timm
 from pipeline.features.weights import Weights
+
+PUBLISHED_SIZE = 400
+"""Side of the square network input of the published code, pixels."""
+_TRIES = 4
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Reading:
 def new_recipe(
     backbone: str,
     weights: Weights | None,
-    image_size: int = 400,
+    image_size: int = PUBLISHED_SIZE,
     precision: str = "int8",
     reading: Reading = Reading(),
 ) -> Recipe:
@@ -72,6 +76,30 @@ def new_recipe(
         normalisation=normalisation_text(network.mean, network.std),
         network=network,
     )
+
+
+def default_image_size(backbone: str, reading: Reading = Reading()) -> tuple[int, str]:
+    """The image size to take where none is asked for: the published 400 px, or the nearest that the backbone can be
+    read at, the smaller of two.
+
+    Returns:
+        The side of the square in pixels, and why it is not 400; "" where it is.
+
+    Raises:
+        ConfigError: as `new_recipe`, for whatever is not the size's fault.
+    """
+    size, why = PUBLISHED_SIZE, ""
+    for _ in range(_TRIES):
+        try:
+            new_recipe(backbone, None, size, "float32", reading).require_trainable()
+        except ImageSizeError as error:
+            if not error.nearest:
+                raise
+            why = why or str(error)
+            size = min(error.nearest, key=lambda near: (abs(near - PUBLISHED_SIZE), near))
+        else:
+            return size, why
+    raise ConfigError(f"{why} No image size was found that {backbone} can be read at: give --image-size.")
 
 
 def same_reading(recipe: Recipe, weights: Weights, precision: str | None = None) -> Recipe:

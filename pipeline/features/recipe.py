@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hsnet.backbone import IMAGENET_MEAN, IMAGENET_STD, TapLayout, backbone_spec
-from hsnet.errors import ConfigError
+from hsnet.errors import ConfigError, ImageSizeError
 from hsnet.model import squeeze_plan, squeezed_grids
 from pipeline.common.fields import from_json, require_types
 from pipeline.features.network import Network
@@ -203,7 +203,8 @@ class Recipe:
         """Refuse an image size whose levels end at different support grids: no learner could mix them.
 
         Raises:
-            ConfigError: names the grids and, of a built-in network, the nearest sizes that work.
+            ConfigError: a network of timm's whose levels no learner could mix.
+            ImageSizeError: names the grids of a built-in network, and the nearest sizes that work.
         """
         if self.network is not None:
             self.learner_arguments()
@@ -213,10 +214,11 @@ class Recipe:
         ends = squeezed_grids([shape[1:3] for shape in reversed(self.level_shapes())])
         sides = (range(self.image_size - 1, 31, -1), range(self.image_size + 1, LARGEST_IMAGE + 1))
         near = [next((size for size in side if _ends_agree(self.backbone, size)), None) for side in sides]
-        raise ConfigError(
+        raise ImageSizeError(
             f"{self.backbone} at {self.image_size} px gives levels whose support grids end at "
             f"{', '.join(f'{rows}x{columns}' for rows, columns in ends)} (deepest first): they cannot be mixed. "
-            f"Nearest image sizes that work: {' and '.join(str(size) for size in near if size)}. Nothing was written."
+            f"Nearest image sizes that work: {' and '.join(str(size) for size in near if size)}. Nothing was written.",
+            [size for size in near if size],
         )
 
     def differences(self, other: Recipe) -> dict[str, tuple[object, object]]:

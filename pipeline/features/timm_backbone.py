@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from hsnet.backbone import Backbone, require_images
-from hsnet.errors import ConfigError, ShapeError
+from hsnet.errors import ConfigError, ImageSizeError, ShapeError
 from pipeline.features.network import LevelLayout, Network
 from pipeline.features.recipe import LARGEST_IMAGE, Recipe
 from pipeline.features.timm_registry import RegistryEntry, build, check_names, entry, stages
@@ -145,9 +145,10 @@ class _Model:
         """Refuse an image size that the network cannot read; names the nearest two that work."""
         if image_size % self.patch:
             low = image_size // self.patch * self.patch
-            raise ConfigError(
+            raise ImageSizeError(
                 f"{self.backbone} reads patches of {self.patch} pixels, which do not divide an image size of "
-                f"{image_size}. Nearest sizes: {f'{low} and ' if low else ''}{low + self.patch}. Nothing was written."
+                f"{image_size}. Nearest sizes: {f'{low} and ' if low else ''}{low + self.patch}. Nothing was written.",
+                [size for size in (low, low + self.patch) if size],
             )
         reason = self._trouble(image_size)
         if reason is None:
@@ -160,11 +161,11 @@ class _Model:
         below = (size for size in range(aligned - (aligned == image_size) * step, 0, -step))
         above = (size for size in range(aligned + step, LARGEST_IMAGE + 1, step))
         near = [self._first(below, min(own, image_size)), self._first(above, max(own, image_size))]
-        works = " and ".join(str(size) for size in near if size is not None and size != image_size)
-        raise ConfigError(
+        works = [size for size in near if size is not None and size != image_size] or [own]
+        raise ImageSizeError(
             f"{self.backbone} cannot read images of {image_size} px ({reason}). Nearest sizes that work: "
-            f"{works or own}. "
-            "Nothing was written."
+            f"{' and '.join(map(str, works))}. Nothing was written.",
+            works,
         )
 
     def _first(self, sizes: Iterator[int], own: int) -> int | None:

@@ -102,6 +102,16 @@ def test_dry_run_needs_no_weights_and_knows_what_cannot_work(tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
+def test_without_an_image_size_the_backbone_is_read_at_one_that_works(tmp_path: Path) -> None:
+    shown = invoke("extract", *SHAPES, "--backbone", "squeezenet1_1", "--store", tmp_path / "s.zarr", "--dry-run")
+    assert shown.exit_code == 0, shown.stderr
+    assert "image size 401 px, the nearest to the published 400 that squeezenet1_1 can be read at" in shown.stderr
+    quiet = invoke(
+        "extract", *SHAPES, "--backbone", "resnet50", "--store", tmp_path / "r.zarr", "--dry-run",
+    )  # fmt: skip
+    assert "image size" not in quiet.stderr
+
+
 def test_store_info(job: Path) -> None:
     text = invoke("store", "info", job / "s.zarr").stdout
     assert "160 images, 32 classes" in text

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from hsnet.backbone import BACKBONES
-from hsnet.errors import ConfigError
+from hsnet.errors import ConfigError, ImageSizeError
+from pipeline.features.backbones import default_image_size
 from pipeline.features.recipe import Coding, Recipe, difference_lines
 from pipeline.store.attributes import DatasetState, StoreFacts
 
@@ -120,9 +121,21 @@ def test_refuses_taps_that_this_version_does_not_read():
 
 def test_an_image_size_whose_levels_cannot_be_mixed_names_those_that_work():
     """SqueezeNet at 400 px ends at 4x4, 4x4 and 3x3; the published code would add them by broadcasting."""
-    with pytest.raises(ConfigError, match=r"3x3, 4x4, 4x4.*Nearest image sizes that work: 388 and 401"):
+    with pytest.raises(ImageSizeError, match=r"3x3, 4x4, 4x4.*Nearest image sizes that work: 388 and 401") as caught:
         Recipe.of("squeezenet1_1", "sha256:" + "0" * 64, 400).require_trainable()
+    assert caught.value.nearest == (388, 401)
     with pytest.raises(ConfigError, match=r"vgg16 at 264 px.*1x1, 1x1, 2x2.*263 and 288"):
         Recipe.of("vgg16", "sha256:" + "0" * 64, 264).require_trainable()
     for backbone in ("vgg16", "resnet50", "resnet101"):
         Recipe.of(backbone, "sha256:" + "0" * 64, 400).require_trainable()
+
+
+def test_every_built_in_network_has_a_default_size_that_works():
+    """The published one where its grids fit."""
+    assert {name: default_image_size(name)[0] for name in BACKBONES} == {
+        "vgg16": 400, "resnet50": 400, "resnet101": 400, "squeezenet1_1": 401,
+    }  # fmt: skip
+    assert default_image_size("resnet50")[1] == ""
+    assert "at 400 px gives levels whose support grids end at" in default_image_size("squeezenet1_1")[1]
+    with pytest.raises(ConfigError, match="Unknown backbone"):
+        default_image_size("resnet999")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from hsnet.backbone import pack_levels
 from hsnet.errors import ConfigError, ShapeError, WeightsError
-from pipeline.features.backbones import Reading, new_recipe, open_backbone, same_reading
+from pipeline.features.backbones import Reading, default_image_size, new_recipe, open_backbone, same_reading
 from pipeline.features.recipe import Recipe
 from pipeline.features.weights import Weights, hash_tensors, load_weights, weights_of
 
@@ -288,6 +288,14 @@ def test_a_recipe_like_another_keeps_its_layers():
 def test_names_sizes_and_layers_that_do_not_fit_say_why(backbone, size, reading, text):
     with pytest.raises(ConfigError, match=text):
         new_recipe(backbone, None, size, reading=reading)
+
+
+def test_without_a_size_a_network_is_read_at_the_nearest_to_400_px_that_works():
+    assert default_image_size("timm:vit_small_patch14_dinov2")[0] == 406
+    assert default_image_size("timm:hiera_tiny_224")[0] == 224, "it has one size"
+    assert default_image_size("timm:test_convnext") == (400, "")
+    with pytest.raises(ConfigError, match="gives no feature maps"):
+        default_image_size("timm:coat_tiny")
 
 
 def test_weights_of_another_network_or_position_grid_are_refused(tmp_path):
