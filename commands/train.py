@@ -46,7 +46,7 @@ from commands.steps import (
     stop_on_interrupt,
     store_source,
 )
-from commands.terminal import Progress, set_up_logging
+from commands.terminal import Progress, plain, set_up_logging
 from hsnet.errors import ConfigError
 from pipeline.common.text import printable, time_text
 
@@ -91,6 +91,14 @@ training_options = options(
     help="Episodes the best checkpoint is chosen on; test is the published habit.",
 )
 @click.option("--drop-novel-images", is_flag=True, help="Leave out training images that show a held-out class.")
+@click.option(
+    "--novel-pixels",
+    type=click.Choice(("background", "ignore")),
+    default="background",
+    show_default=True,
+    help="What pixels of held-out classes are in the loss: background as in the published code; ignore, for photos of "
+    "scenes that show many classes.",
+)
 @click.option(
     "--boundary",
     type=click.Choice(("background", "ignore")),
@@ -171,6 +179,7 @@ def train(
             "made by the backbone as it was. Use --features online with --dataset and --backbone instead of --store. "
             "Nothing was changed."
         )
+    from pipeline.episodes.scenes import novel_photos
     from pipeline.features.backbones import Reading, new_recipe
     from pipeline.features.weights import load_weights
     from pipeline.heads.config import RunConfig
@@ -203,6 +212,17 @@ def train(
         per_epoch = steps_per_epoch(config.episodes_per_step, training_stream(config, source).epoch_length)
         config = dataclasses.replace(config, steps=epochs * per_epoch)
 
+    novel = None
+    if not config.drop_novel_images:
+        novel = novel_photos(
+            source.index,
+            config.fold,
+            source.classes_present,
+            source.skipped,
+            20_000 if features == "store" else 100,  # without a store, every mask is read
+        )
+        if not quiet and (note := novel.text(config.novel_pixels)):
+            click.echo(f"Note: {note}", err=True)
     with Progress("train", "steps", quiet) as progress, stop_on_interrupt() as stop:
         smooth = None
 
@@ -235,7 +255,7 @@ def train(
     lines = [f"{printable(run_dir)}: {done}, {time_text(summary.seconds)}{loss}"]
     if summary.best_miou is not None:
         lines.append(f"best validation mIoU {summary.best_miou:.1f} at step {summary.best_step}")
-    result = emit(summary, "\n".join(lines), as_json)
+    result = emit({**plain(summary), "novel_photos": novel}, "\n".join(lines), as_json)
     if not summary.finished:
         click.echo("Interrupted. The run is saved: give the same command again to go on.", err=True)
         click.get_current_context().exit(130)

@@ -14,7 +14,11 @@ from hsnet.model import resize_logits
 
 
 def episode_losses(
-    logits: Tensor, target: Tensor, ignore: Tensor | None = None, boundary: str = "background"
+    logits: Tensor,
+    target: Tensor,
+    ignore: Tensor | None = None,
+    boundary: str = "background",
+    left_out: Tensor | None = None,
 ) -> Tensor:
     """Mean cross-entropy of each episode.
 
@@ -24,6 +28,7 @@ def episode_losses(
         ignore: (B, H, W) bool, pixels labelled as object boundary.
         boundary: "background" counts them as background, as the published code trains; "ignore" leaves them out of
             the mean, as the paper's Appendix C says.
+        left_out: (B, H, W) bool, further pixels that are left out of the mean, such as those of held-out classes.
 
     Returns:
         (B,) float32. The batch loss is its mean: without ignored pixels that equals the mean over all pixels.
@@ -31,6 +36,8 @@ def episode_losses(
     if boundary not in ("background", "ignore"):
         raise ConfigError(f"boundary must be 'background' or 'ignore', got '{boundary}'.")
     counted = ~ignore if boundary == "ignore" and ignore is not None else torch.ones_like(target, dtype=torch.bool)
+    if left_out is not None:
+        counted = counted & ~left_out
     # Two classes are one number, how much more the pixel looks like the object: one map to resize instead of two.
     return _TwoClassLoss.apply(logits[:, 1:] - logits[:, :1], target.bool(), counted)
 

@@ -129,7 +129,9 @@ class _Pack:
             max((trainer.config.steps for trainer in self.living.values()), default=0),
         )
         plans = (plan for step in steps for plan in self._plans(step))
-        with closing(read_ahead(partial(_load, self.source), plans, prefetch_depth, "prefetch")) as loaded:
+        novel = {episodes_seen(head.config): head.novel for head in self.living.values() if head.novel}
+        load = partial(_load, self.source, novel)
+        with closing(read_ahead(load, plans, prefetch_depth, "prefetch")) as loaded:
             for step in steps:
                 if stop():
                     for number, trainer in list(self.living.items()):
@@ -216,13 +218,14 @@ def _finish(trainer: Trainer, step: int, total: Tensor, seconds: float, waited: 
     trainer.book(trainer.finish(step, total, lambda: seconds + time.perf_counter() - before, waited))
 
 
-def _load(source: FeatureSource, plan: tuple[bool, Mapping[Seen, Sequence[Episode]]]) -> Loaded:
-    """Batches of a plan; a photo that is in several is read once."""
+def _load(
+    source: FeatureSource, novel: Mapping[Seen, Sequence[int]], plan: tuple[bool, Mapping[Seen, Sequence[Episode]]]
+) -> Loaded:
+    """Batches of a plan; a photo that is in several is read once. Marks the `novel` classes where a head wants that."""
     _, kinds = plan
-    if len(kinds) < 2:
-        return {seen: load_batch(source, episodes) for seen, episodes in kinds.items()}
-    read = _ReadOnce(source, [episode for episodes in kinds.values() for episode in episodes])
-    return {seen: load_batch(read, episodes) for seen, episodes in kinds.items()}
+    if len(kinds) > 1:
+        source = _ReadOnce(source, [episode for episodes in kinds.values() for episode in episodes])
+    return {seen: load_batch(source, episodes, novel.get(seen, ())) for seen, episodes in kinds.items()}
 
 
 class _ReadOnce:

@@ -294,6 +294,15 @@ class Trainer:
             self.board.close()
 
     @property
+    def novel(self) -> tuple[int, ...]:
+        """Classes whose pixels are left out of the loss."""
+        return self.source.index.split(self.config.fold, "test").class_ids if self._ignores_novel else ()
+
+    @property
+    def _ignores_novel(self) -> bool:
+        return self.config.novel_pixels == "ignore"
+
+    @property
     def recent_loss(self) -> float:
         return sum(self.losses) / len(self.losses) if self.losses else float("nan")
 
@@ -315,7 +324,7 @@ class Trainer:
         """Steps up to `config.steps`; False if stopped before."""
         remaining = range(self.position.step, self.config.steps)
         parts = (part for step in remaining for part in self.parts(step))
-        with closing(prefetch(self.source, parts, prefetch_depth)) as loaded:
+        with closing(prefetch(self.source, parts, prefetch_depth, self.novel)) as loaded:
             self._saved = time.monotonic()
             for step in remaining:
                 if self._any_rank(stop()):
@@ -390,7 +399,8 @@ class Trainer:
         with nullcontext() if sync else self.ranks.no_sync(self.wrapped):
             given = {} if correlations is None else {"correlations": correlations}
             logits = self.wrapped(batch.query, batch.support, batch.support_mask, batch.unit, **given)
-            losses = episode_losses(logits, batch.target, batch.ignore, self.config.boundary)
+            novel = batch.novel if self._ignores_novel else None
+            losses = episode_losses(logits, batch.target, batch.ignore, self.config.boundary, novel)
             (losses.sum() * weight).backward()
         total = torch.zeros((), dtype=torch.float64)
         return total + losses.detach().sum().double().cpu() if mine else total

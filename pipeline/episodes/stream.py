@@ -89,8 +89,10 @@ class EpisodeStream:
             raise ConfigError(f"balance must be 'listed' or 'class', got '{balance}'.")
         split = index.split(fold, role)
         left_out = frozenset(exclude)
+        novel: frozenset[int] = frozenset()
         if drop_novel is not None:
-            left_out |= novel_images(index, fold, role, drop_novel)
+            novel = novel_images(index, fold, role, drop_novel) - left_out
+            left_out |= novel
         self.shots = shots
         self.repeat_supports = repeat_supports
         self.entries = tuple(entry for entry in split.entries if entry[0] not in left_out)
@@ -98,7 +100,7 @@ class EpisodeStream:
         self._balanced = balance == "class"
         if self._balanced:  # a class that lost all its images, or never had one, cannot have its share
             self._by_class = {class_id: self._by_class.get(class_id, ()) for class_id in split.class_ids}
-        require_images(index, fold, role, self._by_class, split, 1 if repeat_supports else shots)
+        require_images(index, fold, role, self._by_class, split, 1 if repeat_supports else shots, novel)
         self.class_ids = tuple(sorted(self._by_class))
         self._position = {
             (class_id, image): position
@@ -202,10 +204,27 @@ def require_images(
     pools: dict[int, tuple[int, ...]],
     split: Split,
     shots: int,
+    novel: Collection[int] = (),
 ) -> None:
+    """Refuse lists that cannot make an episode. `novel` are the images left out because they show a held-out class.
+
+    Raises:
+        ConfigError: no image at all, or too few of a class.
+    """
     where = f"{index.name}, fold {fold}, split '{role}'"
+    why = ""
+    if novel:
+        held_out = [index.classes[class_id] for class_id in index.split(fold, "test").class_ids]
+        why = (
+            f" {len(novel)} of the {len({image for image, _ in split.entries})} photos listed were left out because "
+            f"they show a class that fold {fold} holds out ({', '.join(held_out[:4])}"
+            f"{', ...' if len(held_out) > 4 else ''}): without --drop-novel-images they are kept, and with "
+            f"--novel-pixels ignore the pixels of these classes are left out of the loss instead."
+        )
     if not pools:
         notes = " ".join(index.notes)
+        if why:
+            raise ConfigError(f"{where}: no image is left to draw episodes from.{why} Nothing was changed.")
         raise ConfigError(
             f"{where}: no images to draw episodes from ({len(split.entries)} listed, all left out or none there). "
             f"{notes + ' ' if notes else ''}Choose another fold"
@@ -219,6 +238,11 @@ def require_images(
             for class_id, count in small[:4]
         )
         more = f"; and {len(small) - 4} more" if len(small) > 4 else ""
+        if why:
+            raise ConfigError(
+                f"{where}: an episode needs {shots + 1} images of its class, left are: {names}{more}.{why} Nothing was "
+                f"changed."
+            )
         raise ConfigError(
             f"{where}: a {shots}-shot episode needs {shots + 1} images of its class, usable are: {names}{more}. "
             f"Use fewer shots, add images of these classes, or take the classes out of the data set."

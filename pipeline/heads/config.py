@@ -38,7 +38,9 @@ TRAINING: dict[str, Any] = {
 FINETUNING: dict[str, Any] = {"finetune_backbone": False, "backbone_lr": 0.0}
 """Fields of `RunConfig` that say whether and how the backbone is trained too, with the published values. They are in no
 recipe and in no sweep: a store's features are frozen."""
-_LATER = {name: value for name, value in (TRAINING | FINETUNING).items() if name != "learning_rate"}
+SCENES: dict[str, Any] = {"novel_pixels": "background"}
+"""Fields of `RunConfig` that say what held-out classes are in training photos, with the published values."""
+_LATER = {name: value for name, value in (TRAINING | FINETUNING | SCENES).items() if name != "learning_rate"}
 """Those that came after the first runs, with the published values."""
 
 
@@ -101,6 +103,9 @@ class RunConfig:
     """What boundary pixels are in the loss: "background" as the published code, "ignore" as the paper says."""
     drop_novel_images: bool = False
     """Leave out training images that show a novel class. The published code keeps them."""
+    novel_pixels: str = SCENES["novel_pixels"]
+    """What pixels of held-out classes are in the loss: "background" as the published code, or "ignore". In photos of
+    scenes, which show many classes, "background" teaches that the held-out ones are never an object."""
     repeat_supports: bool = True
     """Whether the supports of an episode may repeat, as in the published code."""
     select_on: str = "val"
@@ -131,6 +136,8 @@ class RunConfig:
                 raise ConfigError(f"{name} must be one of {', '.join(known)}, got '{getattr(self, name)}'.")
         if self.boundary not in ("background", "ignore"):
             raise ConfigError(f"boundary must be 'background' or 'ignore', got '{self.boundary}'.")
+        if self.novel_pixels not in ("background", "ignore"):
+            raise ConfigError(f"novel_pixels must be 'background' or 'ignore', got '{self.novel_pixels}'.")
         if self.arithmetic not in ARITHMETIC:
             raise ConfigError(f"arithmetic must be one of {', '.join(ARITHMETIC)}, got '{self.arithmetic}'.")
         if self.select_on not in SELECT_ON:

@@ -39,6 +39,10 @@ class EpisodeBatch:
     """What the levels are still coded with; `to` decodes them."""
     support_ignore: Tensor | None = None
     """(B K, S, S) bool, `ignore` of the supports."""
+    novel: Tensor | None = None
+    """(B, S, S) bool, True where the query shows a class that was asked for; None if none was."""
+    support_novel: Tensor | None = None
+    """(B K, S, S) bool, `novel` of the supports."""
 
     @property
     def size(self) -> int:
@@ -47,6 +51,7 @@ class EpisodeBatch:
     def to(self, device: str | torch.device) -> EpisodeBatch:
         """The batch on a device. Codes travel as they are, which is the least to send, and are decoded there."""
         move = lambda tensor: tensor.to(device, non_blocking=True)  # noqa: E731
+        maybe = lambda tensor: None if tensor is None else move(tensor)  # noqa: E731
         query, support = [move(level) for level in self.query], [move(level) for level in self.support]
         if self.codec is not None:
             codec = self.codec.on(query[0].device)
@@ -57,9 +62,11 @@ class EpisodeBatch:
             support=support,
             support_mask=move(self.support_mask),
             target=move(self.target),
-            ignore=None if self.ignore is None else move(self.ignore),
+            ignore=maybe(self.ignore),
             codec=None,
-            support_ignore=None if self.support_ignore is None else move(self.support_ignore),
+            support_ignore=maybe(self.support_ignore),
+            novel=maybe(self.novel),
+            support_novel=maybe(self.support_novel),
         )
 
     def read_by(self, backbone: Backbone) -> EpisodeBatch:
@@ -81,6 +88,9 @@ class EpisodeBatch:
         ignore = None
         if self.ignore is not None and self.support_ignore is not None:
             ignore = torch.cat([self.ignore, self.support_ignore])
+        novel = None
+        if self.novel is not None and self.support_novel is not None:
+            novel = torch.cat([self.novel, self.support_novel])
         pairs = list(zip(self.query, self.support, strict=True))
         return replace(
             self,
@@ -90,11 +100,17 @@ class EpisodeBatch:
             target=torch.cat([self.target, self.support_mask]),
             ignore=ignore,
             support_ignore=None if ignore is None else ignore.roll(self.size, 0),
+            novel=novel,
+            support_novel=None if novel is None else novel.roll(self.size, 0),
         )
 
 
-def load_batch(source: FeatureSource, episodes: Sequence[Episode]) -> EpisodeBatch:
-    """Read what a batch of episodes needs. All must have the same number of shots. Coded features stay coded."""
+def load_batch(source: FeatureSource, episodes: Sequence[Episode], novel: Sequence[int] = ()) -> EpisodeBatch:
+    """Read what a batch of episodes needs. All must have the same number of shots. Coded features stay coded.
+
+    Args:
+        novel: class ids whose pixels shall be marked (`EpisodeBatch.novel`).
+    """
     queries = [episode.query for episode in episodes]
     supports = [support for episode in episodes for support in episode.supports]
     shots = len(episodes[0].supports)
@@ -114,14 +130,23 @@ def load_batch(source: FeatureSource, episodes: Sequence[Episode]) -> EpisodeBat
         unit=source.codec is not None,
         codec=source.codec,
         support_ignore=None if boundary is None else support_labels == boundary,
+        novel=_shows(query_labels, novel),
+        support_novel=_shows(support_labels, novel),
     )
 
 
+def _shows(labels: Tensor, classes: Sequence[int]) -> Tensor | None:
+    """Where label maps show one of some classes; None without a class."""
+    if not classes:
+        return None
+    return torch.isin(labels, torch.tensor(classes, dtype=labels.dtype, device=labels.device) + 1)
+
+
 def prefetch(
-    source: FeatureSource, batches: Iterator[Sequence[Episode]], depth: int = 2
+    source: FeatureSource, batches: Iterator[Sequence[Episode]], depth: int = 2, novel: Sequence[int] = ()
 ) -> Generator[tuple[Sequence[Episode], EpisodeBatch], None, None]:
     """Load batches on a background thread, at most `depth` ahead of the one in use; see `read_ahead`."""
-    return read_ahead(partial(load_batch, source), batches, depth, "prefetch")
+    return read_ahead(partial(load_batch, source, novel=novel), batches, depth, "prefetch")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ KINDS = (
     {"learner": {"channels": [4, 8, 8]}, "clip": 0.1},
     {"batch_size": 2, "both_directions": True},
     {"fold": 1},
+    {"novel_pixels": "ignore"},
 )
 """One of each: other weights' treatment, episodes, kernels, sight, shapes, batches, classes."""
 

@@ -15,12 +15,12 @@ from hsnet.backbone import FrozenBackbone
 from hsnet.errors import CheckpointError, ConfigError, HSNetError, ShapeError, StoreError
 from hsnet.fused import FusedHSNet
 from hsnet.loss import episode_losses
-from hsnet.model import HSNet
+from hsnet.model import HSNet, resize_logits
 from pipeline.common.process_group import Distributed
 from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.datasets.shapes import Shapes
 from pipeline.heads.checkpoint import load_checkpoint, read_tensors
-from pipeline.heads.config import TRAINING, skipped_digest
+from pipeline.heads.config import TRAINING, RunConfig, skipped_digest
 from pipeline.heads.segmenters import LearnedSegmenter
 from pipeline.heads.training import rate_at
 from pipeline.loading.batch import load_batch
@@ -209,6 +209,51 @@ def test_selection_never_sees_a_test_episode(tiny_config, tiny_source):
     assert novel.isdisjoint(selection.class_ids)
     assert selection_stream(tiny_config(select_on="none"), tiny_source) is None
     assert set(selection_stream(tiny_config(select_on="test"), tiny_source).class_ids) == novel
+
+
+def test_pixels_of_held_out_classes_are_left_out_of_the_loss(tiny_config, tiny_source, tmp_path):
+    """The loss of a step, by hand: cross-entropy over the other pixels. Shapes photos show several classes."""
+    novel = tiny_source.index.split(0, "test").class_ids
+    config = tiny_config(novel_pixels="ignore", steps=1, select_on="none", average=0.0)
+    stream = training_stream(config, tiny_source)
+    numbers = next(
+        first for first in range(0, 400, 4)
+        if load_batch(tiny_source, [stream[n] for n in range(first, first + 4)], novel).novel.any()
+    )  # fmt: skip
+    episodes = [stream[number] for number in range(numbers, numbers + 4)]
+    batch = load_batch(tiny_source, episodes, novel)
+    labels = tiny_source.labels([episode.query for episode in episodes])
+    assert torch.equal(batch.novel, torch.isin(labels, torch.tensor(novel) + 1))
+    assert load_batch(tiny_source, episodes).novel is None
+    torch.manual_seed(0)
+    model = HSNet(**config.learner_arguments)
+    logits = FusedHSNet(model)(batch.query, batch.support, batch.support_mask)
+    whole = torch.nn.functional.cross_entropy(resize_logits(logits, (64, 64)), batch.target.long(), reduction="none")
+    by_hand = torch.stack([loss[~out].mean() for loss, out in zip(whole, batch.novel, strict=True)])
+    torch.testing.assert_close(episode_losses(logits, batch.target, left_out=batch.novel), by_hand)
+    assert not torch.allclose(episode_losses(logits, batch.target), by_hand)
+    both = batch.both_directions()
+    assert torch.equal(both.novel, torch.cat([batch.novel, batch.support_novel]))
+    assert torch.equal(both.support_novel, torch.cat([batch.support_novel, batch.novel]))
+
+
+def test_a_run_keeps_what_held_out_pixels_are(tiny_config, tiny_source, tmp_path):
+    """Runs of before keep their digest; a run that was begun one way does not go on the other."""
+    assert tiny_config().digest == tiny_config(novel_pixels="background").digest
+    assert tiny_config(novel_pixels="ignore").digest != tiny_config().digest
+    with pytest.raises(ConfigError, match="novel_pixels must be 'background' or 'ignore', got 'drop'"):
+        tiny_config(novel_pixels="drop")
+    losses = {}
+    for kind in ("background", "ignore"):
+        events = []
+        fit(tiny_config(novel_pixels=kind, steps=2), tiny_source, tmp_path / kind, on_event=events.append)
+        losses[kind] = [event.loss for event in events if hasattr(event, "loss")]
+    assert losses["background"] != losses["ignore"]
+    with pytest.raises(ConfigError, match=r"novel_pixels +stored 'ignore', wanted 'background'"):
+        fit(tiny_config(steps=4), tiny_source, tmp_path / "ignore")
+    values = tiny_config().to_dict()
+    del values["novel_pixels"]  # as an earlier version wrote it
+    assert RunConfig.from_dict(values).novel_pixels == "background"
 
 
 @pytest.mark.slow
