@@ -120,7 +120,8 @@ def choose_supports(
         # From both ends: no photo is both as long as there are enough.
         supports = drawn[:candidates]
         for query in drawn[::-1][:queries]:
-            if others := tuple(image for image in supports if image != query):
+            mates = index.mates(query)
+            if others := tuple(image for image in supports if image not in mates):
                 work.append(Episode(query, others, class_id))
     if not work:
         raise ConfigError(f"No class of fold {fold} has two photos: there is nothing to choose.")

@@ -7,14 +7,25 @@
 An optional dataset.yaml says more; every key may be left out:
 
     layout: masks                   # masks, classes or coco
-    images: images                  # folder of the photos (masks, coco)
-    masks: masks                    # folder of the masks (masks)
+    images: images                  # folder of the photos (masks, coco), several, or a pattern (see below)
+    masks: masks                    # folder of the masks (masks), as many, or a pattern
     annotations: annotations.json   # file of the annotations (coco)
     classes: {1: cat, 2: dog}       # names by mask value, or a list for 1, 2, ... (masks); which folders (classes)
     folds: 4                        # how many, or the held-out classes of each: [[cat, dog], [cow]]
     val_images: 0.2                 # share of the images kept for tests, or a text file that lists them (masks, coco)
     ignore: true                    # whether 255 in a mask means "ignored" (masks)
+    background: 0                   # mask values that are background; none: every pixel is of a class (masks)
+    void: [11]                      # further mask values that mean "ignored" (masks)
+    colours: {cat: "#ff0000"}       # classes by the colour of their pixels, instead of `classes` (masks)
+    groups: "(.*)_exp[0-9]+"        # photos of one thing: what the group holds of the image id, or a .csv file
     min_object_share: 0.005         # a class that covers less of an image is not listed for it (masks, coco)
+
+Several folders, `images: [train, val]` with `masks: [trainannot, valannot]`, are one data set. A pattern such as
+`images: "photos/{name}.jpg"` with `masks: "labels/{name}_mask.png"` pairs files by what {name} stands for; with
+{class}, "{class}/Imgs/{name}.jpg", each folder of that place is a class (classes).
+
+Photos of one group are never query and support of one episode, and in the layouts masks and coco they are all test
+images or none is.
 
 Folds by rule: as many as there are classes, but at most 4, in blocks of class order.
 
@@ -32,7 +43,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -41,6 +52,7 @@ from PIL import Image
 
 from hsnet.errors import DataError
 from pipeline.datasets.folder_description import Description, read_description
+from pipeline.datasets.folder_files import CLASS, groups_of, is_pattern, left_out, pairs_by_folder, pairs_by_pattern
 from pipeline.datasets.images import (
     PHOTO_SUFFIXES,
     Size,
@@ -48,7 +60,6 @@ from pipeline.datasets.images import (
     image_size,
     photo_size,
     read_binary_mask,
-    read_index_mask,
     read_photo,
     require_same_size,
 )
@@ -57,6 +68,8 @@ from pipeline.datasets.instances import InstanceMasks
 from pipeline.datasets.listing import count_pixels, require_files
 
 MAX_FOLDS = 4
+_NO_CLASS = ("background", "void", "ignore", "ignored", "unlabeled", "unlabelled", "unlabel", "none")
+"""Names that name lists have for what is no class."""
 
 Listed = tuple[tuple[int, ...], ...]
 """Classes that each image is listed for."""
@@ -105,26 +118,26 @@ class _Layout(Protocol):
 
 
 class _Masks:
-    """Photos in one folder, class-number masks in another."""
+    """Photos in folders, masks of numbers or colours in others."""
 
     shared = True
 
     def __init__(self, root: Path, description: Description) -> None:
-        self.photos, self.masks = root / description.images, root / description.masks
-        self.has_ignore = description.ignore
-        photos = _files(self.photos, PHOTO_SUFFIXES)
-        masks = {name.rpartition(".")[0]: name for name in _files(self.masks, (".png",))}
-        self.ids = tuple(name for name in photos if name.rpartition(".")[0] in masks)
-        self._mask = {name: masks[name.rpartition(".")[0]] for name in self.ids}
-        if not self.ids:
-            raise DataError(f"No photo in {self.photos} has a mask of its name (.png) in {self.masks}.")
-        lonely = sorted(set(masks.values()) - set(self._mask.values()))
-        self.notes = (
-            *_left_out("photos without a mask", [name for name in photos if name not in self._mask]),
-            *_left_out("masks without a photo", lonely),
-        )
-        counts = count_pixels(lambda i: read_index_mask(self.mask_path(i)), len(self.ids))
-        self.classes = self._named(description, (set(values) for values, _ in counts))
+        self.root, self.values = root, description.mask_values()
+        self.has_ignore = self.values.has_ignore
+        if is_pattern(description.images):
+            found, notes = pairs_by_pattern(root, str(description.images), str(description.masks))
+            pairs = [pair for _, pair in found]
+        else:
+            pairs, notes = pairs_by_folder(root, description.image_folders, description.mask_folders)
+        places = [f"{root}/{_places(places)}" for places in (description.images, description.masks)]
+        if not pairs:
+            raise DataError(f"No photo in {places[0]} has a mask of its name (.png) in {places[1]}.")
+        self.ids = tuple(name for name, _, _ in pairs)
+        self._files = [(photo, mask) for _, photo, mask in pairs]
+        counts = count_pixels(lambda i: self.values.read(self.mask_path(i)), len(self.ids))
+        self.classes = self._named(description, [set(values) for values, _ in counts], places[1])
+        self.notes = (*notes, *self._meaning(description, counts))
         self.listed = tuple(
             tuple(
                 value - 1
@@ -134,37 +147,63 @@ class _Masks:
             for values, total in counts
         )
 
-    def _named(self, description: Description, values_of: Iterable[set[int]]) -> dict[int, str]:
-        skipped = {0, 255, 65535} if self.has_ignore else {0}
+    def _named(self, description: Description, values_of: Sequence[set[int]], masks: str) -> dict[int, str]:
+        shift = self.values.shift
+        if self.values.classes is not None:
+            return self.values.classes
+        # 255 is a class only where it is not ignored, or where it is the mask value 254.
+        skipped = {0, 65535} | ({255} if self.values.ignore and not shift else set())
+        if not self.has_ignore:
+            skipped = {0}
         if description.classes is not None:
-            skipped |= set(description.classes)
+            skipped |= {value + shift for value in description.classes}
             for i, values in enumerate(values_of):
                 if values - skipped:
+                    odd = [value - shift for value in sorted(values - skipped)[:5]]
                     raise DataError(
-                        f"{self.mask_path(i)}: mask values without a class: {sorted(values - skipped)[:5]}. Correct "
-                        f"the mask, or name them under `classes` in dataset.yaml."
+                        f"{self.mask_path(i)}: mask values without a class: {odd}. Correct the mask, or name them "
+                        f"under `classes` in dataset.yaml (or under `void`, if they mean nothing)."
                     )
-            return {value - 1: name for value, name in description.classes.items()}
+            return {value + shift - 1: name for value, name in description.classes.items()}
         numbers = sorted(set[int]().union(*values_of) - skipped)
         if not numbers:
             raise DataError(
-                f"The masks in {self.masks} hold no class number, only 0{' and 255' if self.has_ignore else ''}. Masks "
+                f"The masks in {masks} hold no class number, only 0{' and 255' if self.has_ignore else ''}. Masks "
                 f"of one object each belong beside their photos, one folder per class."
             )
-        return {value - 1: f"class {value}" for value in numbers}
+        return {value - 1: f"class {value - shift}" for value in numbers}
+
+    def _meaning(self, description: Description, counts: Sequence[tuple[dict[int, int], int]]) -> tuple[str, ...]:
+        """What was made of mask values that nobody named, and names that look like another meaning."""
+        if description.classes is None and self.values.classes is None and description.background is None:
+            share = sum(values.get(0, 0) for values, _ in counts) / max(1, sum(total for _, total in counts))
+            names = [number + 1 for number in sorted(self.classes)]
+            which = f"{names[0]} to {names[-1]}" if len(names) > 2 else " and ".join(map(str, names))
+            return (
+                f"No names in dataset.yaml: mask value 0 is taken as background ({100 * share:.0f} % of the pixels), "
+                f"{which} as classes{', 255 as ignored' if self.has_ignore else ''}. If 0 is a class, say `background: "
+                f"none`; if a value means nothing, `void: {names[-1]}`.",
+            )
+        first = next(iter(description.classes.items()), None) if description.classes else None
+        if first is not None and first[1].casefold().strip("_ ") in _NO_CLASS:
+            return (
+                f"Mask value {first[0]} is a class named '{first[1]}'. If it is no class, leave it out of "
+                f"`classes` and say `background: {first[0]}` or `void: {first[0]}`.",
+            )
+        return ()
 
     def photo(self, i: int) -> Path:
-        return self.photos / self.ids[i]
+        return self.root / self._files[i][0]
 
     def mask_path(self, i: int) -> Path:
-        return self.masks / self._mask[self.ids[i]]
+        return self.root / self._files[i][1]
 
     def mask_size(self, i: int) -> Size:
         return image_size(self.mask_path(i))
 
     def label(self, i: int) -> np.ndarray:
         path = self.mask_path(i)
-        return class_label(read_index_mask(path), path, self.classes, ignore=self.has_ignore)
+        return class_label(self.values.read(path), path, self.classes, ignore=self.has_ignore)
 
 
 class _ClassFolders:
@@ -175,7 +214,7 @@ class _ClassFolders:
 
     def __init__(self, root: Path, description: Description) -> None:
         self.root = root
-        pairs = {folder: pairs_beside(root, folder) for folder in _folders(root)}
+        pairs, lonely_notes = _class_pairs(root, description)
         empty = sorted(folder for folder, listed in pairs.items() if not listed)
         if description.classes is not None:
             names = list(description.classes.values())
@@ -184,10 +223,7 @@ class _ClassFolders:
                 raise DataError(f"{root}: no folder with photos and masks for the class {missing[0]!r}.")
         else:
             names = [folder for folder in sorted(pairs) if pairs[folder]]
-        lonely = [photo for folder in sorted(pairs) if pairs[folder] for photo in _without_mask(root, pairs[folder])]
-        self.notes = _left_out("folders without a photo that has a mask", empty) + _left_out(
-            "photos without a mask", lonely
-        )
+        self.notes = (*left_out("folder", "without a photo that has a mask", empty), *lonely_notes)
         self.classes = dict(enumerate(names))
         self._pairs = [(photo, mask, c) for c, name in self.classes.items() for photo, mask in pairs[name]]
         self.ids = tuple(photo for photo, _, _ in self._pairs)
@@ -214,6 +250,8 @@ class _Coco:
     has_ignore = False
 
     def __init__(self, root: Path, description: Description) -> None:
+        if not isinstance(description.images, str) or is_pattern(description.images):
+            raise DataError(f"{root}/dataset.yaml: images of the layout coco must be one folder.")
         self.photos = root / description.images
         self.instances = InstanceMasks(root / description.annotations)
         self.classes = self.instances.classes
@@ -241,23 +279,62 @@ _LAYOUTS: dict[str, Callable[[Path, Description], _Layout]] = {"masks": _Masks, 
 
 
 def _layout_of(root: Path, description: Description) -> str:
-    if (root / description.images).is_dir():
-        if (root / description.masks).is_dir():
+    images, masks = description.images, description.masks
+    if is_pattern(images):
+        return "classes" if CLASS in str(images) else "masks"
+    if all((root / folder).is_dir() for folder in description.image_folders):
+        if all((root / folder).is_dir() for folder in description.mask_folders):
             return "masks"
         if (root / description.annotations).is_file():
             return "coco"
     if any(pairs_beside(root, folder) for folder in _folders(root)):
         return "classes"
-    raise DataError(
-        f"{root} has none of the known layouts: {description.images}/ with {description.masks}/, "
-        f"{description.images}/ with {description.annotations}, or one folder per class with photos and masks (.png) "
-        f"of the same names."
+    below = next(
+        (f"{one}/{two}" for one in _folders(root) for two in _folders(root / one) if pairs_beside(root, f"{one}/{two}")), ""
     )
+    hint = ""
+    if below:
+        folder = below.rpartition("/")[2]
+        hint = (
+            f" Photos with masks are in {below}: dataset.yaml can say so, `images: "
+            f"'{{class}}/{folder}/{{name}}.jpg'` and `masks: '{{class}}/{folder}/{{name}}.png'`."
+        )
+    raise DataError(
+        f"{root} has none of the known layouts: {_places(images)}/ with {_places(masks)}/, {_places(images)}/ with "
+        f"{description.annotations}, or one folder per class with photos and masks (.png) of the same names.{hint}"
+    )
+
+
+def _places(folders: str | tuple[str, ...]) -> str:
+    return folders if isinstance(folders, str) else ", ".join(folders)
+
+
+def _class_pairs(root: Path, description: Description) -> tuple[dict[str, list[tuple[str, str]]], tuple[str, ...]]:
+    """Class -> its (photo, mask), and notes of photos left out."""
+    if is_pattern(description.images):
+        found, notes = pairs_by_pattern(root, str(description.images), str(description.masks))
+        pairs: dict[str, list[tuple[str, str]]] = {}
+        for name, (_, photo, mask) in found:
+            pairs.setdefault(name, []).append((photo, mask))
+        return pairs, notes
+    pairs = {folder: pairs_beside(root, folder) for folder in _folders(root)}
+    lonely = [photo for folder in sorted(pairs) if pairs[folder] for photo in _without_mask(root, pairs[folder])]
+    return pairs, left_out("photo", "without a mask", lonely)
 
 
 def _index(layout: _Layout, description: Description, root: Path) -> DatasetIndex:
     folds = _folds(layout.classes, description, root)
-    tests = _test_images(layout, description, root) if layout.shared else frozenset()
+    groups, group_notes = groups_of(root, description.groups, layout.ids)
+    tests: frozenset[int] = frozenset()
+    if layout.shared:
+        tests = _test_images(layout, description, root, groups)
+        tested = {groups[i] for i in tests} if groups else set()
+        if apart := tested & {group for i, group in enumerate(groups) if i not in tests}:
+            first = next(layout.ids[i] for i in sorted(tests) if groups[i] in apart)
+            group_notes += (
+                f"{description.val_images} takes some photos of {len(apart)} groups for tests and leaves others for "
+                f"training (first: {first}): scores will be too good.",
+            )
     splits = {}
     for fold, novel in enumerate(folds):
         base = tuple(sorted(set(layout.classes) - set(novel)))
@@ -276,7 +353,7 @@ def _index(layout: _Layout, description: Description, root: Path) -> DatasetInde
                 "val": _split(layout, everything, chosen),
                 "test": _split(layout, everything, novel),
             }
-    notes = [*layout.notes]
+    notes = [*layout.notes, *group_notes]
     if not layout.shared and len(folds) < 3:
         notes.append("With two folds no classes are left for choosing a model: 'val' is empty.")
     return DatasetIndex(
@@ -286,6 +363,7 @@ def _index(layout: _Layout, description: Description, root: Path) -> DatasetInde
         splits=splits,
         query_order="list",
         has_ignore=layout.has_ignore,
+        groups=groups,
         notes=(*notes, *small_class_notes(splits, layout.classes)),
     )
 
@@ -318,7 +396,7 @@ def _folds(classes: dict[int, str], description: Description, root: Path) -> lis
     return [tuple(block) for block in blocks]
 
 
-def _test_images(layout: _Layout, description: Description, root: Path) -> frozenset[int]:
+def _test_images(layout: _Layout, description: Description, root: Path, groups: Sequence[int]) -> frozenset[int]:
     if isinstance(description.val_images, str):
         return _listed_in(root / description.val_images, layout.ids)
     names = [image_id.encode("utf-8", "surrogateescape") for image_id in layout.ids]
@@ -328,11 +406,20 @@ def _test_images(layout: _Layout, description: Description, root: Path) -> froze
         for class_id in layout.listed[i]:
             images[class_id].append(i)
     tests: set[int] = set()
+    members: dict[int, list[int]] = {}
+    for i, group in enumerate(groups):
+        members.setdefault(group, []).append(i)
     for class_id in sorted(images, key=lambda c: (len(images[c]), c)):
         wanted = max(2, math.ceil(description.val_images * len(images[class_id])))
         others = [i for i in images[class_id] if i not in tests]
         there = len(images[class_id]) - len(others)
-        tests.update(others[: max(0, wanted - there)])
+        if not groups:
+            tests.update(others[: max(0, wanted - there)])
+            continue
+        for i in others:  # a group comes whole
+            if len(tests.intersection(images[class_id])) >= wanted:
+                break
+            tests.update(members[groups[i]])
     return frozenset(tests)
 
 
@@ -348,13 +435,6 @@ def _listed_in(path: Path, ids: Sequence[str]) -> frozenset[int]:
     if unknown is not None:
         raise DataError(f"{path} lists {unknown[:80]!r}, but there is no such photo with a mask.")
     return frozenset(number[name] for name in names)
-
-
-def _files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder.")
-    inside = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in suffixes)
-    return sorted(path.as_posix() for path in inside if not any(part.startswith(".") for part in path.parts))
 
 
 def _folders(root: Path) -> list[str]:
@@ -389,9 +469,3 @@ def _without_mask(root: Path, pairs: Sequence[tuple[str, str]]) -> list[str]:
     )
     names = (f"{folder}/{path.name}" for path in photos if not path.name.startswith("."))
     return sorted(name for name in names if name not in paired)
-
-
-def _left_out(what: str, names: Sequence[str]) -> tuple[str, ...]:
-    if not names:
-        return ()
-    return (f"Left out {len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}.",)

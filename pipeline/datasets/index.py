@@ -96,6 +96,8 @@ class DatasetIndex:
     """How queries are drawn: "list" each entry once a cycle, "class" uniform class, then uniform image (COCO)."""
     has_ignore: bool = False
     """Whether masks may hold `ignore_label`."""
+    groups: tuple[int, ...] = ()
+    """Group number of every image: photos of one thing, never query and support of one episode. () without groups."""
     notes: tuple[str, ...] = field(default=(), compare=False)
     """What a user should know: lists that were not there, rules applied. Not part of the digest."""
 
@@ -128,6 +130,17 @@ class DatasetIndex:
     def ignore_label(self) -> int:
         """255 or 65535."""
         return int(np.iinfo(self.label_dtype).max)
+
+    def mates(self, image: int) -> tuple[int, ...]:
+        """Numbers of all images of an image's group, itself among them, ascending."""
+        return self._members[self.groups[image]] if self.groups else (image,)
+
+    @cached_property
+    def _members(self) -> dict[int, tuple[int, ...]]:
+        members: dict[int, list[int]] = {}
+        for image, group in enumerate(self.groups):
+            members.setdefault(group, []).append(image)
+        return {group: tuple(images) for group, images in members.items()}
 
     @cached_property
     def digest(self) -> str:
@@ -164,6 +177,8 @@ class DatasetIndex:
         """
         ids = Texts.of(self.images)
         columns: dict[str, NDArray[Any]] = {"images": ids.text, "images.ends": ids.ends}
+        if self.groups:
+            columns["groups"] = np.array(self.groups, np.int64)
         declared: dict[str, dict[str, list[int]]] = {}
         for fold, roles in self.splits.items():
             declared[str(fold)] = {role: list(split.declared) for role, split in roles.items()}
@@ -194,6 +209,8 @@ class DatasetIndex:
                 for fold, roles in _object(fields.pop("declared"), "declared").items()
             }
             digest = fields.pop("digest")
+            if "groups" in columns:
+                fields["groups"] = column(columns, "groups", "int64").tolist()
         except (KeyError, ValueError) as error:
             raise DataError(f"The columns of the data-set index are damaged: {error!r:.300}.") from error
         if not isinstance(digest, str) or not re.fullmatch("sha256:[0-9a-f]{64}", digest):
@@ -250,6 +267,11 @@ def _check(index: DatasetIndex) -> None:
             raise DataError(f"{image_id!r} cannot be an image id: {problem}.")
     if not texts and len(set(index.images)) != len(index.images):
         raise DataError("The same image id occurs twice in the index.")
+    if index.groups:
+        if len(index.groups) != len(index.images):
+            raise DataError(f"{len(index.groups)} groups for {len(index.images)} images: every image needs one.")
+        if not all(_is_int(group) and 0 <= group < len(index.images) for group in index.groups):
+            raise DataError("The group of an image must be a number from 0, below the number of images.")
     if index.query_order not in QUERY_ORDERS:
         raise DataError(f"query_order is {index.query_order!r}, must be one of {', '.join(QUERY_ORDERS)}.")
     for fold, roles in index.splits.items():
@@ -315,6 +337,8 @@ def _content(index: DatasetIndex) -> dict[str, Any]:
     return {
         **_facts(index),
         "images": list(index.images),
+        # Only where there are some: digests of data sets without stay what they were.
+        **({"groups": list(index.groups)} if index.groups else {}),
         "splits": {
             str(fold): {
                 role: {
@@ -336,6 +360,7 @@ def _canonical(value: object) -> str:
 def _from_raw(raw: object) -> DatasetIndex:
     fields = _object(raw, "the index")
     wanted = {"format", "name", "classes", "images", "query_order", "has_ignore", "splits", "notes"}
+    groups = _list(fields.pop("groups", []), "groups", int)
     if set(fields) != wanted:
         odd = ", ".join(sorted(set(fields) ^ wanted))
         raise DataError(f"The data-set index has missing or unknown fields: {odd[:200]}.")
@@ -355,6 +380,7 @@ def _from_raw(raw: object) -> DatasetIndex:
         splits=splits,
         query_order=fields["query_order"] if isinstance(fields["query_order"], str) else "",
         has_ignore=fields["has_ignore"],
+        groups=tuple(groups),
         notes=tuple(_list(fields["notes"], "notes", str)),
     )
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hsnet.errors import ConfigError
 from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.episodes.stream import Episode, require_images
 
@@ -28,8 +29,14 @@ def reference_episodes(
     Source: juhongm999/hsnet @ 6b1bc12, its dataset samplers; checked against golden f.
 
     Raises:
-        ConfigError: no such fold; a class has one image only, for which the published code never ends.
+        ConfigError: the data set has groups; no such fold; a class has one image only, for which the published code
+            never ends.
     """
+    if index.groups:
+        raise ConfigError(
+            "The published code's episodes know no groups of photos, and this data set has some: draw other episodes "
+            "(leave out --episodes reference, or --protocol hsnet). Nothing was computed."
+        )
     split = index.split(fold, role)
     pools = _published_pools(index, split)
     if index.query_order == "class":

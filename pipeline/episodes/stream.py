@@ -7,7 +7,8 @@ order, on any machine. (The published code's own sequence exists in order only: 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,6 +108,7 @@ class EpisodeStream:
             for class_id, images in self._by_class.items()
             for position, image in enumerate(images)
         }
+        self._mates = index.mates
         self._by_list = index.query_order == "list"
         self._key = (index.digest, fold, role, seed)
         self._cycles: dict[tuple[object, ...], tuple[int, np.ndarray]] = {}
@@ -144,7 +146,7 @@ class EpisodeStream:
             number += 1
 
     def _supports(self, class_id: int, query: int, draws: Sequence[int]) -> tuple[int, ...]:
-        taken = [self._position[class_id, query]]
+        taken = positions_of(self._position, class_id, self._mates(query))
         return pick_supports(self._by_class[class_id], draws, taken, repeat=self.repeat_supports)
 
     def _order(self, cycle: int, count: int, *what: object) -> np.ndarray:
@@ -169,11 +171,18 @@ def novel_images(
     return frozenset(image for image in listed if not novel.isdisjoint(classes_present(image)))
 
 
+def positions_of(places: Mapping[tuple[int, int], int], class_id: int, images: Iterable[int]) -> list[int]:
+    """Positions, ascending, that images have among those of a class; of those that it has."""
+    found = (places.get((class_id, image)) for image in images)
+    return sorted(position for position in found if position is not None)
+
+
 def pick_supports(images: Sequence[int], draws: Iterable[int], taken: list[int], *, repeat: bool) -> tuple[int, ...]:
     """One of a class's images for every raw draw.
 
     Args:
-        taken: positions, ascending, of images that must not be picked (the query's); grows if supports must differ.
+        taken: positions, ascending, of images that must not be picked (the query's, and those of its group); grows if
+            supports must differ.
         repeat: whether an image may be picked twice.
     """
     # Positions already taken are stepped over instead of copying the class without them: COCO's "person"
@@ -230,6 +239,8 @@ def require_images(
             f"{notes + ' ' if notes else ''}Choose another fold"
             f"{', or train with --select-on none' if role == 'val' else ''}."
         )
+    if index.groups:
+        _require_groups(index, where, pools, shots)
     small = [(class_id, len(set(images))) for class_id, images in pools.items() if len(set(images)) < shots + 1]
     if small:
         listed = images_by_class(split.entries)
@@ -247,3 +258,18 @@ def require_images(
             f"{where}: a {shots}-shot episode needs {shots + 1} images of its class, usable are: {names}{more}. "
             f"Use fewer shots, add images of these classes, or take the classes out of the data set."
         )
+
+
+def _require_groups(index: DatasetIndex, where: str, pools: dict[int, tuple[int, ...]], shots: int) -> None:
+    """Refuse classes whose photos are so much of one group that a query of it lacks supports. Raises ConfigError."""
+    for class_id, images in pools.items():
+        groups = Counter(index.groups[image] for image in set(images))
+        group, most = max(groups.items(), key=lambda item: item[1], default=(0, 0))
+        if most > 1 and sum(groups.values()) - most < shots:
+            name, first = index.classes[class_id], next(i for i in images if index.groups[i] == group)
+            raise ConfigError(
+                f"{where}: {most} of the {sum(groups.values())} photos of class {class_id} '{name}' are of one group "
+                f"(that of {index.images[first]}), and a query of it needs {shots} support{'' if shots == 1 else 's'} "
+                f"of other groups. Use fewer shots, add photos of other groups, or take `groups` out of dataset.yaml. "
+                f"Nothing was computed."
+            )

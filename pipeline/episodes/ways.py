@@ -13,7 +13,7 @@ from dataclasses import replace
 from hsnet.errors import ConfigError
 from pipeline.common.philox import below, philox
 from pipeline.datasets.index import DatasetIndex
-from pipeline.episodes.stream import Episode, images_by_class, pick_supports, require_images
+from pipeline.episodes.stream import Episode, images_by_class, pick_supports, positions_of, require_images
 
 
 class Ways:
@@ -67,6 +67,7 @@ class Ways:
         for class_id, images in self._by_class.items():
             for image in images:
                 self._listed.setdefault(image, set()).add(class_id)
+        self._mates = index.mates
         self.ways, self.absent, self.repeat_supports = ways, absent, repeat_supports
         self._key = (index.digest, fold, role, seed)
 
@@ -90,6 +91,5 @@ class Ways:
 
     def _supports(self, number: int, class_id: int, query: int, shots: int) -> tuple[int, ...]:
         draws = philox(*self._key, "supports", number, class_id).random_raw(shots).tolist()
-        position = self._position.get((class_id, query))
-        taken = [] if position is None else [position]
+        taken = positions_of(self._position, class_id, self._mates(query))
         return pick_supports(self._by_class[class_id], draws, taken, repeat=self.repeat_supports)

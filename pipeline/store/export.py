@@ -111,7 +111,10 @@ def sample_index(index: DatasetIndex, images: Sequence[int], shots: int = 1) -> 
         f"hold only these. Scores on it are no results of that data set."
     )
     names = tuple(index.images[image] for image in images)
-    return replace(index, images=names, splits=splits, notes=(note, *index.notes))
+    old = [index.groups[image] for image in images] if index.groups else []
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(old))}
+    groups = tuple(numbers[group] for group in old)
+    return replace(index, images=names, splits=splits, groups=groups, notes=(note, *index.notes))
 
 
 def _named(store: FeatureStore, ids: Collection[str]) -> list[int]:

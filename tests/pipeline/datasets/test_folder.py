@@ -169,14 +169,175 @@ def test_unpaired_files_are_left_out_with_a_note(masks):
     (masks / "images" / "notes.txt").write_text("x")
     dataset = open_dataset("folder", masks)
     assert len(dataset.index.images) == 40
-    assert "Left out 1 photos without a mask: alone.jpg." in dataset.index.notes
-    assert "Left out 1 masks without a photo: lonely.png." in dataset.index.notes
+    assert "Left out 1 photo without a mask: alone.jpg." in dataset.index.notes
+    assert "Left out 1 mask without a photo: lonely.png." in dataset.index.notes
 
 
 def test_mask_of_another_size(masks):
     mask(masks / "masks" / "set1" / "0.png", 1, height=10)
     with pytest.raises(DataError, match=r"set1/0\.png is 30 x 10 .*set1/0\.jpg is 30 x 20"):
         open_dataset("folder", masks).label(0)
+
+
+# --- what masks say ---------------------------------------------------------------------------------------------
+
+
+def coloured(path: Path, *colours: str, height: int = 20, width: int = 30) -> None:
+    """A block of 20 pixels for each colour, on black."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.zeros((height, width, 3), np.uint8)
+    for row, colour in enumerate(colours):
+        pixels[row, :20] = [int(colour[place : place + 2], 16) for place in (1, 3, 5)]
+    Image.fromarray(pixels).save(path)
+
+
+def test_what_is_made_of_values_that_nobody_named_is_said(masks):
+    (note,) = open_dataset("folder", masks).index.notes
+    assert note.startswith("No names in dataset.yaml: mask value 0 is taken as background (9")
+    assert "1 to 4 as classes, 255 as ignored. If 0 is a class, say `background: none`" in note
+    describe(masks, "classes: [background, fork, knife, plate]\n")
+    assert open_dataset("folder", masks).index.notes[0].startswith("Mask value 1 is a class named 'background'.")
+    describe(masks, "classes: [cup, fork, knife, plate]\n")
+    assert open_dataset("folder", masks).index.notes == ()
+
+
+def test_zero_can_be_a_class_and_any_value_nothing(masks):
+    """Street photos as they are published: sky is 0, and 3 means nothing here."""
+    describe(masks, "background: none\nvoid: 3\nclasses: {0: sky, 1: road, 2: car, 4: tree}\n")
+    dataset = open_dataset("folder", masks)
+    assert dataset.index.classes == {0: "sky", 1: "road", 2: "car", 4: "tree"}
+    assert dataset.index.has_ignore
+    label = dataset.label(dataset.index.images.index("set2/1.jpg"))  # rows of 2, 3 and 255 on 0
+    assert label[0, 0] == 3
+    assert label[1, 0] == label[2, 0] == 255
+    assert (label == 1).sum() == 600 - 60
+    describe(masks, "background: none\nvoid: 3\nclasses: [sky, road, car]\n")
+    with pytest.raises(DataError, match=r"mask values without a class: \[4\]"):
+        open_dataset("folder", masks)
+    describe(masks, "background: none\n")
+    assert open_dataset("folder", masks).index.classes == {n: f"class {n}" for n in range(5)}
+
+
+def test_background_may_be_another_value(masks):
+    describe(masks, "background: [0, 4]\nclasses: [cup, fork, knife]\n")
+    dataset = open_dataset("folder", masks)
+    assert dataset.index.classes == {0: "cup", 1: "fork", 2: "knife"}
+    assert not (dataset.label(dataset.index.images.index("set4/0.jpg"))).any()
+    describe(masks, "background: 4\nignore: false\nclasses: {0: table, 1: cup, 2: fork, 3: knife, 255: edge}\n")
+    dataset = open_dataset("folder", masks)
+    assert (dataset.index.classes[255], dataset.index.has_ignore) == ("edge", False)
+    label = dataset.label(dataset.index.images.index("set3/1.jpg"))
+    assert (label[0, 0], label[1, 0], label[2, 0], label[9, 0]) == (4, 0, 256, 1)
+
+
+def test_colours_are_classes(tmp_path):
+    for number in range(6):
+        photo(tmp_path / "images" / f"{number}.jpg")
+        coloured(tmp_path / "masks" / f"{number}.png", "#ff0000" if number % 2 else "#00ff00", "#0000ff")
+    with pytest.raises(
+        DataError, match=r"colours: \{name: '#rrggbb'.*most frequent here are #000000 \(560 px\), #0000"
+    ):
+        open_dataset("folder", tmp_path)
+    text = "colours: {door: '#ff0000', wall: '#00FF00'}\n"
+    describe(tmp_path, text)
+    with pytest.raises(DataError, match=r"0\.png: colours without a meaning: #0000ff \(20 px\)\. Name them"):
+        open_dataset("folder", tmp_path)
+    describe(tmp_path, text + "void: '#0000ff'\n")
+    dataset = open_dataset("folder", tmp_path)
+    assert dataset.index.classes == {0: "door", 1: "wall"}
+    assert dataset.index.has_ignore
+    label = dataset.label(1)
+    assert (label[0, 0], label[1, 0], label[5, 5]) == (1, 255, 0)
+    describe(tmp_path, "colours: {door: '#ff0000', wall: '#00ff00', frame: '#0000ff', rest: '#000000'}\n")
+    assert (open_dataset("folder", tmp_path).label(1) == 4).sum() == 560
+
+
+# --- where files are --------------------------------------------------------------------------------------------
+
+
+def test_several_folders_are_one_data_set(masks):
+    for part in ("train", "test"):
+        photo(masks / part / "0.jpg")
+        mask(masks / f"{part}annot" / "0.png", 1)
+    describe(masks, "images: [images, train, test]\nmasks: [masks, trainannot, testannot]\n")
+    index = open_dataset("folder", masks).index
+    assert len(index.images) == 42
+    assert {"images/set1/0.jpg", "train/0.jpg", "test/0.jpg"} < set(index.images)
+    assert open_dataset("folder", masks).label(41).any()
+
+
+def test_patterns_pair_photos_and_masks(masks):
+    for number in range(4):
+        photo(masks / "left" / "berlin" / f"{number}_photo.png")
+        mask(masks / "fine" / "berlin" / f"{number}_ids.png", number % 2 + 1)
+    photo(masks / "left" / "berlin" / "alone_photo.png")
+    describe(masks, "images: 'left/{name}_photo.png'\nmasks: 'fine/{name}_ids.png'\n")
+    index = open_dataset("folder", masks).index
+    assert index.images == tuple(f"left/berlin/{number}_photo.png" for number in range(4))
+    assert "Left out 1 photo without a mask: left/berlin/alone_photo.png." in index.notes
+    describe(masks, "images: 'left/{name}.png'\nmasks: 'left/{name}.png'\n")
+    with pytest.raises(DataError, match="is its own mask"):
+        open_dataset("folder", masks)
+
+
+def test_a_pattern_can_name_the_class_and_one_is_proposed(folders):
+    for name in ("ant", "bee", "cat", "dog", "eel"):
+        (folders / name).rename(folders / "moved")
+        (folders / name).mkdir()
+        (folders / "moved").rename(folders / name / "Imgs")
+    with pytest.raises(DataError, match=r"Photos with masks are in ant/Imgs: .*'\{class\}/Imgs/\{name\}\.jpg'"):
+        open_dataset("folder", folders)
+    describe(folders, "images: '{class}/Imgs/{name}.jpg'\nmasks: '{class}/Imgs/{name}.png'\n")
+    index = open_dataset("folder", folders).index
+    assert list(index.classes.values()) == ["ant", "bee", "cat", "dog", "eel"]
+    assert index.images[0] == "ant/Imgs/0.jpg"
+    assert len(index.images) == 20
+
+
+# --- groups -----------------------------------------------------------------------------------------------------
+
+
+def test_groups_by_expression_stay_together(masks):
+    """Photos 0 and 1, 2 and 3, ... of a set are of one thing."""
+    plain = open_dataset("folder", masks).index
+    describe(masks, "groups: '^(set[1-3]/[0-9])'\n")
+    index = open_dataset("folder", masks).index
+    assert index.digest != plain.digest
+    assert any("30 groups of 30 photos; 10 photos are in none (set4/0.jpg, ...)" in note for note in index.notes)
+    for path in sorted((masks / "images").rglob("*.jpg")):
+        for folder in ("images", "masks"):
+            old = (
+                masks
+                / folder
+                / path.relative_to(masks / "images").with_suffix(".jpg" if folder == "images" else ".png")
+            )
+            old.rename(old.with_stem(f"{int(old.stem) // 2}-{old.stem}"))
+    describe(masks, "groups: '(set[1-4]/[0-9])-'\n")
+    index = open_dataset("folder", masks).index
+    assert sorted(set(index.groups)) == list(range(20))
+    assert index.mates(0) == (0, 1)
+    for fold in index.folds:
+        tests = {i for role in ("test", "val") for i, _ in index.split(fold, role).entries}
+        others = {i for i, _ in index.split(fold, "trn").entries}
+        assert not {index.groups[i] for i in tests} & {index.groups[i] for i in others}
+        assert index.split(fold, "test").classes_below(2) == {}
+    (masks / "held.txt").write_text("set1/0-0\nset1/1-2\nset2/0-0\n")
+    describe(masks, "groups: '(set[1-4]/[0-9])-'\nval_images: held.txt\n")
+    assert any("takes some photos of 3 groups for tests" in note for note in open_dataset("folder", masks).index.notes)
+
+
+def test_groups_from_a_file(masks):
+    (masks / "groups.csv").write_text("image,group\nset1/0.jpg,a\nset1/1,a\nset2/0,b\n")
+    describe(masks, "groups: groups.csv\n")
+    index = open_dataset("folder", masks).index
+    assert index.mates(0) == (0, 1)
+    assert index.mates(2) == (2,)
+    (masks / "groups.csv").write_text("image,group\nset9/0.jpg,a\n")
+    with pytest.raises(DataError, match=r"lists 'set9/0\.jpg'"):
+        open_dataset("folder", masks)
+    (masks / "groups.csv").write_text("photo,group\nset1/0.jpg,a\n")
+    with pytest.raises(DataError, match="must have the columns image and group"):
+        open_dataset("folder", masks)
 
 
 # --- EXIF -------------------------------------------------------------------------------------------------------
@@ -221,7 +382,7 @@ def test_a_photo_without_its_mask_is_noted(folders):
     (folders / "dog" / "2.png").unlink()
     index = open_dataset("folder", folders).index
     assert len(index.images) == before - 1
-    assert "Left out 1 photos without a mask: dog/2.jpg." in index.notes
+    assert "Left out 1 photo without a mask: dog/2.jpg." in index.notes
 
 
 def test_two_folds_leave_no_classes_to_choose_a_model(folders):
@@ -320,7 +481,24 @@ def test_one_class_is_not_enough(folders):
         ("colour: red\n", "unknown key 'colour'; keys are layout, images"),
         ("layout: voc\n", "layout must be one of masks, classes, coco"),
         ("images: ../elsewhere\n", "a path inside the folder"),
-        ("classes: {0: sky}\n", "classes must be"),
+        ("classes: {0: sky}\n", "names the mask value 0, which is the background. Write `background: none`"),
+        ("classes: {-1: sky}\n", "classes must be"),
+        ("classes: {1: sky, 2: ground}\nvoid: 2\n", "mask value 2 is a class and background or void"),
+        ("background: 5\nvoid: [4, 5]\n", "5 cannot be both background and void"),
+        ("background: '#000000'\n", "background and void must be numbers"),
+        ("void: 70000\n", "void must be a mask value or colour"),
+        ("colours: {a: red}\n", "colours must be"),
+        ("colours: {a: '#ff0000', b: '#FF0000'}\n", "different colours"),
+        ("colours: {a: '#ff0000'}\nvoid: 3\n", "must be '#rrggbb', because classes are colours"),
+        ("colours: {a: '#ff0000'}\nvoid: '#ff0000'\n", "#ff0000 is a class and background or void"),
+        ("colours: {a: '#ff0000'}\nclasses: [a]\n", "`colours` names the classes"),
+        ("images: [a, b]\n", "2 folders of images need as many of masks"),
+        ("images: [a, a]\n", "images must be"),
+        ("images: 'a/{name}.jpg'\n", "must both be folders, or both be patterns"),
+        ("groups: '(a)(b)'\n", r"a regular expression with one \(group\)"),
+        ("groups: '(['\n", r"a regular expression with one \(group\)"),
+        ("groups: '(nothing)'\n", "matches no image; the first is set1/0.jpg"),
+        ("groups: none.csv\n", "none.csv cannot be read"),
         ("classes: {1: a, 2: a}\n", "different names"),
         ("classes: []\n", "classes must be"),
         ("classes: {yes: a}\n", "classes must be"),
