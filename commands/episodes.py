@@ -26,7 +26,7 @@ from commands.options import (
     ways_option,
 )
 from commands.steps import emit, open_data
-from commands.terminal import fact_lines, table
+from commands.terminal import fact_lines, plain, table
 from pipeline.common.text import printable
 from pipeline.episodes.protocols import BALANCES, DRAWS, PROTOCOLS, ROLES
 
@@ -144,9 +144,11 @@ def show(path: Path, rows: int, as_json: bool) -> None:
     from pipeline.episodes.manifest_file import read
 
     manifest = read(path)
-    listed = [f"{number}: {printable(row_text(row))}" for number, row in enumerate(manifest.rows[:rows])]
+    some = manifest.rows[:rows]
+    listed = [f"{number}: {printable(row_text(row, manifest.classes))}" for number, row in enumerate(some)]
     text = "\n".join([_text(path, manifest), *([""] if listed else []), *listed])
-    emit({**_facts(path, manifest), **({"rows": manifest.rows[:rows]} if rows else {})}, text, as_json)
+    named = [{**plain(row), "classes": [manifest.classes[class_id] for class_id, _ in row.classes]} for row in some]
+    emit({**_facts(path, manifest), **({"rows": named} if rows else {})}, text, as_json)
 
 
 @episodes.command("verify", short_help="Check a manifest against the data, and draw it again.")

@@ -117,6 +117,7 @@ if TYPE_CHECKING:
     metavar="ROWS.parquet|DIR",
     help="Write one row per episode; of several checkpoints, a file for each into a folder.",
 )
+@click.option("--overwrite", is_flag=True, help="With --out: replace rows of another test, or any other file there.")
 @options(resident_option, arithmetic_option, workers_option, address_option, device_option)
 @common_options
 def evaluate(
@@ -135,6 +136,7 @@ def evaluate(
     fusions: tuple[str, ...],
     data_options: tuple[str, ...],
     out: Path | None,
+    overwrite: bool,
     workers: int,
     address: str | None,
     device: str,
@@ -210,10 +212,10 @@ def evaluate(
     if ways is not None or plans[0].protocol.several:
         if len(plans) > 1:
             raise click.UsageError("N-way episodes are for one --checkpoint at a time.")
-        return _evaluate_ways(plans[0], background, out, workers, address, as_json, quiet)
+        return _evaluate_ways(plans[0], background, out, overwrite, workers, address, as_json, quiet)
     if background is not None:
         raise click.UsageError("--background is for --ways.")
-    return _evaluate_all(plans, files, checkpoints, workers, address, as_json, quiet)
+    return _evaluate_all(plans, files, checkpoints, overwrite, workers, address, as_json, quiet)
 
 
 def _files(out: Path | None, checkpoints: Sequence[Path]) -> list[Path | None]:
@@ -238,6 +240,7 @@ def _evaluate_all(
     plans: Sequence[EvaluationPlan],
     files: Sequence[Path | None],
     checkpoints: Sequence[Path],
+    overwrite: bool,
     workers: int,
     address: str | None,
     as_json: bool,
@@ -250,7 +253,8 @@ def _evaluate_all(
         for number, (plan, file) in enumerate(zip(plans, files, strict=True)):
             if len(plans) > 1:
                 progress.say(f"{printable(checkpoints[number])}: {number + 1} of {len(plans)}, fold {plan.fold}")
-            outcomes.append(evaluate_to(plan, file, runner=runner, on_event=progress.update))
+            done = evaluate_to(plan, file, runner=runner, on_event=progress.update, overwrite=overwrite)
+            outcomes.append(done)
     classes = plans[0].source.index.classes
     reports = [
         {
@@ -299,6 +303,7 @@ def _evaluate_ways(
     plan: EvaluationPlan,
     background: str | float | None,
     out: Path | None,
+    overwrite: bool,
     workers: int,
     address: str | None,
     as_json: bool,
@@ -308,7 +313,9 @@ def _evaluate_ways(
     from pipeline.evaluate.nway import evaluate_ways
 
     with open_runner(workers, address, plan.device) as runner, Progress("evaluate", "episodes", quiet) as progress:
-        result = evaluate_ways(plan, background=background, runner=runner, on_event=progress.update, out=out)
+        result = evaluate_ways(
+            plan, background=background, runner=runner, on_event=progress.update, out=out, overwrite=overwrite
+        )
     head = fact_lines({**plan.protocol.lines(), "background": background_text(result.facts["background"])})
     text = f"{head}\n\n{ways_text(result.scores)}\n\n{EXPLAINED}"
     printed = emit({"scores": result.scores, "facts": result.facts, "rows": out}, text, as_json)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from pipeline.loading.source import FeatureSource
     from pipeline.store.verify import Verification
 
+_CLASSES_SHOWN = 100
+"""Classes that `hsnet store info` lists; its --json has all."""
+
 
 @click.group(cls=OrderedGroup)
 def store() -> None:
@@ -62,7 +65,17 @@ def store_info(path: str | Path, as_json: bool) -> None:
     from pipeline.store.feature_store import FeatureStore
 
     opened = FeatureStore.open(path, require_complete=False)
-    info = {**opened.info(), "notes": list(opened.index.notes)}
+    index, photos = opened.index, opened.index.photos_per_class()
+    folds = {class_id: [f for f, held_out in index.held_out().items() if class_id in held_out] for class_id in photos}
+    info = {
+        **opened.info(),
+        "per_class": [
+            {"id": class_id, "name": name, "photos": photos[class_id], "held_out_in": folds[class_id]}
+            for class_id, name in index.classes.items()
+        ],
+        "groups": len(set(index.groups)),
+        "notes": list(index.notes),
+    }
     recipe, each = info["recipe"], info["bytes_per_image"]
     done = "complete" if info["complete"] else f"{info['shards_missing']} missing: run the same extract again"
     facts = {
@@ -82,8 +95,21 @@ def store_info(path: str | Path, as_json: bool) -> None:
         facts["grown"] = f"{info['growths'][0]} images first" + "".join(f", then {count}" for count in added)
     if info["images_to_come"]:
         facts["grown"] += f"; {info['images_to_come']} more not finished: run the same extract again"
+    if info["groups"]:
+        facts["groups"] = f"{info['groups']:,}: photos of one group are never query and support of one episode"
     notes = [f"Note: {printable(note)}" for note in info["notes"]]
-    emit(info, "\n".join([fact_lines(facts), *notes]), as_json)
+    emit(info, "\n".join([fact_lines(facts), "", _class_table(info["per_class"]), *notes]), as_json)
+
+
+def _class_table(classes: Sequence[Mapping[str, Any]]) -> str:
+    """A line per class; of very many the first ones."""
+    rows = [
+        [printable(c["name"]), f"{c['photos']:,}", ", ".join(map(str, c["held_out_in"])) or "-"]
+        for c in classes[:_CLASSES_SHOWN]
+    ]
+    shown = table(rows, ["class", "photos", "held out in fold"])
+    more = len(classes) - len(rows)
+    return f"{shown}\n... and {more:,} more: --json has all" if more > 0 else shown
 
 
 @store.command("verify", short_help="Read everything and name what is damaged.")

@@ -81,8 +81,12 @@ training_options = options(
 @click.option("--micro-batch", type=Whole(), help="Losses per forward pass; less takes less memory.")
 @training_options
 @seed_option
-@click.option("--validate-every", type=Whole(), default=500, show_default=True, help="Steps in between.")
-@click.option("--validate-episodes", type=Whole(), default=200, show_default=True, help="Episodes of each.")
+@click.option(
+    "--validate-every", type=Whole(), help="Steps between validations. [default: that of a run that goes on, else 500]"
+)
+@click.option(
+    "--validate-episodes", type=Whole(), help="Episodes of each. [default: that of a run that goes on, else 200]"
+)
 @click.option(
     "--select-on",
     type=click.Choice(("val", "test", "none")),
@@ -182,7 +186,7 @@ def train(
     from pipeline.episodes.scenes import novel_photos
     from pipeline.features.backbones import Reading, new_recipe
     from pipeline.features.weights import load_weights
-    from pipeline.heads.config import RunConfig
+    from pipeline.heads.config import VALIDATION, RunConfig
     from pipeline.heads.learner import LEARNER_CHOICES, learner_arguments
     from pipeline.heads.run_dir import run_data, stored_config
     from pipeline.heads.training import PUBLISHED, training_choices
@@ -205,7 +209,12 @@ def train(
     source = make_source()
     given = {name: choices.pop(name) for name in PUBLISHED}
     learner = learner_arguments(source.recipe, **{name: choices.pop(name) for name in LEARNER_CHOICES})
-    choices |= training_choices(training_recipe, stored_config(run_dir), **given)
+    stored = stored_config(run_dir)
+    choices |= training_choices(training_recipe, stored, **given)
+    for name in VALIDATION:
+        if choices[name] is None:
+            del choices[name]
+            choices |= {name: getattr(stored, name)} if stored else {}
     choices |= {"finetune_backbone": finetune_backbone, "backbone_lr": backbone_lr or 0.0}
     config = RunConfig.of(source, steps=steps or 10_000, learner=learner, **choices)
     if epochs:

@@ -236,7 +236,7 @@ def _trained_and_tested(job: Job, case: Case, fitted: FitSummary | None) -> Case
     method = trained(run_dir, source, job.device)
     if not is_tested(rows, case, method.checkpoint, source.store.identity, job.protocol):
         plan = EvaluationPlan(method=method, source=source, fold=case.fold, protocol=job.protocol, device=job.device)
-        evaluate_to(plan, rows, on_event=tested, replace=True)
+        evaluate_to(plan, rows, on_event=tested, overwrite=True)
     moved = _transfer(case, job, run_dir, method.checkpoint, tested)
     return CaseDone(case, run_dir, rows, fitted.steps, is_new, None, moved)
 
@@ -304,7 +304,7 @@ def _test_untrained(
     method = replace(plan.method, facts={**plan.method.facts, "seed": seed})
     rules = replace(plan.protocol, seeds=protocol.seeds)
     plan = replace(plan, method=method, protocol=rules, dataset=None)
-    evaluate_to(plan, rows, on_event=on_event, replace=True)
+    evaluate_to(plan, rows, on_event=on_event, overwrite=True)
 
 
 def _transfer(
@@ -325,7 +325,7 @@ def _transfer(
                 plan = plan_evaluation(
                     partial(_same, source), protocol, checkpoint=run_dir, transfer=True, device=job.device
                 )
-                evaluate_to(replace(plan, dataset=None), rows, on_event=on_event, replace=True)
+                evaluate_to(replace(plan, dataset=None), rows, on_event=on_event, overwrite=True)
             moved[name] = rows
     if case.transfer and not moved:
         raise ConfigError(

@@ -460,6 +460,7 @@ class Trainer:
         position, better = self.position, miou > self.position.best_miou
         if better:
             position.best_miou, position.best_step = miou, position.step
+            position.best_of = self.config.validate_episodes
             if self.ranks.rank == 0:
                 self.run.save_best(judged, position.step, {"miou": miou, "fb_iou": fb_iou})
         self._report(Validated(position.step, miou, fb_iou, better))

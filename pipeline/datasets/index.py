@@ -131,6 +131,22 @@ class DatasetIndex:
         """255 or 65535."""
         return int(np.iinfo(self.label_dtype).max)
 
+    def photos_per_class(self) -> dict[int, int]:
+        """Class id -> how many different photos are listed for it in any list, for every class there is."""
+        keys = [np.zeros(0, np.int64)]
+        for roles in self.splits.values():
+            for split in roles.values():
+                pairs = Pairs.of(split.entries)
+                keys.append(pairs.second.astype(np.int64) * len(self.images) + pairs.first)
+        found = np.unique(np.concatenate(keys)) // max(1, len(self.images))
+        ids, counts = np.unique(found, return_counts=True)
+        listed = dict(zip(ids.tolist(), counts.tolist(), strict=True))
+        return {class_id: listed.get(class_id, 0) for class_id in self.classes}
+
+    def held_out(self) -> dict[int, tuple[int, ...]]:
+        """Fold -> the classes that it tests."""
+        return {fold: self.split(fold, "test").class_ids for fold in self.folds}
+
     def mates(self, image: int) -> tuple[int, ...]:
         """Numbers of all images of an image's group, itself among them, ascending."""
         return self._members[self.groups[image]] if self.groups else (image,)

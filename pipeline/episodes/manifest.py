@@ -230,13 +230,18 @@ def difference(first: Manifest, second: Manifest) -> str | None:
             return f"{name}: {getattr(first, name)} and {getattr(second, name)}"
     for number, (mine, theirs) in enumerate(zip(first.rows, second.rows, strict=False)):
         if mine != theirs:
-            return f"episode {number}: {row_text(mine)} and {row_text(theirs)}"
+            texts = [row_text(row, manifest.classes) for row, manifest in ((mine, first), (theirs, second))]
+            return f"episode {number}: {' and '.join(texts)}"
     return f"number of episodes: {len(first)} and {len(second)}"
 
 
-def row_text(row: ListedEpisode) -> str:
-    """ "query <- support, support (class 3)"; of several ways, all classes with their supports."""
-    classes = "; ".join(f"{', '.join(supports)} (class {class_id})" for class_id, supports in row.classes)
+def row_text(row: ListedEpisode, names: Mapping[int, str]) -> str:
+    """ "query <- support, support (cat)"; of several ways, all classes with their supports.
+
+    Args:
+        names: class id -> name, such as `Manifest.classes`; a class without one is called by its id.
+    """
+    classes = "; ".join(f"{', '.join(supports)} ({names.get(c, f'class id {c}')})" for c, supports in row.classes)
     return f"{row.query} <- {classes}{', none of them shown' if row.absent else ''}"
 
 

@@ -78,10 +78,10 @@ def read(path: Path) -> Manifest:
         if said != number or check != _row_check(number, row)
     ]
     if changed:
-        first = changed[0]
+        first, called = changed[0], {int(key): name for key, name in header["classes"].items()}
         raise DataError(
             f"{path}: {len(changed)} of {len(rows)} episodes are not as they were written. First in row {first}, "
-            f"episode {columns['episode'][first]}: {row_text(rows[first])}. Make or fetch the manifest again."
+            f"episode {columns['episode'][first]}: {row_text(rows[first], called)}. Make or fetch the manifest again."
         )
     manifest = Manifest(
         data=header["data"],

@@ -40,7 +40,7 @@ from pipeline.evaluate.blocks import (
     skipped_in,
 )
 from pipeline.evaluate.keeping import Keeping, decided_by, keep_answers, same_in_all
-from pipeline.evaluate.parts import Part, PartFolder, in_order, part_folder, write_rows
+from pipeline.evaluate.parts import Part, PartFolder, in_order, part_folder, require_own_rows, write_rows
 from pipeline.evaluate.plan import EvaluationPlan, require_ways
 from pipeline.evaluate.stage import Rules, combined
 from pipeline.heads.segmenters import Answers, Segmenter
@@ -84,6 +84,7 @@ def evaluate_ways(
     runner: Runner | None = None,
     on_event: Callable[[int, int], None] | None = None,
     out: Path | None = None,
+    overwrite: bool = False,
 ) -> WaysEvaluation:
     """Predict the N-way episodes of a plan and score them.
 
@@ -92,7 +93,8 @@ def evaluate_ways(
         background: the background's score, on the scale of the head's margins (foreground minus background logit);
             "fit" fits it (`fit_background`). None: 0 for one class, "fit" for several.
         runner, on_event: as for `pipeline.evaluate.stage.evaluate`; the fit's episodes count too.
-        out: a file of rows, made by parts as by `pipeline.evaluate.stage.evaluate_to`; scores are made of it then.
+        out, overwrite: a file of rows, made by parts as by `pipeline.evaluate.stage.evaluate_to`; scores are made of it
+            then.
 
     Raises:
         ConfigError: more ways than the fold has classes, or than its training classes for a fit; and what `evaluate`
@@ -136,6 +138,7 @@ def evaluate_ways(
         table = pa.concat_tables(in_order(run(None), tests, fusions)).cast(columns)
         table = table.unify_dictionaries().combine_chunks()
     else:
+        require_own_rows(out, facts, overwrite)
         with part_folder(out, decided_by(plan, facts, schema())) as folder:
             write_rows(out, in_order(run(folder), tests, fusions), columns)
             folder.remove()

@@ -23,6 +23,7 @@ from hsnet.errors import DataError, StoreError
 from pipeline.common.files import read_json, replace_json, whole
 from pipeline.common.lock import sole_writer, still_owned
 from pipeline.evaluate.blocks import BLOCK, Drawn
+from pipeline.scores.rows import METADATA
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -178,6 +179,35 @@ def part_folder(out: Path, facts: Mapping[str, Any], *, replace: bool = False) -
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+def require_own_rows(out: Path, facts: Mapping[str, Any], overwrite: bool = False) -> None:
+    """Refuse a place where the rows of another test are. Rows of the same test may be made anew.
+
+    Args:
+        facts: of the evaluation that is about to begin.
+        overwrite: take any file's place.
+
+    Raises:
+        DataError: what is there is no file of rows, or of another test: says what differs. Nothing was changed.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if overwrite or not out.exists():
+        return
+    advice = "Give another --out, or --overwrite to replace it. Nothing was computed or changed."
+    try:
+        there = json.loads((pq.read_schema(out).metadata or {})[METADATA])
+        if not isinstance(there, dict):
+            raise ValueError("its facts are no object")
+    except (OSError, ValueError, KeyError, RecursionError, pa.ArrowException) as error:
+        raise DataError(f"{out} is there and holds no rows of an evaluation ({error!r:.100}). {advice}") from None
+    here = json.loads(json.dumps(facts))
+    differing = [n for n in sorted({*there, *here} - set(_NOT_IDENTITY)) if there.get(n) != here.get(n)]
+    if differing:
+        raise DataError(f"{out} holds the rows of another test:\n{_difference_lines(differing, there, here)}\n{advice}")
+    log.info("%s holds rows of the same test; they are made anew.", out)
+
+
 def _short_value(value: object) -> object:
     """As JSON holds it; the digest of what is too long to be read by people."""
     text = json.dumps(value, sort_keys=True)
@@ -188,14 +218,17 @@ def _require_same(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any
     differing = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
     if not differing:
         return
-    lines = [
-        f"  {name}\n    there      {_text(there.get(name))}\n    this call  {_text(here.get(name))}"
-        for name in differing
-    ]
     raise DataError(
-        f"{folder} holds parts of another evaluation, which was interrupted:\n" + "\n".join(lines) + "\n"
+        f"{folder} holds parts of another evaluation, which was interrupted:\n"
+        f"{_difference_lines(differing, there, here)}\n"
         "Finish that one with its own command, or remove the folder, or give another --out. Nothing was computed or "
         "changed."
+    )
+
+
+def _difference_lines(names: Sequence[str], there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    return "\n".join(
+        f"  {name}\n    there      {_text(there.get(name))}\n    this call  {_text(here.get(name))}" for name in names
     )
 
 

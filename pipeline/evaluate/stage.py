@@ -33,7 +33,7 @@ from pipeline.episodes.protocols import Policy, Protocol
 from pipeline.episodes.stream import Episode
 from pipeline.evaluate.blocks import Block, Drawn, asked_of, drawn, facts_of, fusions_of, index_of, skipped_in
 from pipeline.evaluate.keeping import Keeping, Tally, decided_by, keep_answers, same_in_all
-from pipeline.evaluate.parts import Part, PartFolder, in_order, part_folder, write_rows
+from pipeline.evaluate.parts import Part, PartFolder, in_order, part_folder, require_own_rows, write_rows
 from pipeline.evaluate.plan import EvaluationPlan
 from pipeline.heads.segmenters import Answers, Segmenter
 from pipeline.loading.batch import EpisodeBatch, load_batch
@@ -125,7 +125,7 @@ def evaluate_to(
     *,
     runner: Runner | None = None,
     on_event: Callable[[int, int], None] | None = None,
-    replace: bool = False,
+    overwrite: bool = False,
 ) -> Outcome:
     """As `evaluate`, with the rows in a file; in memory are 20 bytes per episode and number of shots, and the episodes.
 
@@ -134,17 +134,19 @@ def evaluate_to(
     as measured.
 
     Args:
-        out: file of rows; None keeps none.
-        replace: parts of another evaluation are removed, as its rows would be; otherwise they are refused.
+        out: file of rows; None keeps none. Rows of the same test that are there are made anew.
+        overwrite: replace whatever is at `out`, parts of another evaluation too; otherwise both are refused.
 
     Raises:
-        ConfigError, DataError: as `evaluate`; there are parts of another evaluation, or the disk refuses.
+        ConfigError, DataError: as `evaluate`; there are parts of another evaluation or rows of another test, or the
+            disk refuses.
     """
     work = _Work.of(plan)
     if out is None:
         work.run(runner, on_event)
         return Outcome(work.scores(), work.facts, None)
-    with part_folder(out, decided_by(plan, work.facts, schema()), replace=replace) as folder:
+    require_own_rows(out, work.facts, overwrite)
+    with part_folder(out, decided_by(plan, work.facts, schema()), replace=overwrite) as folder:
         parts = work.run(runner, on_event, folder)
         scores = work.scores()
         write_rows(out, in_order(parts, work.tests, work.fusions), work.schema)

@@ -40,6 +40,8 @@ FINETUNING: dict[str, Any] = {"finetune_backbone": False, "backbone_lr": 0.0}
 recipe and in no sweep: a store's features are frozen."""
 SCENES: dict[str, Any] = {"novel_pixels": "background"}
 """Fields of `RunConfig` that say what held-out classes are in training photos, with the published values."""
+VALIDATION = ("validate_every", "validate_episodes")
+"""Fields of `RunConfig` that change no weight: a run may go on with others."""
 _LATER = {name: value for name, value in (TRAINING | FINETUNING | SCENES).items() if name != "learning_rate"}
 """Those that came after the first runs, with the published values."""
 
@@ -207,10 +209,15 @@ class RunConfig:
         return self.batch_size // self.directions
 
     def differences(self, other: RunConfig) -> dict[str, tuple[object, object]]:
-        """Field -> (value here, value in `other`), for fields that make it another run (steps: see `fixed_length`)."""
+        """Field -> (value here, value in `other`), for fields that make it another run.
+
+        Not `VALIDATION`, and steps only as `fixed_length` says.
+        """
         differing: dict[str, tuple[object, object]] = {}
         for item in fields(self):
             mine, theirs = getattr(self, item.name), getattr(other, item.name)
+            if item.name in VALIDATION:
+                continue
             if item.name == "recipe":
                 differing |= mine.differences(theirs)
             elif item.name == "learner":

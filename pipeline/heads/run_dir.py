@@ -14,6 +14,7 @@ run/
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -40,6 +41,8 @@ from pipeline.heads.checkpoint import (
 from pipeline.heads.config import TRAINING, RunConfig
 from pipeline.heads.training import recipe_name
 
+log = logging.getLogger(__name__)
+
 RESUME = "resume.safetensors"
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -54,6 +57,8 @@ class Position:
     """Optimiser steps done; the next episode follows from it."""
     best_miou: float = -1.0
     best_step: int = -1
+    best_of: int = 0
+    """Episodes that `best_miou` is of; 0 in what an earlier version wrote."""
 
 
 class RunDir:
@@ -71,6 +76,8 @@ class RunDir:
         self.path = path
         self.config = config
         self.classes = tuple(classes)
+        self._validated_on = config.validate_episodes
+        """Episodes of a validation of the run so far."""
         if self._config_file.is_file():
             self._compare()
         elif path.is_dir() and any(entry.suffix != PARTIAL for entry in path.iterdir()):
@@ -108,7 +115,23 @@ class RunDir:
             raise CheckpointError(
                 f"{file} is damaged ({error}). Nothing was changed; delete it to start anew."
             ) from None
+        self._restart_choice(position)
         return position
+
+    def _restart_choice(self, position: Position) -> None:
+        """Validations on more or fewer episodes than the best so far cannot be compared with it."""
+        before, now = position.best_of or self._validated_on, self.config.validate_episodes
+        if position.best_step < 0 or before == now or position.step >= self.config.steps:
+            return
+        log.warning(
+            "validations were on %d episodes and are on %d from here: the best checkpoint (mIoU %.1f at step %d) stays "
+            "until the next validation, and is chosen among later ones then.",
+            before,
+            now,
+            position.best_miou,
+            position.best_step,
+        )
+        position.best_miou, position.best_step, position.best_of = -1.0, -1, 0
 
     def save(
         self,
@@ -165,6 +188,7 @@ class RunDir:
             stored = RunConfig.from_dict(read_config(self.path))
         except ConfigError as error:
             raise CheckpointError(f"{self._config_file} cannot be read: {error}. Nothing was changed.") from None
+        self._validated_on = stored.validate_episodes
         differences = stored.differences(self.config)
         if differences:
             raise ConfigError(

@@ -32,6 +32,9 @@ def test_made_shown_and_verified(tmp_path):
     listed = invoke("episodes", "show", out, "--rows", "3")
     assert "2: " in listed
     assert "3: " not in listed.split("2: ")[1]
+    rows = json.loads(invoke("episodes", "show", out, "--rows", "3", "--json"))["rows"]
+    assert rows[0]["classes"][0] in facts["per_class"]
+    assert f"({rows[2]['classes'][0]})" in listed, "by name, as the data set calls it"
     assert "drawn again: the same episodes" in invoke("episodes", "verify", out, *SHAPES)
     assert json.loads(invoke("episodes", "verify", out, *SHAPES, "--json"))["drawn_again"] is True
 

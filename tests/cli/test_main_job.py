@@ -116,7 +116,13 @@ def test_store_info(job: Path) -> None:
     text = invoke("store", "info", job / "s.zarr").stdout
     assert "160 images, 32 classes" in text
     assert "complete" in text
-    assert machine("store", "info", job / "s.zarr")["recipe"]["image_size"] == 64
+    info = machine("store", "info", job / "s.zarr")
+    assert info["recipe"]["image_size"] == 64
+    assert len(info["per_class"]) == 32
+    first = info["per_class"][0]
+    assert first == {"id": 0, "name": "plain disc", "photos": first["photos"], "held_out_in": [0]}
+    assert re.search(rf"plain disc +{first['photos']} +0\n", text)
+    assert sum(c["held_out_in"] == [3] for c in info["per_class"]) == 8
 
 
 def test_checkpoint_info(job: Path) -> None:

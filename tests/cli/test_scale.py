@@ -41,7 +41,8 @@ def test_several_checkpoints_are_tested_in_one_call(job: Path, tmp_path: Path) -
     ]
     assert sorted(path.name for path in (tmp_path / "all").iterdir()) == ["run0.parquet", "run1.parquet"]
     for fold in (0, 1):
-        machine("evaluate", "--checkpoint", job / f"run{fold}", *rules, "--out", tmp_path / "one.parquet")
+        run = ("--checkpoint", job / f"run{fold}")
+        machine("evaluate", *run, *rules, "--out", tmp_path / "one.parquet", "--overwrite")
         one, of_all = (
             pq.read_table(path).drop_columns(["seconds"])
             for path in (tmp_path / "one.parquet", tmp_path / "all" / f"run{fold}.parquet")

@@ -256,6 +256,21 @@ def test_a_run_keeps_what_held_out_pixels_are(tiny_config, tiny_source, tmp_path
     assert RunConfig.from_dict(values).novel_pixels == "background"
 
 
+def test_validation_may_change_when_a_run_goes_on(tiny_config, tiny_source, tmp_path, caplog):
+    """The weights are those of a run that never changed; what is best is chosen anew where scores do not compare."""
+    fit(tiny_config(steps=4), tiny_source, tmp_path / "whole")
+    fit(tiny_config(steps=2), tiny_source, tmp_path / "run")
+    assert fit(tiny_config(steps=2, validate_episodes=3), tiny_source, tmp_path / "run").best_step == 2
+    assert "validations were" not in caplog.text, "it does not go on"
+    fit(tiny_config(steps=3, validate_every=1), tiny_source, tmp_path / "run")
+    assert "validations were" not in caplog.text, "the same episodes, more often"
+    summary = fit(tiny_config(steps=4, validate_every=1, validate_episodes=3), tiny_source, tmp_path / "run")
+    assert "validations were on 6 episodes and are on 3 from here: the best checkpoint (mIoU" in caplog.text
+    assert (summary.best_step, load_checkpoint(tmp_path / "run" / "best.safetensors").info.step) == (4, 4)
+    whole, changed = (resume_file(tmp_path / name) for name in ("whole", "run"))
+    assert all(torch.equal(changed[name], value) for name, value in whole.items())
+
+
 @pytest.mark.slow
 def test_dropping_novel_images_leaves_none_in_training(tiny_config, tiny_source):
     """12 images per class: with 3, some class would keep fewer than the two an episode needs."""

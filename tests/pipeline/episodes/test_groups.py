@@ -62,6 +62,16 @@ def test_too_few_photos_of_other_groups(index):
         reference_episodes(index, 0, 1)
 
 
+def test_photos_of_a_class_are_counted_once_over_all_lists(index):
+    half = Split(tuple(entry for entry in index.split(0, "test").entries if entry[0] < 5))
+    twice = replace(
+        index, splits={**index.splits, 1: {"trn": half, "val": half}}, classes={**index.classes, 9: "ghost"}
+    )
+    assert twice.photos_per_class() == {0: 10, 1: 10, 2: 5, 9: 0}
+    assert DatasetIndex.from_columns(twice.to_columns()).photos_per_class() == twice.photos_per_class()
+    assert twice.held_out() == {0: (0, 1, 2), 1: ()}
+
+
 def test_groups_survive_what_an_index_goes_through(index):
     for again in (DatasetIndex.from_json(index.to_json()), DatasetIndex.from_columns(index.to_columns())):
         assert again == index

@@ -182,8 +182,10 @@ def test_what_episodes_differ_in_counts():
     kinds = [base, *(make(data, 0, 2, episodes=30, **more) for more in ({"ways": 2}, {"ways": 3}, {"absent": 0.5}))]
     assert len({kind.digest for kind in kinds}) == len({kind.fingerprint for kind in kinds}) == 4
     assert "episode 0: " in str(difference(base, kinds[1]))
-    text = row_text(kinds[2].rows[0])
-    assert text.count("(class ") == 3
+    text = row_text(kinds[2].rows[0], kinds[2].classes)
+    assert all(f"({kinds[2].classes[c]})" in text for c, _ in kinds[2].rows[0].classes)
+    assert text.count("(class id ") == 0
+    assert row_text(kinds[2].rows[0], {}).count("(class id ") == 3
     assert balance_of(kinds[2]).per_class == {c: sum(c in dict(row.classes) for row in kinds[2].rows) for c in CLASSES}
 
 

@@ -223,6 +223,34 @@ def test_several_ways_go_on_too(tiny_source, tmp_path):
     assert again.scores == expected.scores
 
 
+def test_rows_of_another_test_are_not_overwritten(tiny_source, tmp_path, caplog):
+    caplog.set_level("INFO")
+    out = tmp_path / "rows.parquet"
+    small = {"choices": {"episodes": 10, "seeds": (1,)}}
+    evaluate_to(plan(tiny_source, **small), out)
+    before = out.read_bytes()
+    other = Method(lambda: CosineSegmenter(0.6), {"name": "cosine", "threshold": 0.6})
+    with pytest.raises(
+        DataError, match=r"rows of another test:\n +method\n +there +.*0\.7.*\n +this call +.*0\.6"
+    ) as caught:
+        evaluate_to(plan(tiny_source, **small, method=other), out)
+    assert "--overwrite" in str(caught.value)
+    assert out.read_bytes() == before
+    ways = replace(plan(tiny_source), protocol=resolve(ways=2, episodes=20, shots=(1,)), fusions=())
+    with pytest.raises(DataError, match="rows of another test"):
+        evaluate_ways(ways, background=0.1, out=out)
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.parquet"]
+    evaluate_to(plan(tiny_source, **small), out)
+    assert "holds rows of the same test; they are made anew" in caplog.text
+    evaluate_to(plan(tiny_source, **small, method=other), out, overwrite=True)
+    assert out.read_bytes() != before
+    thesis = tmp_path / "thesis.parquet"
+    thesis.write_text("precious")
+    with pytest.raises(DataError, match="is there and holds no rows of an evaluation"):
+        evaluate_to(plan(tiny_source, **small), thesis)
+    assert thesis.read_text() == "precious"
+
+
 def test_blocks_are_made_when_they_are_asked_for(tiny_source):
     from pipeline.episodes.drawing import of_protocol
     from pipeline.evaluate.blocks import drawn
