@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,9 @@ from pipeline.loading.source import FeatureSource
 from pipeline.train import Event, FitSummary, check_run, fit
 
 MAX_FAILURES = 3
-"""Times the group is started again, from the run's last save, after losing a worker."""
+"""Times in a row the group is started again, from the run's last save, without a step that is new."""
+GROW_SECONDS = 60.0
+"""How often a group that works looks whether the cluster has room for more workers."""
 START_SECONDS = 20.0
 """How long a group that is started again waits for all of its workers; then it goes on with those that there are."""
 
@@ -95,7 +99,7 @@ def fit_on_ray(
     make_source: Callable[[], FeatureSource],
     run_dir: Path,
     *,
-    workers: int,
+    workers: int | tuple[int, int],
     address: str | None = None,
     device: str = "cpu",
     micro_batch: int | None = None,
@@ -110,8 +114,9 @@ def fit_on_ray(
         make_source: opens the features, here and once in every worker; pickled to them.
         run_dir: on a file system that all machines of the group share.
         workers: processes in the group; each gets its share of the CPUs, or one GPU. 0 takes one worker per GPU of
-            the cluster, or a single one without GPUs. Never more than a step has episodes. When a machine is lost, the
-            group goes on with as many as fit on the others, from the last save.
+            the cluster, or a single one without GPUs. When a machine is lost, the group goes on with as many as fit on
+            the others, from the last save. (least, most): it begins with as many as fit, grows with the cluster, and
+            waits for machines rather than train with fewer than `least`. Never more than a step has episodes.
         address: a Ray cluster; None starts one on this machine for the length of the call.
         device: "cpu" (gloo) or "cuda" (nccl).
         allow_mixed: as in `cluster.session.session`.
@@ -127,13 +132,48 @@ def fit_on_ray(
     RunDir(run_dir, config)
     options = {"micro_batch": micro_batch, "resident": resident}
     given = {"config": config, "make_source": make_source, "run_dir": run_dir, "options": options}
-    with session(address or "local", num_cpus=max(workers, os.cpu_count() or 1), allow_mixed=allow_mixed):
+    surely = workers if isinstance(workers, int) else workers[0]
+    with session(address or "local", num_cpus=max(surely, os.cpu_count() or 1), allow_mixed=allow_mixed):
         return _fit_in_session(given, workers, device.startswith("cuda"), stop, on_event)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large the group may be, and what each of its workers takes."""
+
+    least: int
+    most: int
+    cpus: int
+    on_gpu: bool
+
+    @classmethod
+    def of(cls, workers: int | tuple[int, int], on_gpu: bool, episodes: int) -> Size:
+        """What was asked for, no more than a step's episodes, on the machines there are now.
+
+        Raises:
+            ClusterError: it does not fit. Ray itself would wait for more machines without a word.
+        """
+        asked = workers or (nodes.total("GPU") if on_gpu else 0) or 1
+        elastic = isinstance(asked, tuple)
+        least, most = asked if isinstance(asked, tuple) else (1, asked)
+        if most > episodes:
+            log.info("%d workers would be more than a step's %d episodes: %d are used", most, episodes, episodes)
+            least, most = min(least, episodes), episodes
+        room = min(places({"CPU": 1, "GPU": 1} if on_gpu else {"CPU": 1}), most)
+        begin = max(room, least) if elastic else most
+        size = cls(least, most, _cpus_each(begin, on_gpu), on_gpu)
+        if elastic and begin < most:
+            log.info("There is room for %s of %d now; the group grows with the cluster", _count(begin, "worker"), most)
+        return size
+
+    @property
+    def each(self) -> dict[str, float]:
+        return {"CPU": 1, "GPU": 1} if self.on_gpu else {"CPU": self.cpus}
 
 
 def _fit_in_session(
     given: dict[str, Any],
-    workers: int,
+    workers: int | tuple[int, int],
     on_gpu: bool,
     stop: Callable[[], bool],
     on_event: Callable[[Event], None] | None,
@@ -145,43 +185,57 @@ def _fit_in_session(
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
-    most = given["config"].episodes_per_step
-    workers = workers or (nodes.total("GPU") if on_gpu else 0) or 1
-    if workers > most:
-        log.info("%d workers would be more than a step's %d episodes: %d are used", workers, most, most)
-        workers = most
-    cpus = _cpus_each(workers, on_gpu)
+    size = Size.of(workers, on_gpu, given["config"].episodes_per_step)
     run_dir = given["run_dir"]
     # Ray Train keeps notes of its own beside the run; they are of no use once it has ended.
     with _notes(run_dir) as notes, _environment_of_ray_train():
         mailbox = _post_office()
-        trainer = TorchTrainer(
-            _worker_loop,
-            train_loop_config={**given, "threads": cpus, "mailbox": mailbox},
-            scaling_config=ScalingConfig(
-                num_workers=(1, workers) if workers > 1 else 1,
-                use_gpu=on_gpu,
-                resources_per_worker={"CPU": 1, "GPU": 1} if on_gpu else {"CPU": cpus},
-            ),
-            torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
-            run_config=RayRunConfig(
-                name="train",
-                storage_path=str(notes),
-                failure_config=FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=MAX_FAILURES),
-                logging_config=LoggingConfig(log_level="ERROR"),
-            ),
-        )
-        failure, outcome = _Watch(mailbox, stop, on_event).until_the_end(trainer)
+        watch = _Watch(mailbox, size, stop, on_event)
+        failure: BaseException | None = None
+        for attempt in itertools.count():
+            begun_at = watch.step
+            trainer = TorchTrainer(
+                _worker_loop,
+                train_loop_config={**given, "threads": size.cpus, "mailbox": mailbox},
+                scaling_config=ScalingConfig(
+                    num_workers=(size.least, size.most) if size.most > 1 else 1,
+                    use_gpu=on_gpu,
+                    resources_per_worker=size.each,
+                    elastic_resize_monitor_interval_s=GROW_SECONDS,
+                ),
+                torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+                run_config=RayRunConfig(
+                    name=f"train{attempt}",
+                    storage_path=str(notes),
+                    failure_config=FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=MAX_FAILURES),
+                    logging_config=LoggingConfig(log_level="ERROR"),
+                ),
+            )
+            failure, outcome = watch.until_the_end(trainer)
+            lost = isinstance(failure, (TrainingFailedError, ray.exceptions.RayError))
+            # Machines that come and go may take more groups than that, as long as each of them gets further.
+            if outcome is not None or not lost or watch.step <= begun_at:
+                break
+            log.warning("The group failed %d times, but got on: it is started again", MAX_FAILURES + 1)
     if isinstance(outcome, HSNetError):
         raise outcome
     if failure is not None and not isinstance(failure, (TrainingFailedError, ray.exceptions.RayError)):
         raise failure  # a bug, ours or Ray's
     if failure is not None or outcome is None:
         raise ClusterError(
-            f"The training group failed {MAX_FAILURES + 1} times: {_reason(failure)} If a machine ran out of memory, "
-            f"use a smaller --micro-batch. {run_dir} is unharmed; the same command goes on from its last save."
+            f"The training group failed {MAX_FAILURES + 1} times in a row without a new step: {_reason(failure)} If a "
+            f"machine ran out of memory, use a smaller --micro-batch. {run_dir} is unharmed; the same command goes on "
+            "from its last save."
         ) from failure
     return outcome
+
+
+def places(each: Mapping[str, float]) -> int:
+    """Workers that the living machines have room for, if nobody else uses them."""
+    return sum(
+        int(min(machine["Resources"].get(kind, 0) // share for kind, share in each.items()))
+        for machine in nodes.alive()
+    )
 
 
 def _cpus_each(workers: int, on_gpu: bool) -> int:
@@ -190,21 +244,14 @@ def _cpus_each(workers: int, on_gpu: bool) -> int:
     Raises:
         ClusterError: the group does not fit at all. Ray itself would wait for more machines without a word.
     """
-    import ray
-
-    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-    def places(kind: str, each: int) -> int:
-        return sum(int(machine.get(kind, 0) // each) for machine in machines)
-
-    if on_gpu and places("GPU", 1) < workers:
+    if on_gpu and places({"GPU": 1}) < workers:
         raise ClusterError(
-            f"{workers} workers need a GPU each, Ray has {places('GPU', 1)}. Use fewer --workers, or --device cpu."
+            f"{workers} workers need a GPU each, Ray has {places({'GPU': 1})}. Use fewer --workers, or --device cpu."
         )
-    if places("CPU", 1) < workers:
-        raise ClusterError(f"{workers} workers need a CPU each, Ray has {places('CPU', 1)}. Use fewer --workers.")
-    share = max(1, sum(int(machine.get("CPU", 0)) for machine in machines) // workers)
-    return next(cpus for cpus in range(share, 0, -1) if places("CPU", cpus) >= workers)
+    if places({"CPU": 1}) < workers:
+        raise ClusterError(f"{workers} workers need a CPU each, Ray has {places({'CPU': 1})}. Use fewer --workers.")
+    share = max(1, nodes.total("CPU") // workers)
+    return next(cpus for cpus in range(share, 0, -1) if places({"CPU": cpus}) >= workers)
 
 
 def _reason(failure: BaseException | None) -> str:
@@ -257,8 +304,11 @@ def _environment_of_ray_train() -> Iterator[None]:
 class _Watch:
     """The driver while the group works: passes on events, the wish to stop, and what it has to say of lost machines."""
 
-    def __init__(self, mailbox: Any, stop: Callable[[], bool], on_event: Callable[[Event], None] | None) -> None:
-        self.mailbox, self.stop, self.on_event = mailbox, stop, on_event
+    def __init__(
+        self, mailbox: Any, size: Size, stop: Callable[[], bool], on_event: Callable[[Event], None] | None
+    ) -> None:
+        self.mailbox, self.size, self.stop, self.on_event = mailbox, size, stop, on_event
+        self.step = 0  # the last that was done so far, in any group
         self.outcome: FitSummary | HSNetError | None = None
         self.nodes = {node["NodeID"]: node["NodeManagerHostname"] for node in nodes.alive()}
         self.looked = self.heard = time.monotonic()
@@ -300,7 +350,10 @@ class _Watch:
         if events or group:
             self.heard = time.monotonic()
         self.outcome = outcome or self.outcome
-        _tell(events, self.on_event)
+        for event in events:
+            self.step = max(self.step, event.step)
+            if self.on_event:
+                self.on_event(event)
 
     def _look(self) -> None:
         """Say which machines were lost, and what is waited for."""
@@ -319,24 +372,28 @@ class _Watch:
                 nodes.total("GPU"),
             )
         self.nodes = there
+        room = places(self.size.each)
+        if room < self.size.least and self.stop():
+            # No rank is there to save and end, and the last save holds all that can be kept.
+            raise KeyboardInterrupt
         if now - self.heard > _SILENT_SECONDS:
             self.heard = now
+            why = "is being started, or waits for CPUs and GPUs that others hold"
+            if room < self.size.least:
+                why = "waits for machines (Ctrl-C ends the command; the run is saved)"
             log.info(
-                "No step for %d s: the group is being started, or waits for %d CPUs and %d GPUs that others may hold",
+                "No step for %d s: the group %s. It needs room for %s at least; %d CPUs and %d GPUs have it for %d",
                 _SILENT_SECONDS,
+                why,
+                _count(self.size.least, "worker"),
                 nodes.total("CPU"),
                 nodes.total("GPU"),
+                room,
             )
 
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def _tell(events: list[Event], on_event: Callable[[Event], None] | None) -> None:
-    for event in events if on_event else ():
-        assert on_event is not None
-        on_event(event)
 
 
 def _worker_loop(given: dict[str, Any]) -> None:

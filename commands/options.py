@@ -65,6 +65,22 @@ class Whole(click.ParamType):
         return number
 
 
+class Ranks(click.ParamType):
+    """A number of workers, or MIN:MAX of them."""
+
+    name = "n"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | tuple[int, int]:
+        if isinstance(value, tuple) or ":" not in str(value):
+            return value if isinstance(value, tuple) else Whole(0).convert(value, param, ctx)
+        least, _, most = str(value).partition(":")
+        if not (least.strip().isdecimal() and most.strip().isdecimal()):
+            self.fail(f"'{value}' is neither a whole number nor MIN:MAX such as 1:8", param, ctx)
+        if not 1 <= int(least) <= int(most):
+            self.fail(f"'{value}' must be MIN:MAX with 1 <= MIN <= MAX", param, ctx)
+        return int(least), int(most)
+
+
 class Bytes(click.ParamType):
     """A number of bytes with its unit, such as 2MB or 60 GB; powers of 1000."""
 
@@ -288,6 +304,15 @@ workers_option = click.option(
     default=0,
     show_default=True,
     help="Ray workers; 0 works in this process without Ray.",
+)
+ranks_option = click.option(
+    "--workers",
+    type=Ranks(),
+    default=0,
+    metavar="N|MIN:MAX",
+    show_default=True,
+    help="Ray workers that share each step; 0 works in this process without Ray. MIN:MAX takes as many as there is "
+    "room for, fewer when machines go and more when they come.",
 )
 ALLOW_MIXED = "allow mixed"
 """Where a command's context keeps whether --allow-mixed was given: only what starts Ray asks for it."""

@@ -27,13 +27,13 @@ from commands.options import (
     fold_option,
     image_size_option,
     options,
+    ranks_option,
     resident_option,
     seed_option,
     splits_option,
     taps_option,
     training_recipe_option,
     weights_option,
-    workers_option,
 )
 from commands.steps import (
     allow_mixed,
@@ -111,7 +111,7 @@ training_options = options(
     help="What boundary pixels are in the loss: background as in the published code, ignore as in the paper.",
 )
 @options(*LEARNER_OPTIONS)
-@options(resident_option, arithmetic_option, workers_option, address_option, device_option)
+@options(resident_option, arithmetic_option, ranks_option, address_option, device_option)
 @click.option(
     "--features",
     type=click.Choice(("store", "online")),
@@ -142,7 +142,7 @@ def train(
     epochs: int | None,
     micro_batch: int | None,
     resident: str,
-    workers: int,
+    workers: int | tuple[int, int],
     address: str | None,
     device: str,
     features: str,
@@ -169,6 +169,7 @@ def train(
     \b
     Example:
       hsnet train --store voc.zarr --fold 0 --run-dir runs/voc-0 --steps 20000 --workers 2
+      hsnet train --store /shared/voc.zarr --run-dir /shared/runs/voc-0 --workers 1:8 --address auto
     """
     set_up_logging(quiet)
     if steps and epochs:
@@ -254,7 +255,7 @@ def train(
         if workers == 0 and address is None:
             summary = fit(config, source, run_dir, **same)
         else:
-            require_ray(workers, address, device)
+            require_ray(workers if isinstance(workers, int) else workers[0], address, device)
             from cluster.train import fit_on_ray
 
             same["allow_mixed"] = allow_mixed()

@@ -312,6 +312,26 @@ def test_what_evaluate_and_train_refuse(job: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("workers", "message"),
+    [
+        ("8:1", "'8:1' must be MIN:MAX with 1 <= MIN <= MAX"),
+        ("0:4", "'0:4' must be MIN:MAX with 1 <= MIN <= MAX"),
+        ("a:b", "'a:b' is neither a whole number nor MIN:MAX such as 1:8"),
+        ("1:", "'1:' is neither a whole number nor MIN:MAX such as 1:8"),
+        ("1:2:3", "'1:2:3' is neither a whole number nor MIN:MAX such as 1:8"),
+        ("-1", "-1 is less than 0"),
+        ("two", "'two' is not a whole number"),
+        ("999:1000", "--workers 999 is far more than this machine's"),
+    ],
+)
+def test_workers_that_are_no_number_and_no_range(job: Path, tmp_path: Path, workers: str, message: str) -> None:
+    refused = invoke("train", "--store", job / "s.zarr", "--run-dir", tmp_path / "r", f"--workers={workers}")
+    assert refused.exit_code in (1, 2)
+    assert message in " ".join(refused.output.split())
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_checkpoint_of_other_features_is_refused(job: Path, tmp_path: Path) -> None:
     store = tmp_path / "96.zarr"
     machine("extract", *SHAPES, "--backbone", "squeezenet1_1", "--image-size", "96", "--store", store)

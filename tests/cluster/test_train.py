@@ -2,11 +2,13 @@
 
 import functools
 import json
+import time
 
 import numpy as np
 import pytest
 
-from cluster.train import _reason, fit_on_ray
+from cluster import nodes
+from cluster.train import Size, _reason, _Watch, fit_on_ray
 from hsnet.backbone import FrozenBackbone
 from hsnet.errors import ClusterError, ConfigError, DataError
 from pipeline.datasets.shapes import Shapes
@@ -109,6 +111,57 @@ def test_a_group_that_does_not_fit_is_an_error_and_not_an_endless_wait(config, s
         fit_on_ray(config, source_maker, tmp_path / "run", workers=4)
     with pytest.raises(ClusterError, match="2 workers need a GPU each, Ray has 0"):
         fit_on_ray(config, source_maker, tmp_path / "run", workers=2, device="cuda")
+
+
+def machines(monkeypatch, *counts):
+    """Let the cluster have nodes of these numbers of (CPUs, GPUs)."""
+    found = [
+        {"NodeID": str(number), "NodeManagerHostname": "vm", "Resources": {"CPU": cpus, "GPU": gpus}}
+        for number, (cpus, gpus) in enumerate(counts)
+    ]
+    monkeypatch.setattr(nodes, "alive", lambda: found)
+
+
+@pytest.mark.parametrize(
+    ("there", "asked", "on_gpu", "expected"),
+    [
+        ([(2, 0), (2, 0)], (1, 2), False, Size(1, 2, 2, False)),  # one worker on each
+        ([(2, 0)], (1, 2), False, Size(1, 2, 1, False)),
+        ([(2, 0)], (1, 4), False, Size(1, 4, 1, False)),  # two now, more when machines come
+        ([(8, 0), (3, 0)], (2, 2), False, Size(2, 2, 4, False)),
+        ([(8, 1), (8, 0)], (1, 4), True, Size(1, 4, 8, True)),  # one now
+        ([(64, 8)], (7, 64), True, Size(7, 20, 8, True)),  # a step has 20 episodes
+        ([(4, 0)], 2, False, Size(1, 2, 2, False)),  # two at first, whatever is lost later
+        ([(64, 0)], 64, False, Size(1, 20, 3, False)),
+    ],
+)
+def test_the_size_of_a_group(monkeypatch, there, asked, on_gpu, expected):
+    machines(monkeypatch, *there)
+    assert Size.of(asked, on_gpu, 20) == expected
+
+
+def test_a_group_that_may_be_small_is_refused_where_even_that_does_not_fit(monkeypatch):
+    machines(monkeypatch, (2, 0), (1, 4))
+    with pytest.raises(ClusterError, match="4 workers need a CPU each, Ray has 3"):
+        Size.of((4, 8), False, 20)
+    machines(monkeypatch, (8, 1), (8, 2))
+    with pytest.raises(ClusterError, match="4 workers need a GPU each, Ray has 3"):
+        Size.of((4, 8), True, 20)
+
+
+def test_waiting_for_machines_is_said_and_can_be_stopped(monkeypatch, caplog):
+    """A group that may not be smaller waits for ever; no rank is there that could hear of Ctrl-C."""
+    machines(monkeypatch, (2, 0))
+    stop = []
+    watch = _Watch(None, Size(2, 4, 2, False), lambda: bool(stop), None)
+    watch.looked = watch.heard = time.monotonic() - 60
+    with caplog.at_level("INFO"):
+        watch._look()
+    assert "needs room for 2 workers at least; 2 CPUs and 0 GPUs have it for 1" in caplog.text
+    stop.append(True)
+    watch.looked -= 60
+    with pytest.raises(KeyboardInterrupt):
+        watch._look()
 
 
 def test_the_reason_of_a_failure_is_the_line_that_names_it():
