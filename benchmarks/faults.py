@@ -2,9 +2,14 @@
 
     python -m benchmarks.faults --stage train --count 20
 
-Each injection starts the command anew, waits for a random moment of it, and sends SIGKILL. Then the command either goes
-on by itself, or ends with a clear error; in that case the same command is given again. In the end its result must be
-that of an undisturbed run. Prints a table; docs/reliability.md says what it came to. Linux only, needs no GPU.
+First the command runs undisturbed, and it is seen from when to when its processes work. Then for each fault it starts
+anew, and SIGKILL is sent at random moments of that span: to a node, the head or the command's own process once, to
+single processes up to `--kills` times. Then the command either goes on by itself, or ends with a clear error; in that
+case the same command is given again. In the end its result must be that of the undisturbed run.
+
+    python -m benchmarks.faults --table done.jsonl
+
+prints the table of injections that `--out` kept; docs/reliability.md has it. Linux only, needs no GPU.
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ from typing import Any
 
 from benchmarks.two_nodes import ROOT, Nodes, driver
 
-LIMIT_S = 300.0
+LIMIT_S = 600.0
 """A command that takes longer hangs."""
 
 DATA = ("shapes", "--data-option", "size=64", "--data-option", "trn_per_class=8", "--data-option", "val_per_class=6")
@@ -53,8 +58,8 @@ class Injection:
 
     stage: str
     fault: str
-    moment: float
-    """Seconds after the command's start."""
+    moments: list[float]
+    """Seconds after the command's start, of every kill."""
     alone: bool
     """The command ended well by itself."""
     again: bool
@@ -91,11 +96,11 @@ class Stage:
         if self.name == "train":
             words = ["train", "--store", store, "--fold", "0", "--steps", "16", "--batch-size", "2"]
             words += ["--validate-every", "4", "--validate-episodes", "2"]
-            return [*words, "--run-dir", str(out / "run"), "--workers", "2"]
+            return [*words, "--run-dir", str(out / "run"), "--workers", "1:2"]
         if self.name == "evaluate":
-            words = ["evaluate", "--checkpoint", run, "--store", store, "--shots", "1,5", "--episodes", "400"]
+            words = ["evaluate", "--checkpoint", run, "--store", store, "--shots", "1,5", "--episodes", "600"]
             return [*words, "--out", str(out / "rows.parquet")]
-        words = ["sweep", "--store", store, "--folds", "0,1", "--vary", "seed=0,1", "--steps", "6"]
+        words = ["sweep", "--store", store, "--folds", "0,1", "--vary", "seed=0,1,2", "--steps", "10"]
         words += ["--fix", "batch_size=2", "--fix", "validate_every=2", "--fix", "validate_episodes=2"]
         return [*words, "--episodes", "20", "--out", str(out / "out")]
 
@@ -166,16 +171,39 @@ def finish(process: subprocess.Popen[str], said: list, printed: list, began: flo
     return Ran(code, "".join(printed), "".join(line for _, line in said), ended - began, silent)
 
 
+WORKING = (TITLES["worker"], TITLES["rank"])
+
+
+def processes_of(nodes: Nodes) -> dict[int, str]:
+    """Workers of all nodes, with their titles; a node that was lost has none."""
+    return {pid: name for number in range(len(nodes.ids)) for pid, name in nodes.workers(number).items()}
+
+
+def at_work(nodes: Nodes) -> bool:
+    """Whether a process computes on one of the nodes."""
+    return any(title in name for name in processes_of(nodes).values() for title in WORKING)
+
+
+def undisturbed(nodes: Nodes, words: list[str]) -> tuple[Ran, float]:
+    """A command that nothing happens to, and the seconds after its start when its processes began to work."""
+    began = time.monotonic()
+    process, said, printed = start(nodes, words)
+    while process.poll() is None and not at_work(nodes):
+        time.sleep(0.5)
+    first = time.monotonic() - began
+    return finish(process, said, printed, began, began), first
+
+
 def strike(nodes: Nodes, fault: str, process: subprocess.Popen[str], chance: random.Random) -> bool:
     """Kill it; False if there is no such process now."""
     if fault in ("node", "head"):
-        nodes.kill(1 if fault == "node" else 0)
+        nodes.kill(len(nodes.ids) - 1 if fault == "node" else 0)
         return True
     if fault == "driver":
         process.kill()
         return True
     title = TITLES[fault]
-    pids = [pid for number in range(2) for pid, name in nodes.workers(number).items() if title in name]
+    pids = [pid for pid, name in processes_of(nodes).items() if title in name]
     if not pids:
         return False
     with contextlib.suppress(ProcessLookupError):
@@ -201,32 +229,54 @@ class Clusters:
 
 
 def inject(
-    stage: Stage, fault: str, clusters: Clusters, expected: Any, usual: float, chance: random.Random
+    stage: Stage,
+    fault: str,
+    clusters: Clusters,
+    expected: Any,
+    usual: float,
+    first: float,
+    chance: random.Random,
+    kills: int,
 ) -> Injection:
-    """One fault at a random moment of one command."""
-    moment = chance.uniform(0.1, 0.95) * usual
+    """One fault, or several of a kind that a command can bear, at random moments of one command's work.
+
+    Args:
+        usual, first: seconds of an undisturbed command, and after which its processes begin to work.
+        kills: how many at most.
+    """
+    kills = kills if fault in TITLES else 1
+    waits = sorted(chance.uniform(0, 0.9 * (usual - first)) for _ in range(kills))
     with folder() as out:
         nodes = clusters.whole()
-        began = time.monotonic()
+        began = started = time.monotonic()
         process, said, printed = start(nodes, stage.words(out))
-        time.sleep(moment)
-        while process.poll() is None and not strike(nodes, fault, process, chance):
-            time.sleep(0.05)
-        since = time.monotonic()
-        struck = process.poll() is None or fault == "driver"
-        first = finish(process, said, printed, began, since)
-        if fault in ("node", "head"):
+        while process.poll() is None and not at_work(nodes):
+            time.sleep(0.5)
+        working, moments = time.monotonic(), []
+        for wait in waits:
+            while process.poll() is None and time.monotonic() - working < wait:
+                time.sleep(0.05)
+            while process.poll() is None:
+                if strike(nodes, fault, process, chance):
+                    moments.append(time.monotonic())
+                    break
+                time.sleep(0.05)
+        since = moments[0] if moments else time.monotonic()
+        ran = finish(process, said, printed, began, since)
+        if moments and fault == "head":
             clusters.spoilt()
-        seconds, last = first.seconds, first
-        trouble = [] if struck else ["the command had ended before"]
-        if "Traceback" in first.said:
-            trouble.append("a traceback")
-        if first.code == 124:
+        elif moments and fault == "node":
+            nodes.add(2)
+        seconds, last = ran.seconds, ran
+        trouble = []
+        if "Traceback" in ran.said:
+            trouble.append(f"a traceback: {ran.said[ran.said.index('Traceback') :][-600:]!r}")
+        if ran.code == 124:
             trouble.append("hung")
-        if first.code != 0:
-            clear = fault == "driver" or "Error: " in first.said
+        if ran.code != 0:
+            clear = fault == "driver" or "Error: " in ran.said
             if not clear:
-                trouble.append(f"ended with {first.code} and no message: {first.said.strip()[-200:]!r}")
+                trouble.append(f"ended with {ran.code} and no message: {ran.said.strip()[-200:]!r}")
             began = time.monotonic()
             last = finish(*start(clusters.whole(), stage.words(out)), began, began)
             seconds += last.seconds
@@ -238,12 +288,12 @@ def inject(
         return Injection(
             stage.name,
             fault,
-            round(since - began if first.code == 0 else moment, 1),
-            alone=first.code == 0,
-            again=first.code != 0 and last.code == 0,
+            [round(moment - started, 1) for moment in moments],
+            alone=ran.code == 0,
+            again=ran.code != 0 and last.code == 0,
             equal=equal,
             lost=round(seconds - usual, 1),
-            silent=round(first.silent, 1),
+            silent=round(ran.silent, 1),
             trouble="; ".join(trouble),
         )
 
@@ -271,19 +321,23 @@ def prepare(inputs: Path) -> None:
 
 
 def table(done: list[Injection]) -> str:
-    """One line per stage and fault, in Markdown."""
+    """One line per stage and fault, in Markdown. Commands that ended before anything was killed are not counted."""
     lines = [
-        "| Stage | Killed | Injections | Went on alone | By the same command | Seconds more, median (most) | "
-        "Longest silence, s | Equal | Trouble |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| Stage | Killed | Kills | In commands | Went on alone | By the same command | Equal | "
+        "Seconds more, median (most) | Longest silence, s | Trouble |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for stage, fault in dict.fromkeys((one.stage, one.fault) for one in done):
+    done = [one for one in done if one.moments]
+    for stage, fault in itertools.product(FAULTS, (*TITLES, "node", "driver", "head")):
         these = [one for one in done if (one.stage, one.fault) == (stage, fault)]
+        if not these:
+            continue
         lost = sorted(one.lost for one in these)
         lines.append(
-            f"| {stage} | {fault} | {len(these)} | {sum(one.alone for one in these)} | "
-            f"{sum(one.again for one in these)} | {lost[len(lost) // 2]:.0f} ({lost[-1]:.0f}) | "
-            f"{max(one.silent for one in these):.0f} | {sum(one.equal for one in these)} of {len(these)} | "
+            f"| {stage} | {fault} | {sum(len(one.moments) for one in these)} | {len(these)} | "
+            f"{sum(one.alone for one in these)} | {sum(one.again for one in these)} | "
+            f"{sum(one.equal for one in these)} of {len(these)} | "
+            f"{lost[len(lost) // 2]:.0f} ({lost[-1]:.0f}) | {max(one.silent for one in these):.0f} | "
             f"{sum(bool(one.trouble) for one in these)} |"
         )
     return "\n".join(lines)
@@ -292,11 +346,16 @@ def table(done: list[Injection]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--stage", choices=[*FAULTS, "all"], default="all")
-    parser.add_argument("--fault", help="only this one")
-    parser.add_argument("--count", type=int, default=20, help="injections per stage")
+    parser.add_argument("--fault", help="only these, separated by commas")
+    parser.add_argument("--count", type=int, default=20, help="commands per stage")
+    parser.add_argument("--kills", type=int, default=3, help="of single processes, in one command")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="append every injection as a line of JSON")
+    parser.add_argument("--out", type=Path, help="append every command's injections as a line of JSON")
+    parser.add_argument("--table", type=Path, help="print the table of such a file, and do nothing else")
     options = parser.parse_args()
+    if options.table:
+        print(table([Injection(**json.loads(line)) for line in options.table.read_text().splitlines()]))
+        return
     chance = random.Random(options.seed)
     done: list[Injection] = []
     clusters = Clusters()
@@ -306,15 +365,16 @@ def main() -> None:
             for name in FAULTS if options.stage == "all" else [options.stage]:
                 stage = Stage(name, inputs)
                 with folder() as out:
-                    began = time.monotonic()
-                    usual = finish(*start(clusters.whole(), stage.words(out)), began, began)
+                    usual, first = undisturbed(clusters.whole(), stage.words(out))
                     assert usual.code == 0, usual.said
                     expected = stage.result(out, usual.printed)
-                print(f"{name}: {usual.seconds:.1f} s undisturbed", flush=True)
-                faults = [options.fault] if options.fault else FAULTS[name]
+                print(
+                    f"{name}: {usual.seconds:.1f} s undisturbed, {usual.seconds - first:.1f} s of it work", flush=True
+                )
+                faults = options.fault.split(",") if options.fault else FAULTS[name]
                 for number in range(options.count):
                     fault = faults[number % len(faults)]
-                    one = inject(stage, fault, clusters, expected, usual.seconds, chance)
+                    one = inject(stage, fault, clusters, expected, usual.seconds, first, chance, options.kills)
                     done.append(one)
                     print(json.dumps(asdict(one)), flush=True)
                     if options.out:
@@ -323,7 +383,7 @@ def main() -> None:
         finally:
             clusters.spoilt()
     print(table(done))
-    if any(not one.equal or one.trouble for one in done):
+    if any(one.moments and (not one.equal or one.trouble) for one in done):
         raise SystemExit(1)
 
 
