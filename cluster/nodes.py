@@ -95,6 +95,13 @@ def total(kind: str) -> int:
     return int(sum(node["Resources"].get(kind, 0) for node in alive()))
 
 
+def places(each: Mapping[str, float]) -> int:
+    """Workers that the living machines have room for, if nobody else uses them; `each` takes so much of a resource."""
+    return sum(
+        int(min(node["Resources"].get(kind, 0) // share for kind, share in each.items() if share)) for node in alive()
+    )
+
+
 def look(paths: Sequence[str] = (), seconds: float = LOOK_SECONDS, idle_too: bool = True) -> list[NodeFacts]:
     """Ask every node, all at a time; one tiny task runs on each.
 

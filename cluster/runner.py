@@ -1,4 +1,4 @@
-"""The runner of `pipeline.common.runner` on Ray: plain tasks, whose worker is cached in the process that runs them."""
+"""The runner of `pipeline.common.runner` on Ray: the worker is cached in the processes that do the items."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import ray
 import torch
 from ray import cloudpickle
 
+from cluster.crew import Actors, Crew, Tasks
 from hsnet.errors import ClusterError, HSNetError
 from pipeline.common.runner import Failed, failure, free_gpu
 
@@ -31,18 +32,20 @@ class RayRunner:
         workers: items worked on at a time.
         gpus: GPUs (or a share of one) per item.
         cpus: CPUs (or a share of one) per item; it computes with one thread all the same.
+        actors: whether actors do the items, or plain tasks (`cluster.crew`); None: actors where a GPU is held.
 
-    Tasks and not actors, because Ray repeats a task whose process or node died without any code here, and work is
-    repeatable. The function is packed once per process, as `Runner` demands: `max_calls=0` keeps GPU processes alive
-    between tasks. Results must be small; they pass through Ray's object store.
+    An item whose process or node died is done by another one: work is repeatable. The function is unpacked once per
+    process, as `Runner` demands. Results must be small; they pass through Ray's object store.
     """
 
-    def __init__(self, workers: int, gpus: float = 0, cpus: float = 1) -> None:
+    def __init__(self, workers: int, gpus: float = 0, cpus: float = 1, actors: bool | None = None) -> None:
         if workers < 1:
             raise ValueError(f"A Ray runner needs at least one worker, got {workers}.")
         self.workers = workers
         self.gpus = gpus
         self.cpus = cpus
+        self.actors = gpus > 0 if actors is None else actors
+        self._seats: Actors[Any] | None = None
 
     def map(
         self,
@@ -58,42 +61,41 @@ class RayRunner:
         """
         if not ray.is_initialized():
             raise ClusterError("Ray is not running. Use a RayRunner inside `with cluster.session.session(...)`.")
-        make_remote = ray.remote(
-            num_cpus=self.cpus,
-            num_gpus=self.gpus,
-            max_calls=0,
-            max_retries=ATTEMPTS - 1,
-            scheduling_strategy="SPREAD",
-        )
-        task = make_remote(_run)
-        key = uuid.uuid4().hex
         # In a list, so that Ray hands over the reference: only a process that has no worker yet fetches the bytes.
         packed = [ray.put(cloudpickle.dumps(make_worker))]
-        running: dict[Any, T] = {}
+        crew: Crew[T] = self._crew((uuid.uuid4().hex, packed))
         waiting = iter(items)
         try:
-            _submit(task, key, packed, waiting, running, self.workers)
-            while running:
-                (done,), _ = ray.wait(list(running), num_returns=1)
-                item = running.pop(done)
+            self._fill(crew, waiting)
+            while crew.busy():
+                item, done = crew.next()
                 try:
                     result = _result(done, item)
                 except (HSNetError, ray.exceptions.RayTaskError) as error:
                     if on_failure is None:
                         raise
                     result = on_failure(item, _failed(error))
-                _submit(task, key, packed, waiting, running, self.workers)  # before the caller takes its time
+                self._fill(crew, waiting)  # before the caller takes its time
                 yield item, result
         finally:
-            # By force: a gentle cancel raises KeyboardInterrupt anywhere, which can leave a half-imported module in
-            # a process that lives on. Whoever writes files does so atomically.
-            for reference in running:
-                ray.cancel(reference, force=True)
+            crew.close()
 
+    def close(self) -> None:
+        """End what still holds a share of a device. The end of the session does it, too."""
+        if self._seats is not None:
+            self._seats.end()
+            self._seats = None
 
-def _submit(task: Any, key: str, packed: list[Any], waiting: Iterator[T], running: dict[Any, T], limit: int) -> None:
-    for item in islice(waiting, limit - len(running)):
-        running[task.remote(key, packed, item)] = item
+    def _crew(self, words: tuple[Any, ...]) -> Crew[Any]:
+        share = {"CPU": self.cpus, "GPU": self.gpus}
+        if not self.actors:
+            return Tasks(_run, words, share, ATTEMPTS)
+        self._seats = self._seats or Actors(share, self.workers)
+        return self._seats.begin(_run, words, ATTEMPTS)
+
+    def _fill(self, crew: Crew[T], waiting: Iterator[T]) -> None:
+        for item in islice(waiting, self.workers - crew.busy()):
+            crew.give(item)
 
 
 def _run(key: str, packed: list[Any], item: Any) -> tuple[bool, Any]:

@@ -9,7 +9,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,7 +159,7 @@ class Size:
         if most > episodes:
             log.info("%d workers would be more than a step's %d episodes: %d are used", most, episodes, episodes)
             least, most = min(least, episodes), episodes
-        room = min(places({"CPU": 1, "GPU": 1} if on_gpu else {"CPU": 1}), most)
+        room = min(nodes.places({"CPU": 1, "GPU": 1} if on_gpu else {"CPU": 1}), most)
         begin = max(room, least) if elastic else most
         size = cls(least, most, _cpus_each(begin, on_gpu), on_gpu)
         if elastic and begin < most:
@@ -230,28 +230,19 @@ def _fit_in_session(
     return outcome
 
 
-def places(each: Mapping[str, float]) -> int:
-    """Workers that the living machines have room for, if nobody else uses them."""
-    return sum(
-        int(min(machine["Resources"].get(kind, 0) // share for kind, share in each.items()))
-        for machine in nodes.alive()
-    )
-
-
 def _cpus_each(workers: int, on_gpu: bool) -> int:
     """CPUs for each worker: an even share that fits the machines there are.
 
     Raises:
         ClusterError: the group does not fit at all. Ray itself would wait for more machines without a word.
     """
-    if on_gpu and places({"GPU": 1}) < workers:
-        raise ClusterError(
-            f"{workers} workers need a GPU each, Ray has {places({'GPU': 1})}. Use fewer --workers, or --device cpu."
-        )
-    if places({"CPU": 1}) < workers:
-        raise ClusterError(f"{workers} workers need a CPU each, Ray has {places({'CPU': 1})}. Use fewer --workers.")
+    gpus, cpus = nodes.places({"GPU": 1}), nodes.places({"CPU": 1})
+    if on_gpu and gpus < workers:
+        raise ClusterError(f"{workers} workers need a GPU each, Ray has {gpus}. Use fewer --workers, or --device cpu.")
+    if cpus < workers:
+        raise ClusterError(f"{workers} workers need a CPU each, Ray has {cpus}. Use fewer --workers.")
     share = max(1, nodes.total("CPU") // workers)
-    return next(cpus for cpus in range(share, 0, -1) if places({"CPU": cpus}) >= workers)
+    return next(cpus for cpus in range(share, 0, -1) if nodes.places({"CPU": cpus}) >= workers)
 
 
 def _reason(failure: BaseException | None) -> str:
@@ -372,7 +363,7 @@ class _Watch:
                 nodes.total("GPU"),
             )
         self.nodes = there
-        room = places(self.size.each)
+        room = nodes.places(self.size.each)
         if room < self.size.least and self.stop():
             # No rank is there to save and end, and the last save holds all that can be kept.
             raise KeyboardInterrupt

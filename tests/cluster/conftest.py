@@ -30,7 +30,9 @@ def ray_runner(local_ray: None, request: pytest.FixtureRequest) -> Iterator[RayR
     modules = (sys.modules[request.module.__name__], fakes)
     for module in modules:
         cloudpickle.register_pickle_by_value(module)
-    yield RayRunner(2)
+    runner = RayRunner(2)
+    yield runner
+    runner.close()
     for module in modules:
         cloudpickle.unregister_pickle_by_value(module)
 

@@ -4,20 +4,42 @@ import os
 import re
 import signal
 import threading
+import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from cluster.crew import first_done
+from cluster.runner import RayRunner
 from hsnet import errors
 from hsnet.errors import ClusterError, DataError, StoreIncomplete, StoreMismatch
 from pipeline.common.runner import SerialRunner
 
+CREWS = ("tasks", "actors")
+"""Ray's tasks, and one actor per share of a device (here of the CPUs)."""
 
-@pytest.fixture(params=["serial", pytest.param("ray", marks=pytest.mark.ray)])
+
+@pytest.fixture(scope="module")
+def actors(local_ray):
+    """Kept from test to test: an actor that has begun has imported torch."""
+    runner = RayRunner(2, actors=True)
+    yield runner
+    runner.close()
+
+
+@pytest.fixture(params=["serial", *(pytest.param(crew, marks=pytest.mark.ray) for crew in CREWS)])
 def runner(request):
-    return SerialRunner() if request.param == "serial" else request.getfixturevalue("ray_runner")
+    if request.param == "serial":
+        return SerialRunner()
+    tasks = request.getfixturevalue("ray_runner")
+    return tasks if request.param == "tasks" else request.getfixturevalue("actors")
+
+
+@pytest.fixture(params=CREWS)
+def on_ray(request, ray_runner, actors):
+    return ray_runner if request.param == "tasks" else actors
 
 
 def make_doubler():
@@ -96,7 +118,7 @@ def test_bugs_keep_their_type(runner):
         list(runner.map(lambda: lambda item: 1 // item, [0]))
 
 
-def test_items_are_asked_for_as_they_are_needed(ray_runner):
+def test_items_are_asked_for_as_they_are_needed(on_ray):
     asked = []
 
     def items():
@@ -104,13 +126,13 @@ def test_items_are_asked_for_as_they_are_needed(ray_runner):
             asked.append(i)
             yield i
 
-    results = ray_runner.map(make_doubler, items())
+    results = on_ray.map(make_doubler, items())
     next(results)
     assert len(asked) <= 4
     results.close()
 
 
-def test_an_item_whose_process_is_killed_is_done_by_another(ray_runner, tmp_path):
+def test_an_item_whose_process_is_killed_is_done_by_another(on_ray, tmp_path):
     def make():
         def worker(item):
             if item == 2:
@@ -119,11 +141,11 @@ def test_an_item_whose_process_is_killed_is_done_by_another(ray_runner, tmp_path
 
         return worker
 
-    assert sorted(ray_runner.map(make, range(6))) == [(i, 2 * i) for i in range(6)]
+    assert sorted(on_ray.map(make, range(6))) == [(i, 2 * i) for i in range(6)]
     assert (tmp_path / "died").exists()
 
 
-def test_an_item_that_kills_every_process_is_a_clear_error(ray_runner, monkeypatch):
+def test_an_item_that_kills_every_process_is_a_clear_error(on_ray, monkeypatch):
     monkeypatch.setattr("cluster.runner.ATTEMPTS", 2)
 
     def make():
@@ -133,7 +155,43 @@ def test_an_item_that_kills_every_process_is_a_clear_error(ray_runner, monkeypat
         return worker
 
     with pytest.raises(ClusterError, match=r"item 'photo' for good.*fewer workers"):
-        list(ray_runner.map(make, ["photo"]))
+        list(on_ray.map(make, ["photo"]))
+
+
+def test_actors_are_as_many_as_places_and_stay_for_the_next_map(ray_runner, actors):
+    """A task may meet any idle process, and each that has had a GPU keeps memory there."""
+
+    def make():
+        return lambda item: os.getpid()
+
+    first, second = ({pid for _, pid in actors.map(make, range(12))} for _ in range(2))
+    assert len(first | second) == 2
+    assert os.getpid() not in first
+    assert RayRunner(1, gpus=0.25).actors
+    assert not RayRunner(1).actors
+
+
+def test_a_map_that_was_left_early_does_not_come_into_the_next(on_ray):
+    def make():
+        return lambda item: time.sleep(0.2) or item
+
+    left = on_ray.map(make, range(100))
+    next(left)
+    left.close()
+    assert dict(on_ray.map(make_doubler, range(5))) == {i: 2 * i for i in range(5)}
+
+
+def test_waiting_for_a_machine_is_said(local_ray, monkeypatch, caplog):
+    import ray
+
+    monkeypatch.setattr("cluster.crew.SILENT_SECONDS", 0.05)
+    sleep = ray.remote(num_cpus=0)(lambda seconds: time.sleep(seconds))
+    slow = sleep.remote(1.0)
+    assert first_done([slow], {"CPU": 1, "GPU": 0}) == slow
+    assert not caplog.text, "there is room, so it is being worked on"
+    slow = sleep.remote(0.3)
+    first_done([slow], {"CPU": 1, "GPU": 0.5})
+    assert "no machine of the cluster has 1 CPUs and 0.5 GPUs" in caplog.text
 
 
 def test_without_a_session_it_says_so(monkeypatch):
@@ -185,12 +243,12 @@ def test_an_item_that_fails_does_not_end_the_others_where_the_caller_asks(runner
         list(runner.map(make_fragile, [1]))
 
 
-def test_an_item_whose_processes_all_die_does_not_end_the_others_either(ray_runner, monkeypatch):
+def test_an_item_whose_processes_all_die_does_not_end_the_others_either(on_ray, monkeypatch):
     monkeypatch.setattr("cluster.runner.ATTEMPTS", 2)
 
     def make():
         return lambda item: os.kill(os.getpid(), signal.SIGKILL) if item == 1 else item
 
-    results = dict(ray_runner.map(make, range(3), lambda item, failure: failure.reason))
+    results = dict(on_ray.map(make, range(3), lambda item, failure: failure.reason))
     assert (results[0], results[2]) == (0, 2)
     assert "lost the work on item 1 for good" in results[1]
