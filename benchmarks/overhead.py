@@ -3,14 +3,16 @@
     python -m benchmarks.overhead                          # generated photos, SqueezeNet at 112 px, some minutes
     python -m benchmarks.overhead --store voc.zarr --batch 10 --out overhead.json
 
-Both ways compute with one thread and take turns, so that what else runs on the machine meets both. Ray's workers, which
-usually give way to other programs (a niceness of 15), run with this process's. Memory (Linux only) is the share of each
+Both ways compute with one thread and take turns, so that what else runs on the machine meets both. Beside seconds there
+are CPU seconds of all processes together, Ray's own, too, which other programs change less. Ray's workers run with this
+process's niceness, not with the 15 that they usually have. Memory (Linux only) is the share of each
 process in what is resident (PSS): pages that several of them use are counted once.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -52,12 +54,13 @@ def measure_start() -> dict[str, float]:
     from cluster.runner import RayRunner
     from cluster.session import session
 
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), cpu_seconds()
     with session("local", num_cpus=1, num_gpus=0):
         there = time.perf_counter()
         list(RayRunner(1).map(_nothing, [0]))
-        answered = time.perf_counter()
+        answered, cpu = time.perf_counter(), cpu_seconds() - cpu
     return {
+        "cpu_s": cpu,
         "start_s": there - began,
         "first_answer_s": answered - there,
         "end_s": time.perf_counter() - answered,
@@ -73,16 +76,25 @@ def measure_train(store: Path, batch: int, steps: int, repeats: int, scratch: Pa
     make_source = partial(open_source, store)
     config = RunConfig.of(make_source(), fold=0, steps=steps + 1, batch_size=batch, select_on="none")
     step: dict[str, list[float]] = {"here": [], "ray": []}
+    cpu: dict[str, list[float]] = {"here": [], "ray": []}
     around: dict[str, list[float]] = {"here": [], "ray": []}
 
     def run(way: str, number: int) -> None:
         events: list[StepDone] = []
+        spent: dict[int, float] = {}
+
+        def note(event: Any) -> None:
+            events.append(event)
+            spent[event.step] = cpu_seconds()
+
         folder, began = scratch / f"{way}{number}", time.perf_counter()
         if way == "here":
-            fit(config, make_source(), folder, on_event=events.append)  # type: ignore[arg-type]
+            fit(config, make_source(), folder, on_event=note)
         else:
-            fit_on_ray(config, make_source, folder, workers=1, on_event=events.append)  # type: ignore[arg-type]
+            fit_on_ray(config, make_source, folder, workers=1, on_event=note)
         seconds = [event.seconds for event in events]
+        # Of the last step the driver may hear when the worker, whose seconds are counted, has gone.
+        cpu[way].append((spent[steps] - spent[1]) / (steps - 1))
         around[way].append(time.perf_counter() - began - sum(seconds))
         step[way] += seconds[1:]  # nothing is read ahead of the first
 
@@ -93,6 +105,8 @@ def measure_train(store: Path, batch: int, steps: int, repeats: int, scratch: Pa
         "step_here_s": timing.summary(step["here"]),
         "step_ray_s": timing.summary(step["ray"]),
         "rate_of_ray": timing.ratio(step["here"], step["ray"]),
+        "cpu_step_here_s": timing.summary(cpu["here"]),
+        "cpu_step_ray_s": timing.summary(cpu["ray"]),
         "around_here_s": timing.summary(around["here"]),
         "around_ray_s": timing.summary(around["ray"]),
     }
@@ -109,10 +123,24 @@ def measure_evaluate(store: Path, episodes: int, repeats: int) -> dict[str, Any]
         rules = resolve(shots=(1,), episodes=episodes)
         evaluate(plan_evaluation(partial(open_source, store), rules, head="untrained", fold=0), runner=runner)
 
-    runs = {"here": lambda: run(None), "ray": lambda: run(RayRunner(1))}
-    taken = timing.alternate(runs, repeats)
+    cpu: dict[str, list[float]] = {"here": [], "ray": []}
+
+    def counted(way: str, runner: RayRunner | None) -> None:
+        before = cpu_seconds()
+        run(runner)
+        cpu[way].append(cpu_seconds() - before)
+
+    taken = timing.alternate(
+        {"here": lambda: counted("here", None), "ray": lambda: counted("ray", RayRunner(1))}, repeats
+    )
     here, ray = taken["here"].wall, taken["ray"].wall
-    return {"here_s": timing.summary(here), "ray_s": timing.summary(ray), "rate_of_ray": timing.ratio(here, ray)}
+    return {
+        "here_s": timing.summary(here),
+        "ray_s": timing.summary(ray),
+        "rate_of_ray": timing.ratio(here, ray),
+        "cpu_here_s": timing.summary(cpu["here"][1:]),  # the first was to warm up
+        "cpu_ray_s": timing.summary(cpu["ray"][1:]),
+    }
 
 
 def measure_save(store: Path, saves: int, scratch: Path) -> dict[str, Any]:
@@ -140,6 +168,16 @@ def measure_save(store: Path, saves: int, scratch: Path) -> dict[str, Any]:
         RunDir.save = before  # type: ignore[method-assign]
     files = list((scratch / "save0").glob("*.safetensors"))
     return {"save_s": timing.summary(taken), "bytes": sum(file.stat().st_size for file in files)}
+
+
+def cpu_seconds() -> float:
+    """Of this process and of all below it that live."""
+    ticks = 0
+    for pid in below(os.getpid()):
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
 class Memory:
