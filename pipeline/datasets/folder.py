@@ -289,9 +289,8 @@ def _layout_of(root: Path, description: Description) -> str:
             return "coco"
     if any(pairs_beside(root, folder) for folder in _folders(root)):
         return "classes"
-    below = next(
-        (f"{one}/{two}" for one in _folders(root) for two in _folders(root / one) if pairs_beside(root, f"{one}/{two}")), ""
-    )
+    deeper = (f"{one}/{two}" for one in _folders(root) for two in _folders(root / one))
+    below = next((folder for folder in deeper if pairs_beside(root, folder)), "")
     hint = ""
     if below:
         folder = below.rpartition("/")[2]
