@@ -52,6 +52,7 @@ STORE_BYTES = 512 << 20
     metavar="FILE|DIR",
     help="A photo, or a folder of photos. May be repeated.",
 )
+@click.option("--recursive", is_flag=True, help="Take photos of subfolders, too; outputs are named SUBFOLDER-NAME.")
 @click.option("--out", type=ANY_PATH, metavar="DIR", required=True, help="Where masks and overlays are written.")
 @click.option(
     "--fusion",
@@ -65,7 +66,8 @@ STORE_BYTES = 512 << 20
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     default=0.5,
     show_default=True,
-    help="Share of votes, or probability, from which a pixel is object: higher marks less.",
+    help="From where on a pixel is object; higher marks less. With vote, a share of the most votes that any pixel of "
+    "this photo has, so one support of five suffices where no pixel has more; else a probability.",
 )
 @click.option("--no-overlay", is_flag=True, help="Masks only.")
 @options(weights_option, workers_option, address_option, device_option)
@@ -74,6 +76,7 @@ def predict(
     checkpoint_path: Path,
     supports: tuple[str, ...],
     queries: tuple[Path, ...],
+    recursive: bool,
     out: Path,
     no_overlay: bool,
     weights: str | None,
@@ -107,7 +110,7 @@ def predict(
     own = weights is None and loaded.info.finetuned
     on_ray = workers > 0 or address is not None
     # A worker on another machine has another working directory.
-    photos = list_queries([query.absolute() for query in queries] if on_ray else queries)
+    photos = list_queries([query.absolute() for query in queries] if on_ray else queries, recursive, out)
     chosen = pick_device(device, address)
     with _pipe(workers, address, chosen) as pipe, Progress("predict", "photos", quiet) as progress:
         summary = stage.predict(

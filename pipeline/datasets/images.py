@@ -3,20 +3,26 @@
 What happens to odd files:
 
     missing, truncated, not an image     DataError that names the file
-    larger than Pillow's limit (89 Mpx)  DataError, before the pixels are decoded
+    larger than 89 megapixels            DataError, before the pixels are decoded; HSNET_MAX_MEGAPIXELS raises the limit
     grey, 1-bit, palette, CMYK           converted to RGB
     alpha                                dropped; the colours under it are used
-    16-bit grey                          0..65535 scaled to 0..255
+    16-bit grey                          0..65535 scaled to 0..255; 0..4095 if no value of the photo is greater, as
+                                         12-bit cameras write it (said once per folder)
     floating point, LAB                  DataError
     several frames                       the first one
     EXIF rotation                        `read_image` ignores it, `read_photo` follows it
 
-Only raster formats are opened: Pillow would start Ghostscript for a PostScript file named .jpg.
+Only raster formats are opened: Pillow would start Ghostscript for a PostScript file named .jpg. HEIC needs the package
+pillow-heif (extra `heic`), AVIF a Pillow that was built with it.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+import os
 import struct
+import warnings
 import zlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -24,14 +30,34 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, features
 
 from hsnet.backbone import IMAGENET_MEAN, IMAGENET_STD
-from hsnet.errors import DataError, ShapeError
+from hsnet.errors import ConfigError, DataError, ShapeError
 from pipeline.datasets.index import label_dtype
 
-FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+HEIC = "pip install 'hsnet-pipeline[heic]'"
+"""How photos of phones become readable."""
+HEIC_SUFFIXES = (".heic", ".heif")
+has_heic = importlib.util.find_spec("pillow_heif") is not None
+if has_heic:
+    importlib.import_module("pillow_heif").register_heif_opener()
+_AVIF = (".avif",) if features.check("avif") else ()
+
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM", *(["AVIF"] * bool(_AVIF)), *(["HEIF"] * has_heic))
+PHOTO_SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"),
+    *_AVIF,
+    *(HEIC_SUFFIXES if has_heic else ()),
+)
+"""Files in a folder that count as photos; more with more decoders."""
+MAX_MEGAPIXELS = "HSNET_MAX_MEGAPIXELS"
+"""Environment variable: photos of more megapixels are refused."""
+TWELVE_BITS = 4095
+# Pillow warns at the limit at which `open_image` refuses; the warning would show through with its source line.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+log = logging.getLogger(__name__)
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
@@ -255,26 +281,53 @@ def object_pixels(label: np.ndarray, ignore_label: int) -> dict[int, int]:
 @contextmanager
 def open_image(path: Path) -> Iterator[Image.Image]:
     """Open an image file for the length of a block. Raises DataError for whatever is wrong with it, also inside."""
+    limit = _pixel_limit()
     try:
         with Image.open(path, formats=FORMATS) as image:
-            limit = Image.MAX_IMAGE_PIXELS
             # Pillow itself only warns up to twice its limit.
             if limit is not None and image.width * image.height > limit:
                 raise Image.DecompressionBombError(
-                    f"{image.width} x {image.height} pixels are more than the limit of {limit} "
-                    f"(a small file can fill the memory this way); scale it down"
+                    f"{image.width} x {image.height} pixels are more than the limit of {limit} (a small file can fill "
+                    f"the memory this way); scale it down, or raise the limit: "
+                    f"{MAX_MEGAPIXELS}={-(-image.width * image.height // 1_000_000)}"
                 )
             yield image
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing.") from error
     except _BROKEN as error:
-        raise DataError(f"{path} cannot be read as an image: {error or type(error).__name__}.") from error
+        heic = path.suffix.lower() in HEIC_SUFFIXES and not has_heic
+        hint = f" HEIC photos need a decoder: {HEIC}, or save them as JPEG." if heic else ""
+        bomb = isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning)
+        if bomb and MAX_MEGAPIXELS not in str(error):
+            hint = f" Scale it down, or raise the limit with {MAX_MEGAPIXELS}."
+        raise DataError(f"{path} cannot be read as an image: {error or type(error).__name__}.{hint}") from error
+
+
+def _pixel_limit() -> int | None:
+    """The most pixels of an image; None for any. Raises ConfigError: the environment says no number."""
+    text = os.environ.get(MAX_MEGAPIXELS)
+    if text is None:
+        return Image.MAX_IMAGE_PIXELS
+    try:
+        megapixels = float(text)
+    except ValueError:
+        megapixels = 0.0
+    if not 0 < megapixels < 1e6:
+        raise ConfigError(f"{MAX_MEGAPIXELS} is '{text}', must be a number of megapixels above 0, such as 150.")
+    limit = int(megapixels * 1e6)
+    if Image.MAX_IMAGE_PIXELS is not None and limit > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = limit  # beyond twice its own limit Pillow would refuse by itself
+    return limit
 
 
 def _rgb(image: Image.Image, path: Path) -> Image.Image:
     if _is_16_bit(image):
         wide = _uint16(image, path).astype(np.uint32)
-        return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+        white = 65535
+        if 255 < wide.max(initial=0) <= TWELVE_BITS:
+            _say_twelve_bits(path.parent)
+            white = TWELVE_BITS
+        return Image.fromarray(((wide * 255 + white // 2) // white).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise DataError(f"{path}: floating-point pixels have no defined white; save it with 8 or 16 bits.")
     if image.mode == "P" and "transparency" in image.info:
@@ -282,6 +335,15 @@ def _rgb(image: Image.Image, path: Path) -> Image.Image:
     rgb = image.convert("RGB")
     rgb.load()
     return rgb
+
+
+@cache
+def _say_twelve_bits(folder: Path) -> None:
+    """Once per folder and process."""
+    log.info(
+        "Note: 16-bit photos in %s with no value above %d are taken as 12 bits, %d being white.",
+        folder, TWELVE_BITS, TWELVE_BITS,
+    )  # fmt: skip
 
 
 def _is_16_bit(image: Image.Image) -> bool:

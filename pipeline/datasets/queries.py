@@ -5,15 +5,19 @@ from __future__ import annotations
 import logging
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import overload
 
 from hsnet.errors import DataError
-from pipeline.datasets.images import PHOTO_SUFFIXES
+from pipeline.datasets.images import HEIC, HEIC_SUFFIXES, PHOTO_SUFFIXES, has_heic
 
 log = logging.getLogger(__name__)
 
+_OF_SYSTEMS = ("Thumbs.db", "desktop.ini")
+_KINDS = 6
 _NAME_BYTES = 120  # file systems allow 255 bytes; leaves room for numbering and suffixes
 
 
@@ -49,31 +53,110 @@ class Queries(Sequence[Path]):
     @property
     def folders(self) -> list[Path]:
         """Where photos are."""
-        return self._folders
+        below = {(number, os.path.dirname(name)) for number, name in self._numbered() if "/" in name}
+        return [*self._folders, *(self._folders[number] / name for number, name in sorted(below))]
+
+    def names(self) -> Iterator[str]:
+        """What each is called in the folder it was found in, subfolders of that one included."""
+        return iter(self._names)
+
+    def _numbered(self) -> Iterator[tuple[int, str]]:
+        """(number of the folder, name in it) of every photo."""
+        bounds = [*self._starts, len(self._names)]
+        for number, (first, last) in enumerate(pairwise(bounds)):
+            for name in self._names[first:last]:
+                yield number, name
 
 
-def list_queries(paths: Iterable[Path]) -> Queries:
-    """Photos to segment: files as given, folders by their photos in order of name (not of their subfolders).
+def list_queries(paths: Iterable[Path], recursive: bool = False, leave_out: Path | None = None) -> Queries:
+    """Photos to segment: files as given, folders by their photos in order of name. Each photo once.
+
+    What lies in a folder and is no photo is counted, by suffix, in one line per folder given.
+
+    Args:
+        recursive: take the photos of subfolders, too, the folder's own first. Links to folders are not followed.
+        leave_out: with `recursive`, a folder that is not looked into, such as the one that is written to.
 
     Raises:
         DataError: a path does not exist, or a folder holds no photo. Says what suffixes count.
     """
-    queries = Queries()
+    paths = list(paths)
+    queries, again = Queries(), 0
+    # Absolute names, where a photo can come twice.
+    seen: set[str] | None = set() if len(paths) > 1 else None
     for path in paths:
         if path.is_dir():
-            with os.scandir(path) as entries:
-                names = [e.name for e in entries if suffix(e.name) in PHOTO_SUFFIXES and e.is_file()]
-            names = _without_masks(path, sorted(names))
-            if not names:
-                raise DataError(
-                    f"The folder {path} holds no photo ({', '.join(PHOTO_SUFFIXES)}); subfolders are not searched"
-                )
-            queries.add(path, names)
+            folder, names = path, _photos_in(path, recursive, leave_out)
         elif path.exists():
-            queries.add(path.parent, [path.name])
+            folder, names = path.parent, [path.name]
         else:
             raise DataError(f"The query {path} does not exist")
+        if seen is not None:
+            whole = os.path.abspath(folder)
+            new = [name for name in dict.fromkeys(names) if os.path.join(whole, name) not in seen]
+            again += len(names) - len(new)
+            seen.update(os.path.join(whole, name) for name in new)
+            names = new
+        queries.add(folder, names)
+    if again:
+        log.warning("%d %s given more than once: done once", again, "photo was" if again == 1 else "photos were")
     return queries
+
+
+def _photos_in(path: Path, recursive: bool, leave_out: Path | None) -> list[str]:
+    """Names of a folder's photos relative to it, and what else is there told. Raises DataError: there is none."""
+    photos: list[str] = []
+    others: Counter[str] = Counter()
+    written = None if leave_out is None else os.path.realpath(leave_out)
+    for folder, below, files in os.walk(path):
+        below.sort()
+        if written is not None:
+            below[:] = [name for name in below if os.path.realpath(os.path.join(folder, name)) != written]
+        before = os.path.relpath(folder, path)
+        names = []
+        for name in files:
+            if suffix(name) not in PHOTO_SUFFIXES:
+                others.update([] if name.startswith(".") or name in _OF_SYSTEMS else [suffix(name) or "no suffix"])
+            elif os.path.isfile(os.path.join(folder, name)):
+                names.append(name)
+            else:
+                others["broken links and the like"] += 1
+        kept = _without_masks(Path(folder), sorted(names))
+        photos += kept if before == "." else [os.path.join(before, name) for name in kept]
+        if not recursive:
+            if below:
+                others["subfolders"] = len(below)
+            break
+    told = left_out_text(others)
+    if told:
+        log.info("Note: %s: %s", path, told)
+    if not photos:
+        raise DataError(
+            f"The folder {path} holds no photo ({', '.join(PHOTO_SUFFIXES)})"
+            f"{'' if recursive else '; subfolders are not searched without --recursive'}{f'. {told}' if told else ''}"
+        )
+    return photos
+
+
+def left_out_text(others: Mapping[str, int]) -> str:
+    """ "left out 4 files that are no photos: 3 .heic, 1 .pdf; ..." with what helps; "" if nothing was left out."""
+    if not others:
+        return ""
+    files = {kind: count for kind, count in others.items() if kind != "subfolders"}
+    parts = []
+    if files:
+        kinds = sorted(files.items(), key=lambda item: (-item[1], item[0]))
+        some = ", ".join(f"{count} {kind}" for kind, count in kinds[:_KINDS])
+        many = sum(files.values())
+        parts.append(
+            f"left out {many} {'file that is no photo' if many == 1 else 'files that are no photos'} here: {some}"
+            f"{', ...' if len(kinds) > _KINDS else ''}"
+        )
+    if set(files) & set(HEIC_SUFFIXES) and not has_heic:
+        parts.append(f"HEIC photos need a decoder: {HEIC}")
+    if count := others.get("subfolders"):
+        parts.append(f"{count} subfolder{'' if count == 1 else 's'} not searched (--recursive does)")
+    return "; ".join(parts)
 
 
 def suffix(name: str) -> str:
@@ -85,10 +168,11 @@ def _without_masks(folder: Path, names: list[str]) -> list[str]:
     """Leave out X.png beside X.jpg: the mask of an annotated photo."""
     stems = {os.path.splitext(name)[0] for name in names if suffix(name) != ".png"}
     kept = [name for name in names if suffix(name) != ".png" or os.path.splitext(name)[0] not in stems]
-    if len(kept) < len(names):
+    if masks := sorted(set(names) - set(kept)):
         log.warning(
-            "%s: %d PNG files beside a photo of the same name taken as masks, not as queries",
-            folder, len(names) - len(kept),
+            "%s: %d PNG file%s beside a photo of the same name taken as %s, not as %s: %s%s",
+            folder, len(masks), *(("", "a mask", "a query") if len(masks) == 1 else ("s", "masks", "queries")),
+            ", ".join(masks[:3]), ", ..." if len(masks) > 3 else "",
         )  # fmt: skip
     return kept
 
@@ -101,9 +185,13 @@ def names_of(queries: Iterable[Path]) -> Iterator[str]:
     """
     taken: set[str] = set()
     numbers: dict[str, int] = {}
-    for query in queries:
+    found = queries.names() if isinstance(queries, Queries) else (query.name for query in queries)
+    for whole in found:
         # Names of the file system may hold anything but "/": bytes that are no text, control characters, dots only.
-        text = os.fsencode(query.stem).decode("utf-8", "replace")
+        # Photos of subfolders are named with them: "monday/cup.jpg" is "monday-cup".
+        below, _, last = whole.rpartition("/")
+        stem = Path(last).stem
+        text = os.fsencode("-".join([*below.split("/"), stem]) if below else stem).decode("utf-8", "replace")
         text = "".join(letter if letter.isprintable() and letter not in '\\/:*?"<>|' else "_" for letter in text)
         base = text.encode()[:_NAME_BYTES].decode("utf-8", "ignore").strip(". ").lstrip("-") or "query"
         name = base

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
-from hsnet.errors import DataError, ShapeError
+from hsnet.errors import ConfigError, DataError, ShapeError
+from pipeline.datasets import images
 from pipeline.datasets.images import (
     class_label,
     image_size,
@@ -164,6 +168,68 @@ def test_decompression_bombs_are_refused(tmp_path, side):
     for read in (read_image, read_photo, read_index_mask, read_binary_mask, image_size):
         with pytest.raises(DataError, match=r"bomb\.png.*pixels"):
             read(path)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_the_limit_of_pixels_can_be_raised(tmp_path, monkeypatch):
+    """And Pillow's warning, with its line of source, is never shown."""
+    Image.new("L", (400, 300)).save(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)  # Pillow refuses from 100,000 on
+    with pytest.raises(DataError, match=r"120000 pixels.*raise the limit with HSNET_MAX_MEGAPIXELS"):
+        image_size(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 80_000)
+    with pytest.raises(DataError, match=r"raise the limit: HSNET_MAX_MEGAPIXELS=1"):
+        image_size(tmp_path / "x.png")
+    monkeypatch.setenv("HSNET_MAX_MEGAPIXELS", "0.11")
+    with pytest.raises(DataError, match="more than the limit of 110000"):
+        image_size(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)
+    monkeypatch.setenv("HSNET_MAX_MEGAPIXELS", "0.5")
+    assert image_size(tmp_path / "x.png") == (300, 400)
+    assert read_photo(tmp_path / "x.png").size == (400, 300)
+    monkeypatch.setenv("HSNET_MAX_MEGAPIXELS", "many")
+    with pytest.raises(ConfigError, match="HSNET_MAX_MEGAPIXELS is 'many'"):
+        image_size(tmp_path / "x.png")
+    code = (
+        f"import sys; sys.path[:0] = {sys.path!r}\n"
+        "from pathlib import Path\nfrom pipeline.datasets.images import image_size\n"
+        f"from PIL import Image\nImage.MAX_IMAGE_PIXELS = 80_000\nimage_size(Path({str(tmp_path / 'x.png')!r}))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "HSNET_MAX_MEGAPIXELS"}
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment).stderr
+    assert "DataError" in shown
+    assert "DecompressionBombWarning" not in shown
+
+
+def test_12_bits_in_16_are_scaled_by_12_bits(tmp_path, caplog):
+    """As cameras write them: by 16 bits they would be nearly black."""
+    caplog.set_level("INFO")
+    Image.fromarray(np.array([[0, 2048, 4095]], np.uint16)).save(tmp_path / "a.tif")
+    Image.fromarray(np.array([[0, 2048, 4096]], np.uint16)).save(tmp_path / "b.tif")
+    Image.fromarray(np.array([[0, 100, 255]], np.uint16)).save(tmp_path / "c.tif")
+    assert np.asarray(read_photo(tmp_path / "a.tif"))[0, :, 0].tolist() == [0, 128, 255]
+    assert np.asarray(read_photo(tmp_path / "b.tif"))[0, :, 0].tolist() == [0, 8, 16]
+    assert np.asarray(read_photo(tmp_path / "c.tif"))[0, :, 0].tolist() == [0, 0, 1]
+    read_image(tmp_path / "a.tif")
+    assert caplog.text.count("are taken as 12 bits, 4095 being white") == 1, "once per folder"
+
+
+def test_photos_of_phones(tmp_path, monkeypatch):
+    pixels = np.arange(20 * 30 * 3, dtype=np.uint32).reshape(20, 30, 3) % 251
+    picture = Image.fromarray(pixels.astype(np.uint8))
+    if features.check("avif"):
+        assert ".avif" in images.PHOTO_SUFFIXES
+        picture.save(tmp_path / "x.avif")
+        assert read_photo(tmp_path / "x.avif").size == (30, 20)
+    (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(80))
+    monkeypatch.setattr(images, "has_heic", False)
+    with pytest.raises(DataError, match=r"phone\.heic cannot be read.*pip install 'hsnet-pipeline\[heic\]'"):
+        read_photo(tmp_path / "phone.heic")
+    monkeypatch.undo()
+    pytest.importorskip("pillow_heif", reason="HEIC needs the extra heic")
+    assert ".heic" in images.PHOTO_SUFFIXES
+    picture.save(tmp_path / "y.heic", quality=95)
+    assert read_photo(tmp_path / "y.heic").size == (30, 20)
 
 
 def test_postscript_is_not_opened(tmp_path):

@@ -276,7 +276,7 @@ def test_masks_beside_photos_are_no_queries(tmp_path: Path, caplog: pytest.LogCa
     for name in ("1.jpg", "1.png", "2.jpg", "photo.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     assert [path.name for path in list_queries([tmp_path])] == ["1.jpg", "2.jpg", "photo.png"]
-    assert "1 PNG files beside a photo of the same name taken as masks" in caplog.text
+    assert "1 PNG file beside a photo of the same name taken as a mask, not as a query: 1.png" in caplog.text
     assert list(list_queries([tmp_path / "1.png"])) == [tmp_path / "1.png"], "asked for by name"
 
 
