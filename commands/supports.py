@@ -95,7 +95,7 @@ def supports(
     head = ["class", "mean IoU", "spread", "best support", "worst support", "gain"]
     text = (
         f"{table(lines, head)}\n\n"
-        f"{drawn['candidates']} supports on {drawn['queries']} queries a class, where there are so many. spread: "
+        f"up to {drawn['candidates']} supports on up to {drawn['queries']} queries a class. spread: "
         f"standard deviation over supports. gain: of the best support over the mean one, on queries it was not chosen "
         f"on."
     )

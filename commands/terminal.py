@@ -119,7 +119,9 @@ class Progress:
         new = done - (self._first or 0)
         facts = [f"{done}/{total} {self.unit}" if total else f"{done} {self.unit}"]
         if new > 0 and seconds > 0.5:
-            facts.append(f"{new / seconds:.1f} {self.unit}/s")
+            slow = new < seconds  # then a rate would be 0.3, and say nothing
+            one = self.unit.removesuffix("s")
+            facts.append(f"{seconds / new:.1f} s per {one}" if slow else f"{new / seconds:.1f} {self.unit}/s")
             if total and done < total:
                 facts.append(f"{time_text((total - done) * seconds / new)} left")
         return ", ".join([*facts, note] if note else facts)

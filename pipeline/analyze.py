@@ -167,7 +167,7 @@ class _Scorer:
         if image_size is None:
             return ()
         shares = [episodes.object_pixels / image_size**2 for episodes in folds]
-        bins = [("0 px (vanished when squashed)", [share == 0 for share in shares])]
+        bins = [("0 px (no object, or vanished when squashed)", [share == 0 for share in shares])]
         for low, high in pairwise(SIZE_EDGES):
             inside = [(share > low) & (share <= high) for share in shares]
             bins.append((f"{100 * low:g} to {100 * high:g} %", inside))

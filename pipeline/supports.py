@@ -97,7 +97,7 @@ def choose_supports(
     Args:
         make_segmenter, make_source: called once per worker process; must be picklable for Ray.
         classes: names; all of the fold's by default.
-        candidates, queries: photos drawn per class, fewer where there are not so many. A photo can be both, but is
+        candidates, queries: photos drawn per class, all of a class that has fewer. A photo can be both, but is
             never its own support.
         seed: which photos are drawn.
         skipped: images that must not be drawn.

@@ -43,6 +43,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -52,7 +53,16 @@ from PIL import Image
 
 from hsnet.errors import DataError
 from pipeline.datasets.folder_description import Description, read_description
-from pipeline.datasets.folder_files import CLASS, groups_of, is_pattern, left_out, pairs_by_folder, pairs_by_pattern
+from pipeline.datasets.folder_files import (
+    CLASS,
+    groups_of,
+    is_pattern,
+    left_out,
+    other_files,
+    others_note,
+    pairs_by_folder,
+    pairs_by_pattern,
+)
 from pipeline.datasets.images import (
     PHOTO_SUFFIXES,
     Size,
@@ -318,7 +328,8 @@ def _class_pairs(root: Path, description: Description) -> tuple[dict[str, list[t
         return pairs, notes
     pairs = {folder: pairs_beside(root, folder) for folder in _folders(root)}
     lonely = [photo for folder in sorted(pairs) if pairs[folder] for photo in _without_mask(root, pairs[folder])]
-    return pairs, left_out("photo", "without a mask", lonely)
+    others: Counter[str] = sum((other_files(root / folder, PHOTO_SUFFIXES) for folder in pairs), Counter())
+    return pairs, (*left_out("photo", "without a mask", lonely), *others_note(others))
 
 
 def _index(layout: _Layout, description: Description, root: Path) -> DatasetIndex:

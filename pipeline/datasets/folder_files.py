@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from hsnet.errors import DataError
-from pipeline.datasets.images import PHOTO_SUFFIXES
+from pipeline.datasets.images import HEIC, HEIC_SUFFIXES, PHOTO_SUFFIXES, has_heic
 
 NAME, CLASS = "{name}", "{class}"
+
+_TEXTS = (".txt", ".json", ".xml", ".csv", ".yaml", ".yml", ".md")
 
 Pair = tuple[str, str, str]
 """(image id, photo, mask), the paths relative to the root; of a pattern with {class}, see `pairs_by_pattern`."""
@@ -29,6 +32,23 @@ def files_in(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
     return sorted(path.as_posix() for path in inside if not any(part.startswith(".") for part in path.parts))
 
 
+def other_files(folder: Path, suffixes: tuple[str, ...]) -> Counter[str]:
+    """How many files below a folder are of none of the suffixes, by suffix; hidden ones and texts beside photos not."""
+    inside = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() not in (*suffixes, *_TEXTS))
+    seen = (path for path in inside if not any(part.startswith(".") for part in path.parts))
+    return Counter(path.suffix.lower() for path in seen if path.suffix and not (folder / path).is_dir())
+
+
+def others_note(others: Counter[str]) -> tuple[str, ...]:
+    """A note of what `other_files` found; nothing if that is nothing."""
+    if not others:
+        return ()
+    kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(6))
+    heic = not has_heic and any(others[kind] for kind in HEIC_SUFFIXES)
+    hint = f" HEIC photos need a decoder: {HEIC}." if heic else ""
+    return (f"Left out files of other kinds: {kinds}. Photos are {', '.join(PHOTO_SUFFIXES)}, masks .png.{hint}",)
+
+
 def pairs_by_folder(root: Path, images: Sequence[str], masks: Sequence[str]) -> tuple[list[Pair], tuple[str, ...]]:
     """Photos of folders with the masks of their names in the folders beside them, and what was left out.
 
@@ -37,9 +57,13 @@ def pairs_by_folder(root: Path, images: Sequence[str], masks: Sequence[str]) -> 
     pairs: list[Pair] = []
     alone: list[str] = []
     lonely: list[str] = []
+    others: Counter[str] = Counter()
     for photos, labels in zip(images, masks, strict=True):
         before = "" if len(images) == 1 else f"{photos}/"
         there = {name.rpartition(".")[0]: name for name in files_in(root / labels, (".png",))}
+        others += other_files(root / photos, PHOTO_SUFFIXES)
+        if photos != labels:
+            others += other_files(root / labels, (".png",))
         taken = set()
         for name in files_in(root / photos, PHOTO_SUFFIXES):
             mask = there.get(name.rpartition(".")[0])
@@ -50,7 +74,8 @@ def pairs_by_folder(root: Path, images: Sequence[str], masks: Sequence[str]) -> 
                 pairs.append((f"{before}{name}", f"{photos}/{name}", f"{labels}/{mask}"))
         lonely += [f"{labels}/{name}" if before else name for name in there.values() if name not in taken]
     pairs.sort()
-    return pairs, (*left_out("photo", "without a mask", alone), *left_out("mask", "without a photo", sorted(lonely)))
+    notes = [*left_out("photo", "without a mask", alone), *left_out("mask", "without a photo", sorted(lonely))]
+    return pairs, (*notes, *others_note(others))
 
 
 def pairs_by_pattern(root: Path, images: str, masks: str) -> tuple[list[tuple[str, Pair]], tuple[str, ...]]:

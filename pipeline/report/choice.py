@@ -14,8 +14,8 @@ from pipeline.scores.rows import ScoredEpisodes
 def choose(episodes: ScoredEpisodes, wanted: int, seed: int = 0) -> list[tuple[str, str, list[int]]]:
     """Best, worst, random and by object size, a quarter of `wanted` each, at least one.
 
-    No episode is chosen twice, best and worst have each class and query at most once, and queries without a visible
-    object are left to the random ones.
+    No episode is chosen twice, best and worst have each query at most once, and each class where there are enough of
+    them; queries without a visible object are left to the random ones.
 
     Returns:
         (heading, how they were chosen, their positions in `episodes`); a part without an episode is left out.
@@ -28,7 +28,8 @@ def choose(episodes: ScoredEpisodes, wanted: int, seed: int = 0) -> list[tuple[s
     ranked = sorted(visible, key=lambda number: (-iou[number], number))
     for heading, order in (("Best", ranked), ("Worst", ranked[::-1])):
         chosen = _different(episodes, order, each, taken)
-        parts.append((heading, f"The {heading.lower()} episodes, each class at most once.", chosen))
+        once = "query" if _few_classes(episodes, each) else "class"
+        parts.append((heading, f"The {heading.lower()} episodes, each {once} at most once.", chosen))
     left = [number for number in range(len(episodes)) if number not in taken]
     draws, chosen = Draws("gallery", seed), []
     while left and len(chosen) < each:
@@ -47,7 +48,7 @@ def _different(episodes: ScoredEpisodes, order: Sequence[int], wanted: int, take
     chosen: list[int] = []
     classes: set[int] = set()
     queries: set[str] = set()
-    few = len(set(episodes.classes.tolist())) < wanted
+    few = _few_classes(episodes, wanted)
     for number in order:
         class_id, query = int(episodes.classes[number]), episodes.queries[number]
         if len(chosen) == wanted:
@@ -59,6 +60,11 @@ def _different(episodes: ScoredEpisodes, order: Sequence[int], wanted: int, take
         queries.add(query)
     taken |= set(chosen)
     return chosen
+
+
+def _few_classes(episodes: ScoredEpisodes, wanted: int) -> bool:
+    """Whether different classes would not do for so many episodes."""
+    return len(set(episodes.classes.tolist())) < wanted
 
 
 def _by_size(episodes: ScoredEpisodes, iou: NDArray[np.float64], wanted: int, numbers: Sequence[int]) -> list[int]:

@@ -141,7 +141,7 @@ def render_page(
         # The browser runs this very script and nothing else, loads no address, and sends nothing.
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "sets": sets,
-        "episodes": len({(f.path, s, e) for results in result_sets for f in results.files for s, e in _episodes(f)}),
+        "episodes": len({e for results in result_sets for file in results.files for e in _episodes(file)}),
         "files": sum(len(results.files) for results in result_sets),
         "unit": unit,
         "notes": tables.set_notes(sets),
@@ -169,8 +169,10 @@ def render_page(
     return environment.get_template("page.html").render(shown)
 
 
-def _episodes(file: Any) -> set[tuple[int, int]]:
-    return set(zip(file.table["seed"].to_pylist(), file.table["episode"].to_pylist(), strict=True))
+def _episodes(file: Any) -> set[tuple[Any, ...]]:
+    """What tells episodes apart, whichever head answered them, with however many supports."""
+    columns = [file.table[name].to_pylist() for name in ("fold", "seed", "episode", "query", "class_id")]
+    return {(file.facts["data"], *values) for values in zip(*columns, strict=True)}
 
 
 def _title(sets: Sequence[SetScores], runs: Sequence[Run]) -> str:

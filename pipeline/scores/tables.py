@@ -31,7 +31,7 @@ DIFFERENCE: dict[str, Kind] = {
     "p": "p",
     "FB-IoU": "difference",
     "episodes": "number",
-    "for +-0.5": "number",
+    "needed for +-0.5": "number",
 }
 """Columns of `difference_values`."""
 
@@ -92,7 +92,7 @@ def tables(analysis: Analysis) -> Iterator[Table]:
     """All that was analyzed, for people."""
     label = labels([*analysis.scores, *analysis.differences])
     rows: list[Sequence[Value]] = [(label(s), s.miou, s.fb_iou, s.episodes, s.needed) for s in analysis.scores]
-    yield Table("Scores, percent", columns("", "mIoU", "FB-IoU", "episodes", "for +-0.5"), rows)
+    yield Table("Scores, percent", columns("", "mIoU", "FB-IoU", "episodes", "needed for +-0.5"), rows)
     if analysis.differences:
         rows = [(label(difference), *difference_values(difference)) for difference in analysis.differences]
         yield Table("Difference on the same episodes, points", {"": "text", **DIFFERENCE}, rows)

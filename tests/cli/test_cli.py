@@ -256,6 +256,16 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(
     assert lines[-1].startswith("extract: 90/100 images, 2.0 images/s")
 
 
+def test_slow_progress_is_told_in_seconds(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now)
+    with terminal.Progress("train", "steps") as progress:
+        progress.update(0, 10)
+        now += 16
+        progress.update(5, 10)
+    assert capsys.readouterr().err.splitlines()[0] == "train: 5/10 steps, 3.2 s per step, 0:16 left"
+
+
 def test_quiet_progress_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with terminal.Progress("extract", "images", quiet=True) as progress:
         progress.say("hello")

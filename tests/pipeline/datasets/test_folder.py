@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from hsnet.errors import DataError
-from pipeline.datasets import open_dataset
+from pipeline.datasets import folder_files, open_dataset
+from pipeline.datasets.images import has_heic
 
 
 def photo(path: Path, height: int = 20, width: int = 30, orientation: int = 1) -> None:
@@ -171,6 +172,24 @@ def test_unpaired_files_are_left_out_with_a_note(masks):
     assert len(dataset.index.images) == 40
     assert "Left out 1 photo without a mask: alone.jpg." in dataset.index.notes
     assert "Left out 1 mask without a photo: lonely.png." in dataset.index.notes
+
+
+def test_files_of_other_kinds_are_counted(masks, folders, monkeypatch):
+    monkeypatch.setattr(folder_files, "has_heic", False)
+    for name in ("images/a.gif", "images/b.gif", "masks/c.tiff", "images/.d.gif", "images/e.txt"):
+        (masks / name).touch()
+    (masks / "images" / "f.HEIC").touch()
+    notes = open_dataset("folder", masks).index.notes
+    found = next(note for note in notes if note.startswith("Left out files"))
+    kinds = "2 .gif, 1 .heic, 1 .tiff" if not has_heic else "2 .gif, 1 .tiff"
+    assert sorted(found.split(": ")[1].split(". ")[0].split(", ")) == sorted(kinds.split(", "))
+    if not has_heic:
+        assert found.endswith("pip install 'hsnet-pipeline[heic]'.")
+
+
+def test_files_of_other_kinds_in_class_folders(folders):
+    (folders / "ant" / "9.gif").touch()
+    assert any("other kinds: 1 .gif" in note for note in open_dataset("folder", folders).index.notes)
 
 
 def test_mask_of_another_size(masks):
