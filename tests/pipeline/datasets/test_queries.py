@@ -8,7 +8,7 @@ import pytest
 
 from hsnet.errors import DataError
 from pipeline.datasets import queries as module
-from pipeline.datasets.queries import left_out_text, list_queries, output_names
+from pipeline.datasets.queries import left_out_text, list_queries, names_of
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_subfolders_keep_their_names(folder, tmp_path, caplog):
     assert [str(path.relative_to(folder)) for path in found] == [
         "a.png", "b.jpg", "monday/b.jpg", "monday/late/c.jpg", "tuesday/b.jpg",
     ]  # fmt: skip
-    assert output_names(found) == ["a", "b", "monday-b", "monday-late-c", "tuesday-b"]
+    assert list(names_of(found)) == ["a", "b", "monday-b", "monday-late-c", "tuesday-b"]
     assert {path.relative_to(folder).as_posix() for path in found.folders} == {
         ".", "monday", "monday/late", "tuesday",
     }  # fmt: skip
