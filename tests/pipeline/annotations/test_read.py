@@ -149,6 +149,24 @@ def test_an_outline_that_leaves_the_photo_is_clipped_with_a_note(here: Path, cap
     assert "annotation 1 reaches from (20, 10) to (60, 40), the photo has 30 x 20 pixels: clipped" in caplog.text
 
 
+@pytest.mark.parametrize("move", [(-40, 0), (40, 0), (0, -30), (0, 30)])
+def test_an_outline_beyond_any_side_is_an_error(here: Path, move: tuple[int, int]) -> None:
+    raw = coco({"segmentation": [[x + move[i % 2] for i, x in enumerate(POLYGON)]]})
+    with pytest.raises(DataError, match="annotation 1 lies outside its photo"):
+        _ = read_annotations(write(here / "x.json", raw))[0]
+
+
+@pytest.mark.parametrize(("left", "top"), [(-12, 0), (10, 0), (0, -7), (0, 9)])
+def test_an_outline_beyond_any_side_in_part_is_clipped(here: Path, caplog, left: int, top: int) -> None:
+    raw = coco({"segmentation": [[x + (top if i % 2 else left) for i, x in enumerate(POLYGON)]]})
+    with caplog.at_level(logging.WARNING):
+        item = read_annotations(write(here / "x.json", raw))[0]
+    expected = np.zeros((20, 30), bool)
+    expected[max(0, 5 + top) : 15 + top, max(0, 10 + left) : 25 + left] = True
+    assert np.array_equal(item.masks["car"], expected)
+    assert "clipped" in caplog.text
+
+
 def test_an_outline_up_to_the_edge_is_no_note(here: Path, caplog) -> None:
     raw = coco({"segmentation": [[0, 0, 30, 0, 30, 20, 0, 20]]})
     with caplog.at_level(logging.WARNING):
