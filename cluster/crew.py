@@ -14,7 +14,7 @@ from cluster import nodes
 T = TypeVar("T")
 
 SILENT_SECONDS = 30.0
-"""How long nothing may come while the cluster has room for no worker, before that is said, and said again."""
+"""How long nothing may come before that is said."""
 
 log = logging.getLogger(__name__)
 
@@ -183,16 +183,26 @@ def _lost(reference: Any) -> bool:
 
 
 def first_done(references: list[Any], share: dict[str, float]) -> Any:
-    """Wait for one of them; while no machine has room for a worker, say so."""
+    """Wait for one of them, and say so where it takes long: ever less often, unless there is no machine for the work."""
+    waited, pause = 0.0, SILENT_SECONDS
     while True:
-        done, _ = ray.wait(references, num_returns=1, timeout=SILENT_SECONDS)
+        done, _ = ray.wait(references, num_returns=1, timeout=pause)
         if done:
             return done[0]
-        if not nodes.places(share):
+        waited += pause
+        if nodes.places(share):
+            pause = waited
+            log.info(
+                "Nothing for %d s: %d items are being worked on, or wait for a process that is being started",
+                waited,
+                len(references),
+            )
+        else:
+            pause = SILENT_SECONDS
             log.warning(
                 "Nothing for %d s: no machine of the cluster has %g CPUs and %g GPUs. It waits for one; Ctrl-C ends "
                 "the command, and the same command goes on with what is finished.",
-                SILENT_SECONDS,
+                waited,
                 share["CPU"],
                 share["GPU"],
             )

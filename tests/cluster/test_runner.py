@@ -181,17 +181,23 @@ def test_a_map_that_was_left_early_does_not_come_into_the_next(on_ray):
     assert dict(on_ray.map(make_doubler, range(5))) == {i: 2 * i for i in range(5)}
 
 
-def test_waiting_for_a_machine_is_said(local_ray, monkeypatch, caplog):
+def test_a_long_wait_is_said(local_ray, monkeypatch, caplog):
+    """Ever less often where there is room, so that the work may be long; as often as before where there is none."""
     import ray
 
-    monkeypatch.setattr("cluster.crew.SILENT_SECONDS", 0.05)
+    monkeypatch.setattr("cluster.crew.SILENT_SECONDS", 0.1)
     sleep = ray.remote(num_cpus=0)(lambda seconds: time.sleep(seconds))
-    slow = sleep.remote(1.0)
-    assert first_done([slow], {"CPU": 1, "GPU": 0}) == slow
-    assert not caplog.text, "there is room, so it is being worked on"
-    slow = sleep.remote(0.3)
-    first_done([slow], {"CPU": 1, "GPU": 0.5})
-    assert "no machine of the cluster has 1 CPUs and 0.5 GPUs" in caplog.text
+    ray.get(sleep.remote(0))  # a process is there
+    for share, text, least, most in (
+        ({"CPU": 1, "GPU": 0}, "1 items are being worked on", 1, 6),
+        ({"CPU": 1, "GPU": 0.5}, "no machine of the cluster has 1 CPUs and 0.5 GPUs", 8, 100),
+    ):
+        with caplog.at_level("INFO"):
+            slow = sleep.remote(1.5)
+            assert first_done([slow], share) == slow
+        assert least <= caplog.text.count("Nothing for") <= most
+        assert caplog.text.count("Nothing for") == caplog.text.count(text)
+        caplog.clear()
 
 
 def test_without_a_session_it_says_so(monkeypatch):
