@@ -37,6 +37,9 @@ from benchmarks.two_nodes import ROOT, Nodes, driver
 LIMIT_S = 600.0
 """A command that takes longer hangs."""
 
+PATIENCE_S = 60.0
+"""How long a command may say nothing."""
+
 DATA = ("shapes", "--data-option", "size=64", "--data-option", "trn_per_class=8", "--data-option", "val_per_class=6")
 BACKBONE = ("--backbone", "squeezenet1_1", "--image-size", "64", "--shard-images", "2")
 FAULTS = {
@@ -273,6 +276,8 @@ def inject(
             trouble.append(f"a traceback: {ran.said[ran.said.index('Traceback') :][-600:]!r}")
         if ran.code == 124:
             trouble.append("hung")
+        if ran.silent > PATIENCE_S:
+            trouble.append(f"silent for {ran.silent:.0f} s")
         if ran.code != 0:
             clear = fault == "driver" or "Error: " in ran.said
             if not clear:

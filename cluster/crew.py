@@ -183,7 +183,7 @@ def _lost(reference: Any) -> bool:
 
 
 def first_done(references: list[Any], share: dict[str, float]) -> Any:
-    """Wait for one of them, and say so where it takes long: ever less often, unless there is no machine for the work."""
+    """Wait for one of them, and say so where it takes long: ever less often, unless no machine has room."""
     waited, pause = 0.0, SILENT_SECONDS
     while True:
         done, _ = ray.wait(references, num_returns=1, timeout=pause)
