@@ -170,14 +170,16 @@ def measure_save(store: Path, saves: int, scratch: Path) -> dict[str, Any]:
     return {"save_s": timing.summary(taken), "bytes": sum(file.stat().st_size for file in files)}
 
 
+_ticks: dict[int, int] = {}
+
+
 def cpu_seconds() -> float:
-    """Of this process and of all below it that live."""
-    ticks = 0
+    """Of this process and of all below it; of one that has ended, up to the last time that this was asked."""
     for pid in below(os.getpid()):
         with contextlib.suppress(OSError):
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            ticks += int(fields[11]) + int(fields[12])
-    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
+            _ticks[pid] = int(fields[11]) + int(fields[12])
+    return time.process_time() + sum(_ticks.values()) / os.sysconf("SC_CLK_TCK")
 
 
 class Memory:

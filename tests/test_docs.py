@@ -28,7 +28,7 @@ FOREIGN_OPTIONS = (
     | {"--folder", "--bits", "--bytes", "--photos"}
     | {"--port", "--num-cpus", "--object-store-memory", "--node-manager-port", "--object-manager-port", "--block"}
     | {"--working-dir", "--nodes", "--ntasks", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--signal"}
-    | {"--exclude", "--stage", "--count", "--fault"}
+    | {"--exclude", "--stage", "--count", "--fault", "--kills", "--table"}
     | {
         "--parts",
         "--backbones",
