@@ -60,8 +60,8 @@ def refine(
         working_side: see `WORKING_SIDE`.
 
     Returns:
-        (H, W) float32 in the margin's unit, object above 0. A constant margin stays constant, and twice the margin gives
-        twice the map.
+        (H, W) float32 in the margin's unit, object above 0. A constant margin stays constant; twice the margin gives
+        the map.
 
     Raises:
         ShapeError: the margin is no (h, w) of finite numbers, or the photo no (H, W, 3) of bytes.
