@@ -3,8 +3,9 @@
     python -m benchmarks.refine --data NAME=KIND:ROOT[:SPLITS] ... --backbone NAME:SIZE[:WEIGHTS] ... [--sheet OUT.png]
 
 KIND is a reader (pascal, fss, folder). Jobs are those of `benchmarks.practice_jobs`: five annotated photos, head
-KIND is a reader (pascal, fss, folder). Jobs are those of `benchmarks.practice_jobs`: five annotated photos, head
-`tune`,
+`tune`, masks at the photos' own size. The first classes drawn (`--tuned-on`) are left out: parameters were chosen on
+them.
+
 Boundary IoU is that of Cheng et al. 2021 (pixels within 1 % of the photo's diagonal of each mask's own edge), boundary
 F the harmonic mean of the shares of both contours that lie within that distance of the other.
 """

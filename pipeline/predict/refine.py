@@ -61,7 +61,7 @@ def refine(
 
     Returns:
         (H, W) float32 in the margin's unit, object above 0. A constant margin stays constant; twice the margin gives
-        the map.
+        twice the map.
 
     Raises:
         ShapeError: the margin is no (h, w) of finite numbers, or the photo no (H, W, 3) of bytes.
