@@ -38,12 +38,12 @@ class AggregateSegmenter:
 
 def margin(scene: Scene) -> Tensor:
     """(P,) in [-2, 2], object above 0."""
-    return carried(contrast.margin(scene), scene)
+    return carried(contrast.margin(scene), scene.query)
 
 
-def carried(answer: Tensor, scene: Scene) -> Tensor:
-    """(P,): margins (P,) of any kind, carried along the query's self-similarity."""
-    similar = affinity(scene.query, TEMPERATURE)
+def carried(answer: Tensor, query: Tensor) -> Tensor:
+    """(P,): margins (P,) of any kind, carried along the self-similarity of the query's positions (P, D)."""
+    similar = affinity(query, TEMPERATURE)
     for _ in range(WALKS):
         answer = similar @ answer
     return answer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -71,8 +72,8 @@ class TuneSegmenter:
         if not scene.shares.any():
             return scene.query.new_full(scene.query.shape[:1], NO_OBJECT)
         scene = distinct(scene)
-        fit = fit_supports(scene)
         vectors, shares = scene.support.flatten(0, 1), scene.shares.flatten()
+        fit = fit_supports(scene.support, scene.shares)
         direction, bias = fit.solve(vectors, shares)
         answer = scene.query @ direction + bias
         stand = None if self.head is None else Standing.on(self.head, scene, fit)
@@ -81,7 +82,7 @@ class TuneSegmenter:
             direction, bias = fit.solve(vectors, shares, scene.query, confident(believed, scene))
             answer = scene.query @ direction + bias
         offset = ONE_SHOT_OFFSETS[bool(self.chains)] if fit.left_out is None else fit.offset
-        answer = carried(answer, scene) - offset
+        answer = carried(answer, scene.query) - offset
         return answer if stand is None else stand.together(answer)
 
 
@@ -103,7 +104,7 @@ class Fit:
     offset: float
     """Where the margin is cut."""
     left_out: Tensor | None
-    """(K, P) margins of each support by a fit to the others, not yet cut; None for one support."""
+    """(n,) margins of all positions, each support's by a fit to the others, not yet cut; None for one support."""
 
     def solve(
         self, vectors: Tensor, shares: Tensor, more: Tensor | None = None, sides: tuple[Tensor, Tensor] | None = None
@@ -118,37 +119,37 @@ class Fit:
         return direction[0], bias[0]
 
 
-def fit_supports(scene: Scene) -> Fit:
-    """Penalty and threshold with the best IoU on supports left out; fixed ones for a single support."""
-    count = len(scene.support)
+def fit_supports(vectors: Sequence[Tensor] | Tensor, shares: Sequence[Tensor] | Tensor) -> Fit:
+    """Penalty and threshold with the best IoU on supports left out; fixed ones for a single support.
+
+    Args:
+        vectors: of every support (P, D); supports may have different numbers of positions.
+        shares: of every support (P,) in [0, 1].
+    """
+    count = len(vectors)
     if count == 1:
         return Fit(ONE_SHOT_PENALTY, ONE_SHOT_OFFSETS[0], None)
-    positive: list[Tensor] = []
-    negative: list[Tensor] = []
+    every, all_shares = torch.cat(list(vectors)), torch.cat(list(shares))
+    ends = list(accumulate(len(some) for some in shares))
+    parts = [slice(end - len(some), end) for end, some in zip(ends, shares, strict=True)]
+    kept = torch.ones(count, len(every), dtype=torch.bool, device=every.device)
+    for left, part in enumerate(parts):
+        kept[left, part] = False
+    sides = [torch.zeros(count, len(every), dtype=every.dtype, device=every.device) for _ in range(2)]
     for left in range(count):
-        sides = [side.unflatten(0, (count - 1, -1)) for side in balanced(_without(scene.shares, left).flatten())]
-        for found, side in zip((positive, negative), sides, strict=True):
-            found.append(torch.cat([side[:left], torch.zeros_like(side[:1]), side[left:]]).flatten())
-    penalties = scene.support.new_tensor(PENALTIES).repeat_interleave(count)
-    directions, biases = fit_readouts(
-        scene.support.flatten(0, 1),
-        torch.stack(positive).repeat(len(PENALTIES), 1),
-        torch.stack(negative).repeat(len(PENALTIES), 1),
-        penalties,
-        steps=LEFT_OUT_STEPS,
-    )
-    # (penalties, K, P): every support by the fit that has not seen it
-    margins = torch.stack(
-        [scene.support[left] @ directions[left::count].T + biases[left::count] for left in range(count)]
-    ).permute(2, 0, 1)
-    scores = torch.stack([soft_iou(margins > offset, scene.shares, 1) for offset in OFFSETS], 1)
+        for side, weights in zip(sides, balanced(all_shares[kept[left]]), strict=True):
+            side[left, kept[left]] = weights
+    penalties = every.new_tensor(PENALTIES).repeat_interleave(count)
+    positive, negative = (side.repeat(len(PENALTIES), 1) for side in sides)
+    directions, biases = fit_readouts(every, positive, negative, penalties, steps=LEFT_OUT_STEPS)
+    # (penalties, n): every support by the fit that has not seen it
+    margins = torch.cat(
+        [every[part] @ directions[left::count].T + biases[left::count] for left, part in enumerate(parts)]
+    ).T
+    scores = torch.stack([soft_iou(margins > offset, all_shares, 1) for offset in OFFSETS], 1)
     best = int(scores.argmax())
     chosen, cut = divmod(best, len(OFFSETS))
     return Fit(PENALTIES[chosen], OFFSETS[cut], margins[chosen])
-
-
-def _without(values: Tensor, left: int) -> Tensor:
-    return torch.cat([values[:left], values[left + 1 :]])
 
 
 def soft_iou(said: Tensor, shares: Tensor, first: int = 0) -> Tensor:
@@ -191,9 +192,9 @@ class Standing:
         margin = head_margin(head, scene.batch)[0]
         if fit.left_out is None:
             return cls(margin, ONE_SHOT_WEIGHT, grid)
-        left_out = _resized(left_out_margins(head, scene.batch), grid).flatten(1)
+        left_out = _resized(left_out_margins(head, scene.batch), grid).flatten()
         tried = torch.stack([left_out + weight * (fit.left_out - fit.offset) for weight in WEIGHTS])
-        return cls(margin, WEIGHTS[int(soft_iou(tried > 0, scene.shares, 1).argmax())], grid)
+        return cls(margin, WEIGHTS[int(soft_iou(tried > 0, scene.shares.flatten(), 1).argmax())], grid)
 
     def together(self, answer: Tensor, on_grid: bool = False) -> Tensor:
         """Both margins: (h, w), or on the grid (P,)."""

@@ -54,7 +54,7 @@ def test_leave_one_out_by_the_letter(tiny_source, monkeypatch):
                         both += float(said) * float(share)
                         either += max(float(said), float(share))
                 scores[penalty, offset] = both / either
-        found = fit_supports(scene)
+        found = fit_supports(scene.support, scene.shares)
         assert scores[found.penalty, found.offset] == pytest.approx(max(scores.values()), abs=1e-6)
         chosen.add((found.penalty, found.offset))
     assert len(chosen) > 1, "not the same for every episode"
@@ -62,13 +62,13 @@ def test_leave_one_out_by_the_letter(tiny_source, monkeypatch):
 
 def test_the_answer_is_the_fit_of_all_supports_carried_and_cut(tiny_source):
     scene = scene_in(tiny_source)
-    fit = fit_supports(scene)
+    fit = fit_supports(scene.support, scene.shares)
     margin = alone(scene.support.flatten(0, 1), scene.shares.flatten(), fit.penalty)(scene.query)
-    wanted = carried(margin, scene) - fit.offset
+    wanted = carried(margin, scene.query) - fit.offset
     torch.testing.assert_close(TuneSegmenter().margin(scene), wanted, rtol=0, atol=1e-3)
     one = scene.of(slice(1))
-    assert fit_supports(one).left_out is None
-    assert fit_supports(one).penalty == tune.ONE_SHOT_PENALTY
+    assert fit_supports(one.support, one.shares).left_out is None
+    assert fit_supports(one.support, one.shares).penalty == tune.ONE_SHOT_PENALTY
 
 
 def test_a_support_that_comes_twice_counts_once(tiny_source):
@@ -89,7 +89,7 @@ def test_the_query_becomes_a_further_support(tiny_source):
     """By the letter: highest and lowest positions of both margins, each a quarter of the weight."""
     scene = scene_in(tiny_source, shots=1)
     places = len(scene.query)
-    fit = fit_supports(scene)
+    fit = fit_supports(scene.support, scene.shares)
     first = alone(scene.support[0], scene.shares[0], fit.penalty)(scene.query)
     other = contrast.margin(scene)
     order = (first / first.std() + other / other.std()).argsort().tolist()
@@ -101,7 +101,7 @@ def test_the_query_becomes_a_further_support(tiny_source):
     weight = torch.tensor([fit.penalty], dtype=torch.float64)
     vectors = torch.cat([scene.support[0], scene.query])
     direction, bias = fit_readouts(vectors, positive[None], negative[None], weight, 500)
-    wanted = carried(scene.query @ direction[0] + bias[0], scene) - tune.ONE_SHOT_OFFSETS[1]
+    wanted = carried(scene.query @ direction[0] + bias[0], scene.query) - tune.ONE_SHOT_OFFSETS[1]
     torch.testing.assert_close(TuneSegmenter(1).margin(scene), wanted, rtol=0, atol=2e-3)
 
 
@@ -134,7 +134,7 @@ def test_the_margin_of_a_trained_head_is_added(tiny_source, head, monkeypatch):
 def test_its_weight_is_the_best_on_supports_left_out(tiny_source, head):
     batch = batch_in(tiny_source, 3)
     (scene,) = scenes(batch)
-    fit = fit_supports(scene)
+    fit = fit_supports(scene.support, scene.shares)
     drawn = EpisodeStream(tiny_source.index, 0, "test", 3, 0, repeat_supports=False)[0]
     grid = grid_of(batch)
     said = []
@@ -154,7 +154,7 @@ def test_its_weight_is_the_best_on_supports_left_out(tiny_source, head):
     )
     scores = []
     for weight in WEIGHTS:
-        mask = (said + weight * (fit.left_out - fit.offset) > 0).float()
+        mask = (said + weight * (fit.left_out.view_as(said) - fit.offset) > 0).float()
         both = (mask * scene.shares).sum()
         scores.append(float(both / (mask.sum() + scene.shares.sum() - both)))
     assert tune.Standing.on(head, scene, fit).weight == WEIGHTS[scores.index(max(scores))]
