@@ -16,7 +16,7 @@ from ray import cloudpickle
 from hsnet.errors import ClusterError, HSNetError
 from pipeline.common.runner import one_torch_thread
 from pipeline.datasets.images import read_photo
-from pipeline.predict.stage import Result, Task, Work
+from pipeline.predict.writing import Result, Task, Work
 
 GROUP = 16
 """Photos that go through the pipeline together: what one task decodes, what the model gets, what one task writes."""
@@ -89,7 +89,7 @@ class RayPipe:
                 for batch in written.iter_batches(batch_size=None, batch_format="numpy"):
                     for data in batch["data"]:
                         for result in pickle.loads(data):
-                            seen = seen or _require_seen(result)
+                            seen = seen or _require_seen(work, result)
                             yield result
             except ray.exceptions.RayError as error:
                 lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -123,7 +123,7 @@ def _work(references: list[Any]) -> Work:
 
 
 def _decode(work: Work, tasks: list[Task]) -> list[Any]:
-    """Results of tasks that are done or cannot be done; (task, squeezed photo, its (H, W)) of the others."""
+    """Results of tasks that are done or cannot be done; (task, squashed photo, its (H, W)) of the others."""
     found: list[Any] = []
     for task in tasks:
         try:
@@ -132,27 +132,28 @@ def _decode(work: Work, tasks: list[Task]) -> list[Any]:
                 found.append(done)
                 continue
             photo = read_photo(task.query)
-            found.append((task, work.squeeze(photo), (photo.height, photo.width)))
+            found.append((task, work.reading.squash(photo), (photo.height, photo.width)))
         except HSNetError as error:
             found.append(Result(task, error=str(error)))
     return found
 
 
 class _Model:
-    """The model on its actor: adds masks, packed to bits."""
+    """The model on its actor: adds what the heads answer, at their own size."""
 
     def __init__(self, references: list[Any]) -> None:
         self.model = _work(references).open()
 
     def __call__(self, batch: Packed) -> Packed:
-        return {"data": np.array([pickle.dumps(self._masks(pickle.loads(data))) for data in batch["data"]], object)}
+        return {"data": np.array([pickle.dumps(self._answers(pickle.loads(data))) for data in batch["data"]], object)}
 
-    def _masks(self, found: list[Any]) -> list[Any]:
+    def _answers(self, found: list[Any]) -> list[Any]:
         left = [one for one in found if not isinstance(one, Result)]
         with one_torch_thread():
-            masks = self.model.masks([photo for _, photo, _ in left], [size for _, _, size in left])
-        packed = ((task, np.packbits(mask), size) for (task, _, size), mask in zip(left, masks, strict=True))
-        return [one if isinstance(one, Result) else next(packed) for one in found]
+            read = self.model.reader.read_squashed([photo for _, photo, _ in left], [size for _, _, size in left])
+            answers = [(task, self.model.answer(features)) for (task, _, _), features in zip(left, read, strict=True)]
+        new = iter(answers)
+        return [one if isinstance(one, Result) else next(new) for one in found]
 
 
 def _write(work: Work, found: list[Any]) -> list[Result]:
@@ -161,25 +162,24 @@ def _write(work: Work, found: list[Any]) -> list[Result]:
         if isinstance(one, Result):
             results.append(one)
             continue
-        task, bits, (height, width) = one
-        mask = np.unpackbits(bits, count=height * width).reshape(height, width).astype(bool)
+        task, answers = one
         try:
-            photo = None if task.overlay is None else read_photo(task.query)
-            results.append(work.write(task, photo, mask))
+            results.append(work.write(task, read_photo(task.query), answers))
         except HSNetError as error:
             results.append(Result(task, error=str(error)))
     return results
 
 
-def _require_seen(result: Result) -> bool:
+def _require_seen(work: Work, result: Result) -> bool:
     """Whether a mask was seen here. Raises ClusterError if one was written and does not show up."""
     if result.error:
         return False
+    path = next(iter(work.masks_of(result.task).values()))
     end = time.monotonic() + WAIT_S
-    while not result.task.mask.exists():
+    while not path.exists():
         if time.monotonic() > end:
             raise ClusterError(
-                f"{result.task.mask} was written by a worker and cannot be seen here: the output folder must be on a "
+                f"{path} was written by a worker and cannot be seen here: the output folder must be on a "
                 f"disk that all machines share. Give such a folder."
             )
         time.sleep(0.5)

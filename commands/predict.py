@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from commands.groups import Failure, on_interrupt
 from commands.options import (
     ANY_PATH,
+    Backbone,
+    Whole,
     address_option,
     common_options,
     device_option,
@@ -26,6 +29,11 @@ from commands.terminal import Progress, set_up_logging
 from pipeline.common.text import printable, time_text
 from pipeline.episodes.protocols import FUSIONS
 
+if TYPE_CHECKING:
+    from pipeline.bank.check import ClassCheck
+    from pipeline.predict.stage import PredictSummary
+    from pipeline.predict.writing import Work
+
 LISTED = 1000
 """With more photos there is no line for each on the screen, only in the file of results."""
 
@@ -33,15 +41,39 @@ STORE_BYTES = 512 << 20
 """Photos at network size and masks wait here for their next stage."""
 
 
+PHOTO_HEADS = ("auto", "contrast", "tune", "hsnet")
+"""Heads for photos; compared with `pipeline.bank.heads` by a test."""
+
+FORMATS = ("masks", "overlay", "soft")
+"""What can be written of every photo; masks always are."""
+
+
+class Formats(click.ParamType):
+    """Names of outputs, separated by commas."""
+
+    name = "list"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        names = tuple(dict.fromkeys(name.strip() for name in str(value).split(",")))
+        odd = [name for name in names if name not in FORMATS]
+        if odd:
+            self.fail(f"'{odd[0]}' is none of {', '.join(FORMATS)}", param, ctx)
+        return names
+
+
 @click.command(short_help="Masks of new photos from a few examples.")
-@click.option("--checkpoint", "checkpoint_path", type=ANY_PATH, metavar="C", required=True, help="Checkpoint or run.")
 @click.option(
     "--support",
     "supports",
     multiple=True,
-    required=True,
     metavar="PHOTO:MASK",
     help="A photo and the mask of the object in it. May be repeated: more shots.",
+)
+@click.option("--bank", "bank_path", type=ANY_PATH, metavar="BANK", help="Annotated photos of `hsnet bank` instead.")
+@click.option(
+    "--class", "classes", multiple=True, metavar="NAME", help="A class of the bank, instead of all. May be repeated."
 )
 @click.option(
     "--query",
@@ -55,11 +87,22 @@ STORE_BYTES = 512 << 20
 @click.option("--recursive", is_flag=True, help="Take photos of subfolders, too; outputs are named SUBFOLDER-NAME.")
 @click.option("--out", type=ANY_PATH, metavar="DIR", required=True, help="Where masks and overlays are written.")
 @click.option(
+    "--head",
+    type=click.Choice(PHOTO_HEADS),
+    default="auto",
+    show_default=True,
+    help="What answers. auto: the one that does best on annotated photos left out in turn.",
+)
+@click.option("--checkpoint", "checkpoint_path", type=ANY_PATH, metavar="C", help="A trained head: checkpoint or run.")
+@click.option("--backbone", type=Backbone(), help="Network, instead of the bank's, the checkpoint's or the packaged.")
+@click.option("--image-size", type=Whole(32), help="Side of the square that a photo or tile is squashed to, pixels.")
+@click.option(
+    "--tile", type=Whole(32), metavar="PX", help="Read photos in overlapping tiles of this side: for small objects."
+)
+@click.option(
     "--fusion",
     type=click.Choice(FUSIONS),
-    default="vote",
-    show_default=True,
-    help="How several supports make one mask: the published vote, the mean of what each says, or one joint answer.",
+    help="How a checkpoint's answers to several supports make one mask; vote, as published, if nothing is said.",
 )
 @click.option(
     "--tau",
@@ -69,81 +112,127 @@ STORE_BYTES = 512 << 20
     help="From where on a pixel is object; higher marks less. With vote, a share of the most votes that any pixel of "
     "this photo has, so one support of five suffices where no pixel has more; else a probability.",
 )
-@click.option("--no-overlay", is_flag=True, help="Masks only.")
+@click.option("--overlapping", is_flag=True, help="A pixel may be of several classes: a mask for each.")
+@click.option(
+    "--format",
+    "formats",
+    type=Formats(),
+    default="masks,overlay",
+    show_default=True,
+    help=f"What to write, commas between them: {', '.join(FORMATS)}.",
+)
+@click.option("--no-overlay", is_flag=True, help="The same as --format without overlay.")
 @options(weights_option, workers_option, address_option, device_option)
 @common_options
 def predict(
-    checkpoint_path: Path,
     supports: tuple[str, ...],
+    bank_path: Path | None,
     queries: tuple[Path, ...],
     recursive: bool,
     out: Path,
+    checkpoint_path: Path | None,
+    formats: tuple[str, ...],
     no_overlay: bool,
-    weights: str | None,
     workers: int,
     address: str | None,
     device: str,
     as_json: bool,
     quiet: bool,
-    **fused: Any,
+    **choices: Any,
 ) -> Any:
-    """Find the supports' object in new photos: a mask (PNG) and an overlay of each. No store is needed.
+    """Find objects in new photos, learned from a few annotated ones: a mask (PNG) and an overlay of each. No training.
 
-    In a mask everything that is not 0 is object; with soft edges, 128 and above. A photo that cannot be read is
-    reported, the others are done, and the exit code is 1. Masks that are there, made with the same head, supports and
-    settings, are kept: the same command goes on after an interruption.
+    The annotated photos are --support pairs (one kind of object) or a bank (`hsnet bank`: several classes, photos
+    without them). In a support's mask everything that is not 0 is object; with soft edges, 128 and above. A photo that
+    cannot be read is reported, the others are done, and the exit code is 1. Masks that are there, made with the same
+    heads, annotated photos and settings, are kept: the same command goes on after an interruption.
 
     \b
     Example:
-      hsnet predict --checkpoint runs/voc-0 --support cup.jpg:cup.png --query photos/ --out masks/
+      hsnet predict --support cup1.jpg:cup1.png --support cup2.jpg:cup2.png --query photos/ --out masks/
     """
     set_up_logging(quiet)
     on_interrupt("The masks written so far are whole: give the same command again to go on.")
+    from pipeline.bank.folder import Bank
     from pipeline.datasets.own_support import parse_support
     from pipeline.datasets.queries import list_queries
-    from pipeline.features.weights import load_weights
     from pipeline.heads.checkpoint import load_checkpoint
     from pipeline.predict import stage
+    from pipeline.predict.prepare import Choices, prepare
+    from pipeline.predict.writing import Outputs
 
+    if choices["classes"] and bank_path is None:
+        raise click.UsageError("--class is a class of a bank: give --bank, too.")
     pairs = [parse_support(text) for text in supports]
-    loaded = load_checkpoint(checkpoint_path)
-    own = weights is None and loaded.info.finetuned
     on_ray = workers > 0 or address is not None
     # A worker on another machine has another working directory.
     photos = list_queries([query.absolute() for query in queries] if on_ray else queries, recursive, out)
     chosen = pick_device(device, address)
+    outputs = Outputs("overlay" in formats and not no_overlay, "soft" in formats)
+    started = time.monotonic()
+    prepared = prepare(
+        Choices(**choices, device="cpu" if on_ray else chosen),
+        bank=None if bank_path is None else Bank(bank_path),
+        supports=pairs,
+        checkpoint=None if checkpoint_path is None else load_checkpoint(checkpoint_path),
+        outputs=outputs,
+    )
+    fitting = time.monotonic() - started
+    work = dataclasses.replace(prepared.work, device=chosen)
     with _pipe(workers, address, chosen) as pipe, Progress("predict", "photos", quiet) as progress:
         summary = stage.predict(
-            loaded,
-            loaded.backbone_weights() if own else load_weights(loaded.recipe.backbone, weights),
-            pairs,
+            work,
             photos,
             out.absolute() if on_ray else out,
-            overlay=not no_overlay,
-            device=chosen,
+            shots=prepared.shots,
             pipe=pipe,
             on_event=progress.update,
-            **fused,
         )
+    checks = [one.expected for one in work.answering.classes if one.expected is not None]
     few = len(photos) <= LISTED
-    done = summary.photos - summary.unusable
-    lines = [
-        f"{printable(item.mask)}  {100 * item.object_share:.1f} % of {printable(item.query)}"
-        for item in (summary.written if few else ())
-    ]
-    there = f", {summary.kept} of them there before" if summary.kept else ""
-    lines.append(
-        f"{done} of {len(photos)} photos{there}, {summary.shots}-shot, {time_text(summary.seconds)}: "
-        f"masks{'' if no_overlay else ' and overlays'} in {printable(out)}"
-    )
-    if not few:
-        lines.append(f"A line per photo: {printable(summary.results)}")
-    report = dataclasses.asdict(summary) | ({"written": summary.written, "failed": summary.failed} if few else {})
-    result = emit(report, "\n".join(lines), as_json)
+    report = dataclasses.asdict(summary) | {"expected": checks, "fitting_s": fitting}
+    report |= {"written": summary.written, "failed": summary.failed} if few else {}
+    result = emit(report, "\n".join(_lines(summary, work, fitting, out, few)), as_json)
     if summary.unusable:
         names = ", ".join(printable(path) for path, _ in summary.failed[:LISTED])
         raise Failure(f"{summary.unusable} of {len(photos)} photos could not be used: {names}")
     return result
+
+
+def _lines(summary: PredictSummary, work: Work, fitting: float, out: Path, few: bool) -> Iterator[str]:
+    """What is told of a call: a line per photo if they are few, what is expected of the masks, and the sums."""
+    several = len(work.answering.classes) > 1
+    for item in summary.written if few else ():
+        shares = (
+            ", ".join(f"{name} {100 * said.share:.1f} %" for name, said in item.classes.items() if said.share)
+            if several
+            else f"{100 * item.object_share:.1f} %"
+        )
+        yield f"{printable(item.mask)}  {printable(shares) or 'nothing'} of {printable(item.query)}"
+    for one in work.answering.classes:
+        yield expected_line(one.name if several else "", one.fitted.name, one.expected)
+    there = f", {summary.kept} of them there before" if summary.kept else ""
+    done = summary.photos - summary.unusable
+    yield (
+        f"{done} of {summary.photos} photos{there}, {summary.shots}-shot by {work.reading.text}, "
+        f"{time_text(fitting)} to fit and {time_text(summary.seconds)} to predict: results in {printable(out)}"
+    )
+    if not few:
+        yield f"A line per photo: {printable(summary.results)}"
+
+
+def expected_line(name: str, head: str, check: ClassCheck | None) -> str:
+    """What is to be expected of a class's masks, in a line."""
+    start = f"{printable(name)}: " if name else ""
+    if check is None or check.best is None:
+        return (
+            f"{start}head {head}; not checked: that takes two annotated photos and --head auto, or `hsnet bank check`"
+        )
+    best = check.best
+    return (
+        f"{start}head {head}; expected IoU {100 * best.pooled:.0f} [{100 * best.low:.0f}, {100 * best.high:.0f}] by "
+        f"leaving out each of {len(check.photos)} annotated photos"
+    )
 
 
 @contextlib.contextmanager

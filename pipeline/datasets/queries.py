@@ -187,16 +187,24 @@ def names_of(queries: Iterable[Path]) -> Iterator[str]:
     numbers: dict[str, int] = {}
     found = queries.names() if isinstance(queries, Queries) else (query.name for query in queries)
     for whole in found:
-        # Names of the file system may hold anything but "/": bytes that are no text, control characters, dots only.
         # Photos of subfolders are named with them: "monday/cup.jpg" is "monday-cup".
         below, _, last = whole.rpartition("/")
         stem = Path(last).stem
-        text = os.fsencode("-".join([*below.split("/"), stem]) if below else stem).decode("utf-8", "replace")
-        text = "".join(letter if letter.isprintable() and letter not in '\\/:*?"<>|' else "_" for letter in text)
-        base = text.encode()[:_NAME_BYTES].decode("utf-8", "ignore").strip(". ").lstrip("-") or "query"
+        base = clean_name("-".join([*below.split("/"), stem]) if below else stem)
         name = base
         while name.casefold() in taken:
             numbers[base] = numbers.get(base, 1) + 1
             name = f"{base}-{numbers[base]}"
         taken.add(name.casefold())
         yield name
+
+
+def clean_name(text: str) -> str:
+    """A part of file names, readable and safe, of any text: names may hold bytes that are no text, or dots only.
+
+    >>> clean_name("a/b"), clean_name("..")
+    ('a_b', 'query')
+    """
+    text = os.fsencode(text).decode("utf-8", "replace")
+    text = "".join(letter if letter.isprintable() and letter not in '\\/:*?"<>|' else "_" for letter in text)
+    return text.encode()[:_NAME_BYTES].decode("utf-8", "ignore").strip(". ").lstrip("-") or "query"

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from hsnet.errors import ConfigError, ShapeError
-from pipeline.predict.tiles import Tile, crops, merge_tiles, object_pixels, plan_tiles, suggest_tile
+from pipeline.bank.tiles import Tile, crops, merge_tiles, object_pixels, plan_tiles, suggest_tile
 
 SIZES = [
     (100, 100, 40, 0.25),

@@ -1,0 +1,156 @@
+"""From what a user gives to what predicts: a bank or annotated photos, a checkpoint or none, a network and a size."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hsnet.errors import ConfigError
+from pipeline.bank.folder import Bank
+from pipeline.bank.heads import HSNET, STANDING, TUNE, Trained
+from pipeline.bank.reading import Reader, Reading
+from pipeline.datasets.own_support import read_support
+from pipeline.features.backbones import new_recipe, same_reading
+from pipeline.features.weights import PACKAGED, Weights, load_weights
+from pipeline.heads.checkpoint import Checkpoint
+from pipeline.predict.model import AUTO, Answering, PhotoModel, default_size, example_of, fit_class
+from pipeline.predict.writing import Outputs, Work
+
+OBJECT = "object"
+"""Name of the class of photos that were given without a bank."""
+
+BETTER = "timm:vit_small_patch14_dinov2"
+"""A network whose features find objects far better than the packaged one's (docs/predict.md)."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How to answer; see the options of `hsnet predict`."""
+
+    head: str = AUTO
+    """`AUTO`, or a head of `pipeline.bank.heads.HEADS`; with a checkpoint "tune" stands on it."""
+    backbone: str | None = None
+    """None: the bank's or the checkpoint's, else the packaged network."""
+    weights: str | None = None
+    """File of the backbone's weights; None for the published or packaged ones, or those inside the checkpoint."""
+    image_size: int | None = None
+    tile: int | None = None
+    fusion: str | None = None
+    """How a trained head's supports make one mask; None: by the published vote."""
+    tau: float = 0.5
+    overlapping: bool = False
+    classes: tuple[str, ...] = ()
+    """Of a bank; empty for all."""
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What predicts."""
+
+    work: Work
+    shots: int
+    """Annotated photos."""
+    model: PhotoModel
+
+
+def prepare(
+    choices: Choices,
+    *,
+    bank: Bank | None = None,
+    supports: Sequence[tuple[Path, Path]] = (),
+    checkpoint: Checkpoint | None = None,
+    outputs: Outputs = Outputs(),  # noqa: B008
+) -> Prepared:
+    """Fit the heads.
+
+    Args:
+        bank: annotated photos of named classes; or
+        supports: (photo, mask) files of one class; see `pipeline.datasets.own_support.read_mask` for what is object.
+        checkpoint: a trained head; its recipe decides backbone and size.
+
+    Raises:
+        ConfigError: neither or both of bank and supports; a head that needs a checkpoint without one; another backbone
+            or size than the checkpoint's.
+        CheckpointMismatch: other weights than the head was trained on. Names both.
+        DataError: an annotated photo cannot be used; the bank has none, or no such class.
+        WeightsError: see `pipeline.features.weights.load_weights`.
+    """
+    if (bank is None) == (not supports):
+        raise ConfigError("Give either --bank or --support PHOTO:MASK: what is to be found is learned from them.")
+    head = STANDING if checkpoint is not None and choices.head == TUNE else choices.head
+    if checkpoint is None and head in (HSNET, STANDING):
+        raise ConfigError(f"Head '{head}' needs a trained one: give its run or checkpoint with --checkpoint.")
+    if checkpoint is None and choices.fusion is not None:
+        raise ConfigError("--fusion is how a trained head's supports make one mask: give it with --checkpoint only.")
+    read, weights = _reading(choices, bank, checkpoint)
+    trained = None
+    if checkpoint is not None:
+        trained = Trained.of(checkpoint.learner(), read.recipe.image_size, choices.fusion or "vote")
+    reader = Reader(read, weights, choices.device)
+    answers = choices.tau, choices.overlapping
+    given: list[object]
+    if bank is not None:
+        model = PhotoModel.of_bank(
+            bank, reader, head=head, classes=choices.classes, trained=trained, tau=answers[0], overlapping=answers[1]
+        )
+        names = model.answering.names
+        photos = [one for one in bank.photos() if any(one.knows(name) for name in names)]
+        given = [[photo.id, dict(photo.item.masks), photo.item.absent, photo.item.ignore] for photo in photos]
+        shots = sum(any(name in photo.item.masks for name in names) for photo in photos)
+    else:
+        pairs = [read_support(photo, mask) for photo, mask in supports]
+        files = [str(photo) for photo, _ in supports]
+        examples = [
+            example_of(reader, pair.photo, pair.mask, f"the support {file}")
+            for pair, file in zip(pairs, files, strict=True)
+        ]
+        fitted = fit_class(OBJECT, files, examples, head, trained)
+        model = PhotoModel(reader, Answering((fitted,), *answers))
+        given = [hashlib.sha256(path.read_bytes()).hexdigest() for pair in supports for path in pair]
+        shots = len(supports)
+    heads = [[one.name, one.fitted.name] for one in model.answering.classes]
+    facts = [2, read.digest, heads, given, checkpoint and checkpoint.digest, choices.fusion, *answers]
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return Prepared(Work(read, weights, model.answering, digest, outputs, choices.device), shots, model)
+
+
+def _reading(choices: Choices, bank: Bank | None, checkpoint: Checkpoint | None) -> tuple[Reading, Weights]:
+    """The network, and how it reads photos."""
+    if checkpoint is not None:
+        recipe = checkpoint.recipe
+        for what, wanted, own in (
+            ("--backbone", choices.backbone, recipe.backbone),
+            ("--image-size", choices.image_size, recipe.image_size),
+        ):
+            if wanted not in (None, own):
+                raise ConfigError(
+                    f"{what} {wanted}, but the head of the checkpoint was trained on {own}. Leave it out."
+                )
+        inside = choices.weights is None and checkpoint.info.finetuned
+        weights = checkpoint.backbone_weights() if inside else load_weights(recipe.backbone, choices.weights)
+        offered = same_reading(recipe, weights)
+        checkpoint.require(offered, f"the backbone {weights.backbone} ({weights.origin})")
+        return Reading(offered, choices.tile), weights
+    if bank is not None:
+        recipe = bank.reading.recipe
+        backbone = choices.backbone or recipe.backbone
+        weights = load_weights(backbone, choices.weights)
+        same = (backbone, weights.sha256) == (recipe.backbone, recipe.weights)
+        if choices.backbone is None and not same:
+            raise ConfigError(
+                f"{bank.root} was made with other weights of {backbone}:\n  bank   {recipe.weights}\n  given  "
+                f"{weights.sha256}\nGive the same ones with --weights, or name the network with --backbone to compute "
+                f"the features anew."
+            )
+        size = choices.image_size or (recipe.image_size if same else default_size(backbone))
+        if same and size == recipe.image_size:
+            return Reading(recipe, choices.tile or bank.reading.tile), weights
+        return Reading(new_recipe(backbone, weights, size, "float32"), choices.tile), weights
+    backbone = choices.backbone or next(iter(PACKAGED))
+    weights = load_weights(backbone, choices.weights)
+    size = choices.image_size or default_size(backbone)
+    return Reading(new_recipe(backbone, weights, size, "float32"), choices.tile), weights
