@@ -13,27 +13,28 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pipeline.bank.heads import Trained
 from pipeline.common import render
 from pipeline.datasets.images import read_binary_mask, read_photo
 from pipeline.datasets.own_support import read_support
-from pipeline.features.backbones import open_backbone
-from pipeline.features.weights import load_weights
 from pipeline.heads.checkpoint import load_checkpoint
-from pipeline.predict.stage import Predictor
+from pipeline.predict.model import PhotoModel
 
 
 def main(run: str, classes: str, out: str, support: int = 1, queries: int = 3) -> None:
     checkpoint = load_checkpoint(Path(run))
-    weights = load_weights(checkpoint.recipe.backbone)
-    backbone = open_backbone(checkpoint.recipe, weights)
-    predictor = Predictor(checkpoint.learner(), backbone, checkpoint.recipe.image_size)
+    size = checkpoint.recipe.image_size
+    trained = Trained.of(checkpoint.learner(), size)
     rows = []
     for folder in map(Path, classes.split(",")):
         example = read_support(folder / f"{support}.jpg", folder / f"{support}.png")
-        encoded = [predictor.encode_support(example)]
+        pairs = {folder.name: [(example.photo, example.mask)]}
+        model = PhotoModel.of_photos(
+            pairs, head="hsnet", backbone=checkpoint.recipe.backbone, image_size=size, trained=trained
+        )
         for number in range(support + 1, support + 1 + queries):
             photo, truth = read_photo(folder / f"{number}.jpg"), read_binary_mask(folder / f"{number}.png")
-            said = predictor.segment(photo, encoded)
+            said = model(photo)[folder.name].mask
             iou = 100 * np.sum(said & truth) / max(1, np.sum(said | truth))
             captions = (f"support: {folder.name}", "query", "truth", f"prediction, IoU {iou:.0f} %")
             rows.append(render.strip((example.photo, example.mask), photo, said, truth, captions=captions, cell=160))

@@ -136,3 +136,19 @@ def machine(*arguments: object) -> Any:
     result = invoke(*arguments, "--json")
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
+
+
+def predict_with(checkpoint: Any, weights: Any, supports: Any, queries: Any, out: Path, **how: Any) -> Any:
+    """A checkpoint's own head on photos: `pipeline.predict.prepare` and `pipeline.predict.stage` in one call.
+
+    Args:
+        how: fusion, tau, overlay, and what `pipeline.predict.stage.predict` takes.
+    """
+    from pipeline.predict.prepare import Choices, prepare
+    from pipeline.predict.stage import predict
+    from pipeline.predict.writing import Outputs
+
+    choices = Choices(head="hsnet", weights=weights, fusion=how.pop("fusion", None), tau=how.pop("tau", 0.5))
+    outputs = Outputs(overlay=how.pop("overlay", True))
+    prepared = prepare(choices, supports=supports, checkpoint=checkpoint, outputs=outputs)
+    return predict(prepared.work, queries, out, shots=prepared.shots, **how)

@@ -34,8 +34,8 @@ class Choices:
     """`AUTO`, or a head of `pipeline.bank.heads.HEADS`; with a checkpoint "tune" stands on it."""
     backbone: str | None = None
     """None: the bank's or the checkpoint's, else the packaged network."""
-    weights: str | None = None
-    """File of the backbone's weights; None for the published or packaged ones, or those inside the checkpoint."""
+    weights: str | Path | Weights | None = None
+    """The backbone's weights or their file; None for the published or packaged ones, or those inside the checkpoint."""
     image_size: int | None = None
     tile: int | None = None
     fusion: str | None = None
@@ -131,14 +131,14 @@ def _reading(choices: Choices, bank: Bank | None, checkpoint: Checkpoint | None)
                     f"{what} {wanted}, but the head of the checkpoint was trained on {own}. Leave it out."
                 )
         inside = choices.weights is None and checkpoint.info.finetuned
-        weights = checkpoint.backbone_weights() if inside else load_weights(recipe.backbone, choices.weights)
+        weights = checkpoint.backbone_weights() if inside else _weights(recipe.backbone, choices)
         offered = same_reading(recipe, weights)
         checkpoint.require(offered, f"the backbone {weights.backbone} ({weights.origin})")
         return Reading(offered, choices.tile), weights
     if bank is not None:
         recipe = bank.reading.recipe
         backbone = choices.backbone or recipe.backbone
-        weights = load_weights(backbone, choices.weights)
+        weights = _weights(backbone, choices)
         same = (backbone, weights.sha256) == (recipe.backbone, recipe.weights)
         if choices.backbone is None and not same:
             raise ConfigError(
@@ -151,6 +151,10 @@ def _reading(choices: Choices, bank: Bank | None, checkpoint: Checkpoint | None)
             return Reading(recipe, choices.tile or bank.reading.tile), weights
         return Reading(new_recipe(backbone, weights, size, "float32"), choices.tile), weights
     backbone = choices.backbone or next(iter(PACKAGED))
-    weights = load_weights(backbone, choices.weights)
+    weights = _weights(backbone, choices)
     size = choices.image_size or default_size(backbone)
     return Reading(new_recipe(backbone, weights, size, "float32"), choices.tile), weights
+
+
+def _weights(backbone: str, choices: Choices) -> Weights:
+    return choices.weights if isinstance(choices.weights, Weights) else load_weights(backbone, choices.weights)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fakes import predict_with
 from PIL import Image
 
 from cluster.predict import RayPipe
@@ -17,7 +18,6 @@ from pipeline.datasets.shapes import Shapes
 from pipeline.features.recipe import Recipe
 from pipeline.features.weights import load_weights
 from pipeline.heads.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
-from pipeline.predict.stage import predict
 
 SIZE = 64
 
@@ -62,7 +62,7 @@ def photos(tmp_path_factory) -> Path:
 
 def run(checkpoint, weights, photos, out, **how):
     queries = sorted(photos.glob("*.jpg"))
-    return predict(checkpoint, weights, [(photos / "00.jpg", photos / "mask.gif")], queries, out, **how)
+    return predict_with(checkpoint, weights, [(photos / "00.jpg", photos / "mask.gif")], queries, out, **how)
 
 
 def masks(out: Path):

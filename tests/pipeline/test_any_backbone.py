@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fakes import Photos
+from fakes import Photos, predict_with
 from PIL import Image
 
 from hsnet.errors import CheckpointMismatch, StoreMismatch
@@ -22,7 +22,6 @@ from pipeline.heads.checkpoint import load_checkpoint
 from pipeline.heads.config import RunConfig
 from pipeline.loading.source import OnlineSource, StoreSource
 from pipeline.plan.costs import measure_costs
-from pipeline.predict.stage import predict
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.recompute import recompute
 from pipeline.train import fit
@@ -103,11 +102,11 @@ def test_a_network_of_each_kind_is_extracted_trained_on_and_predicts(kind, data,
     photo, mask = tmp_path / "photo.jpg", tmp_path / "photo.png"
     data.image(0).save(photo)
     Image.fromarray((data.label(0) > 0).astype(np.uint8) * 255).save(mask)
-    summary = predict(checkpoint, weights, [(photo, mask)], [photo], tmp_path / "o")
+    summary = predict_with(checkpoint, weights, [(photo, mask)], [photo], tmp_path / "o")
     assert [item.query.name for item in summary.written] == ["photo.jpg"]
     assert np.asarray(Image.open(tmp_path / "o/photo_mask.png")).shape == data.label(0).shape
     with pytest.raises(CheckpointMismatch, match="weights"):
-        predict(checkpoint, load_weights(backbone, "random:1"), [(photo, mask)], [photo], tmp_path / "x")
+        predict_with(checkpoint, load_weights(backbone, "random:1"), [(photo, mask)], [photo], tmp_path / "x")
 
 
 def test_a_run_of_online_features_goes_on_with_the_store_of_the_same_weights(data, tmp_path):

@@ -93,7 +93,7 @@ WRITERS = {
     "pipeline.heads.checkpoint:write_tensors": lambda write, path, version: write(
         path, {"x": torch.full((9999,), version)}, {}
     ),
-    "pipeline.predict.stage:_save": lambda write, path, version: write(Image.new("L", (64, 64), version), path),
+    "pipeline.predict.writing:_save": lambda write, path, version: write(Image.new("L", (64, 64), version), path),
     "pipeline.prepare:_write_mask": lambda write, path, version: write(path, np.full((64, 64), version, np.uint8)),
     "pipeline.report.stage:_write": lambda write, path, version: write(path, text(version)),
     "pipeline.store.skeleton:write_vector": lambda write, path, version: write(

@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from fakes import predict_with
 from PIL import Image
 
 from hsnet.backbone import BACKBONES, FrozenBackbone
@@ -20,6 +21,7 @@ from hsnet.correlation import build_pyramid
 from hsnet.errors import CheckpointMismatch, ConfigError, DataError
 from hsnet.fusion import vote
 from hsnet.model import HSNet, predict_mask, resize_logits
+from pipeline.bank.reading import Reader
 from pipeline.datasets.images import network_image, read_photo, resize_label
 from pipeline.datasets.own_support import read_support
 from pipeline.datasets.queries import Queries, list_queries, names_of
@@ -27,18 +29,8 @@ from pipeline.datasets.shapes import Shapes
 from pipeline.features.recipe import Recipe
 from pipeline.features.weights import Weights, load_weights
 from pipeline.heads.checkpoint import Checkpoint, CheckpointInfo, load_checkpoint, save_checkpoint
-from pipeline.predict.stage import (
-    Predictor,
-    PredictSummary,
-    Result,
-    Task,
-    Work,
-    predict,
-    read_results,
-    subfolder,
-    tasks_of,
-    write_results,
-)
+from pipeline.predict.stage import PredictSummary, read_results, subfolder, tasks_of, write_results
+from pipeline.predict.writing import Result, Task, Work
 
 SIZE = 64
 
@@ -88,7 +80,7 @@ def support(photos: Path, name: str) -> tuple[Path, Path]:
 def test_equals_the_stages_by_hand(checkpoint: Checkpoint, weights: Weights, photos: Path, tmp_path: Path) -> None:
     """Two supports: K one-shot predictions at the photo's own size, then the vote."""
     supports = [support(photos, "a"), support(photos, "c")]
-    summary = predict(checkpoint, weights, supports, [photos / "b.jpg"], tmp_path)
+    summary = predict_with(checkpoint, weights, supports, [photos / "b.jpg"], tmp_path)
 
     backbone = FrozenBackbone("squeezenet1_1", weights.state_dict)
 
@@ -118,7 +110,7 @@ def test_masks_and_overlays_have_the_size_of_their_photo(
     checkpoint: Checkpoint, weights: Weights, photos: Path, tmp_path: Path
 ) -> None:
     queries = list_queries([photos / "b.jpg", photos / "c.jpg"])
-    summary = predict(checkpoint, weights, [support(photos, "a")], queries, tmp_path / "new" / "out")
+    summary = predict_with(checkpoint, weights, [support(photos, "a")], queries, tmp_path / "new" / "out")
     sizes = [(read_photo(p.mask).size, read_photo(p.overlay).size) for p in summary.written]
     assert sizes == [((150, 80), (150, 80)), ((70, 111), (70, 111))]
     assert sorted(p.name for p in (tmp_path / "new" / "out").iterdir()) == [
@@ -130,10 +122,10 @@ def test_support_features_are_computed_once(
     checkpoint: Checkpoint, weights: Weights, photos: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     seen: list[str] = []
-    original = Predictor.encode
-    monkeypatch.setattr(Predictor, "encode", lambda self, photo: seen.append(photo.size) or original(self, photo))
+    original = Reader.read
+    monkeypatch.setattr(Reader, "read", lambda self, photo: seen.append(photo.size) or original(self, photo))
     queries = [photos / "b.jpg", photos / "c.jpg"]
-    predict(checkpoint, weights, [support(photos, "a")], queries, tmp_path)
+    predict_with(checkpoint, weights, [support(photos, "a")], queries, tmp_path)
     assert seen == [(96, 96), (150, 80), (70, 111)]
 
 
@@ -148,7 +140,7 @@ def test_a_corrupt_photo_in_the_middle_is_listed_and_the_rest_done(
     events: list[tuple[int, int]] = []
     queries = list_queries([folder])
     out = tmp_path / "out"
-    summary = predict(
+    summary = predict_with(
         checkpoint, weights, [support(photos, "a")], queries, out, on_event=lambda *event: events.append(event)
     )
     assert [p.query.name for p in summary.written] == ["a.jpg", "c.jpg"]
@@ -162,7 +154,7 @@ def test_a_corrupt_photo_in_the_middle_is_listed_and_the_rest_done(
 def test_weights_of_another_training_are_refused(checkpoint: Checkpoint, photos: Path, tmp_path: Path) -> None:
     other = load_weights("squeezenet1_1", "random:1")
     with pytest.raises(CheckpointMismatch) as caught:
-        predict(checkpoint, other, [support(photos, "a")], [photos / "b.jpg"], tmp_path / "out")
+        predict_with(checkpoint, other, [support(photos, "a")], [photos / "b.jpg"], tmp_path / "out")
     assert caught.value.differences == {"weights": (checkpoint.recipe.weights, other.sha256)}
     assert not (tmp_path / "out").exists()
 
@@ -178,9 +170,9 @@ def test_bad_supports_stop_before_anything_is_written(
         ((photos / "gone.jpg", photos / "a.png"), r"gone\.jpg"),
     ):
         with pytest.raises(DataError, match=said):
-            predict(checkpoint, weights, [support(photos, "a"), pair], [photos / "b.jpg"], tmp_path / "out")
-    with pytest.raises(ConfigError, match="At least one support"):
-        predict(checkpoint, weights, [], [photos / "b.jpg"], tmp_path / "out")
+            predict_with(checkpoint, weights, [support(photos, "a"), pair], [photos / "b.jpg"], tmp_path / "out")
+    with pytest.raises(ConfigError, match="Give either --bank or --support"):
+        predict_with(checkpoint, weights, [], [photos / "b.jpg"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -192,7 +184,7 @@ def test_supports_may_be_combined_otherwise(
 
     def share(folder: str, names: str, **how: Any) -> float:
         supports = [support(photos, name) for name in names]
-        summary = predict(checkpoint, weights, supports, [photos / "b.jpg"], tmp_path / folder, **how)
+        summary = predict_with(checkpoint, weights, supports, [photos / "b.jpg"], tmp_path / folder, **how)
         return summary.written[0].object_share
 
     assert share("one", "a", fusion=fusion) == share("vote", "a")
@@ -201,7 +193,7 @@ def test_supports_may_be_combined_otherwise(
 
 
 def test_query_may_be_the_support(checkpoint: Checkpoint, weights: Weights, photos: Path, tmp_path: Path) -> None:
-    assert predict(checkpoint, weights, [support(photos, "a")], [photos / "a.jpg"], tmp_path).written
+    assert predict_with(checkpoint, weights, [support(photos, "a")], [photos / "a.jpg"], tmp_path).written
 
 
 def test_out_folder_is_not_the_query_folder(
@@ -209,11 +201,11 @@ def test_out_folder_is_not_the_query_folder(
 ) -> None:
     before = sorted(photos.iterdir())
     with pytest.raises(ConfigError, match="query's own folder"):
-        predict(checkpoint, weights, [support(photos, "a")], [photos / "b.jpg"], photos)
+        predict_with(checkpoint, weights, [support(photos, "a")], [photos / "b.jpg"], photos)
     assert sorted(photos.iterdir()) == before
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="is a file"):
-        predict(checkpoint, weights, [support(photos, "a")], [photos / "b.jpg"], tmp_path / "file")
+        predict_with(checkpoint, weights, [support(photos, "a")], [photos / "b.jpg"], tmp_path / "file")
 
 
 def test_a_link_in_the_out_folder_is_replaced_not_followed(
@@ -224,7 +216,7 @@ def test_a_link_in_the_out_folder_is_replaced_not_followed(
     out = tmp_path / "out"
     out.mkdir()
     (out / "b_mask.png").symlink_to(precious)
-    predict(checkpoint, weights, [support(photos, "a")], [photos / "b.jpg"], out)
+    predict_with(checkpoint, weights, [support(photos, "a")], [photos / "b.jpg"], out)
     assert precious.read_text() == "keep me"
     assert not (out / "b_mask.png").is_symlink()
 
@@ -245,7 +237,7 @@ def test_hostile_names(checkpoint: Checkpoint, weights: Weights, photos: Path, t
     for name in names:
         (folder / name).write_bytes((photos / "a.jpg").read_bytes())
     out = tmp_path / "out"
-    summary = predict(checkpoint, weights, [support(photos, "a")], list_queries([folder]), out)
+    summary = predict_with(checkpoint, weights, [support(photos, "a")], list_queries([folder]), out)
     assert not summary.failed
     assert len(list(out.iterdir())) == 2 * len(names) + 1
     assert all(p.mask.parent == out and p.mask.is_file() for p in summary.written)
@@ -282,7 +274,7 @@ def test_masks_beside_photos_are_no_queries(tmp_path: Path, caplog: pytest.LogCa
 
 def run(checkpoint: Checkpoint, weights: Weights, photos: Path, out: Path, **how: Any) -> PredictSummary:
     queries = [photos / "b.jpg", photos / "c.jpg"]
-    return predict(checkpoint, weights, [support(photos, "a")], queries, out, **how)
+    return predict_with(checkpoint, weights, [support(photos, "a")], queries, out, **how)
 
 
 def masks_in(out: Path) -> dict[str, int]:
@@ -368,7 +360,7 @@ def test_results_are_a_stream_and_no_list(tmp_path: Path) -> None:
     def pipe(work: Work, tasks: Iterator[Task]) -> Iterator[Result]:
         nonlocal most
         for task in tasks:
-            result = Result(task, 0.5)
+            result = Result(task, {}, 0.5)
             alive.append(weakref.ref(result))
             yield result
             del result
