@@ -12,6 +12,7 @@ import click
 
 from commands.analyze import analyze
 from commands.backbones import backbones
+from commands.bank import bank
 from commands.checkpoint import checkpoint
 from commands.demo import demo
 from commands.doctor import doctor
@@ -35,7 +36,8 @@ SECTIONS = {
     "Data": (prepare,),
     "Store": (plan, extract, store),
     "Model": (backbones, heads, weights, train, sweep, checkpoint),
-    "Use": (episodes, evaluate, analyze, report, supports, predict),
+    "Use": (episodes, evaluate, analyze, report, supports),
+    "Your photos": (bank, predict),
     "Machine": (doctor, demo),
 }
 """The commands in the order of the pipeline, under the headings of --help."""

@@ -30,7 +30,9 @@ from pipeline.common.text import printable, time_text
 from pipeline.episodes.protocols import FUSIONS
 
 if TYPE_CHECKING:
+    from pipeline.annotations.write import Writer
     from pipeline.bank.check import ClassCheck
+    from pipeline.datasets.queries import Queries
     from pipeline.predict.stage import PredictSummary
     from pipeline.predict.writing import Work
 
@@ -44,8 +46,13 @@ STORE_BYTES = 512 << 20
 PHOTO_HEADS = ("auto", "contrast", "tune", "hsnet")
 """Heads for photos; compared with `pipeline.bank.heads` by a test."""
 
-FORMATS = ("masks", "overlay", "soft")
-"""What can be written of every photo; masks always are."""
+OWN_FORMATS = ("masks", "overlay", "soft")
+"""Pictures of every photo; masks always are written."""
+
+TOOLS = ("coco", "yolo", "labelme", "labelstudio", "cvat", "geojson", "csv")
+"""Formats of other tools; compared with `pipeline.annotations.write` by a test."""
+
+FORMATS = (*OWN_FORMATS, *TOOLS)
 
 
 class Formats(click.ParamType):
@@ -179,14 +186,20 @@ def predict(
     )
     fitting = time.monotonic() - started
     work = dataclasses.replace(prepared.work, device=chosen)
-    with _pipe(workers, address, chosen) as pipe, Progress("predict", "photos", quiet) as progress:
+    out = out.absolute() if on_ray else out
+    with (
+        _pipe(workers, address, chosen) as pipe,
+        Progress("predict", "photos", quiet) as progress,
+        _tools(formats, out, work, photos) as writer,
+    ):
         summary = stage.predict(
             work,
             photos,
-            out.absolute() if on_ray else out,
+            out,
             shots=prepared.shots,
             pipe=pipe,
             on_event=progress.update,
+            on_result=None if writer is None else lambda result: writer.add(work.found(result)),
         )
     checks = [one.expected for one in work.answering.classes if one.expected is not None]
     few = len(photos) <= LISTED
@@ -197,6 +210,20 @@ def predict(
         names = ", ".join(printable(path) for path, _ in summary.failed[:LISTED])
         raise Failure(f"{summary.unusable} of {len(photos)} photos could not be used: {names}")
     return result
+
+
+@contextlib.contextmanager
+def _tools(formats: tuple[str, ...], out: Path, work: Work, photos: Queries) -> Iterator[Writer | None]:
+    """What writes formats of other tools; None if none was asked for."""
+    from pipeline.annotations.write import Writer
+
+    wanted = [name for name in formats if name in TOOLS]
+    if not wanted:
+        yield None
+        return
+    root = Path(os.path.commonpath([folder.absolute() for folder in photos.folders]))
+    with Writer(wanted, out, work.answering.names, root, overlapping=work.answering.overlapping) as writer:
+        yield writer
 
 
 def _lines(summary: PredictSummary, work: Work, fitting: float, out: Path, few: bool) -> Iterator[str]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from hsnet.errors import ConfigError
 from hsnet.similarity import object_shares, positions
 from pipeline.bank.tiles import Tile, crops, merge_tiles, plan_tiles
 from pipeline.features.backbones import open_backbone
@@ -129,3 +130,13 @@ class Reader:
     def read(self, photo: Image.Image) -> Features:
         """Features of a photo (RGB), on the reader's device."""
         return self.read_squashed([self.reading.squash(photo)], [(photo.height, photo.width)])[0]
+
+
+def default_size(backbone: str) -> int:
+    """Side of the network's square for photos, pixels: what a backbone reads well and fast enough on a CPU."""
+    from pipeline.features.known_networks import backbone_facts
+
+    for size in (448, 392, 384, 256, 257, 224, 400):
+        if not backbone_facts(backbone, size).problem:
+            return size
+    raise ConfigError(f"{backbone} reads none of the usual sizes: give --image-size.")

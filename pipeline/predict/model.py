@@ -18,7 +18,7 @@ from hsnet.errors import ConfigError, DataError
 from pipeline.bank.check import ClassCheck, Presence, candidates, check_class, without_check
 from pipeline.bank.folder import Bank
 from pipeline.bank.heads import HEADS, HSNET, Coarse, Example, Fitted, Floats, Trained, fit
-from pipeline.bank.reading import Features, Reader, Reading
+from pipeline.bank.reading import Features, Reader, Reading, default_size
 from pipeline.features.backbones import new_recipe
 from pipeline.features.weights import Weights, load_weights
 
@@ -270,13 +270,3 @@ def as_photo(photo: Image.Image | NDArray[np.uint8], what: str) -> Image.Image:
     if photo.ndim != 3 or photo.shape[2] != 3 or photo.dtype != np.uint8:
         raise DataError(f"{what} must be RGB, (H, W, 3) uint8, got {photo.shape} of {photo.dtype}.")
     return Image.fromarray(photo)
-
-
-def default_size(backbone: str) -> int:
-    """Side of the network's square for photos, pixels: what a backbone reads well and fast enough on a CPU."""
-    from pipeline.features.known_networks import backbone_facts
-
-    for size in (448, 392, 384, 256, 257, 224, 400):
-        if not backbone_facts(backbone, size).problem:
-            return size
-    raise ConfigError(f"{backbone} reads none of the usual sizes: give --image-size.")

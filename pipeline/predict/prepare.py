@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,16 @@ from pathlib import Path
 from hsnet.errors import ConfigError
 from pipeline.bank.folder import Bank
 from pipeline.bank.heads import HSNET, STANDING, TUNE, Trained
-from pipeline.bank.reading import Reader, Reading
+from pipeline.bank.reading import Reader, Reading, default_size
 from pipeline.datasets.own_support import read_support
 from pipeline.features.backbones import new_recipe, same_reading
+from pipeline.features.timm_registry import INSTALL
 from pipeline.features.weights import PACKAGED, Weights, load_weights
 from pipeline.heads.checkpoint import Checkpoint
-from pipeline.predict.model import AUTO, Answering, PhotoModel, default_size, example_of, fit_class
+from pipeline.predict.model import AUTO, Answering, PhotoModel, example_of, fit_class
 from pipeline.predict.writing import Outputs, Work
+
+log = logging.getLogger(__name__)
 
 OBJECT = "object"
 """Name of the class of photos that were given without a bank."""
@@ -151,6 +155,10 @@ def _reading(choices: Choices, bank: Bank | None, checkpoint: Checkpoint | None)
             return Reading(recipe, choices.tile or bank.reading.tile), weights
         return Reading(new_recipe(backbone, weights, size, "float32"), choices.tile), weights
     backbone = choices.backbone or next(iter(PACKAGED))
+    if choices.backbone is None:
+        log.info(
+            "The network is %s, which comes with hsnet; --backbone %s finds far more (%s).", backbone, BETTER, INSTALL
+        )
     weights = _weights(backbone, choices)
     size = choices.image_size or default_size(backbone)
     return Reading(new_recipe(backbone, weights, size, "float32"), choices.tile), weights
