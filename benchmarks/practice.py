@@ -1,6 +1,6 @@
 """The practitioner's job, measured: a few annotated photos of a class, the rest predicted, and what was expected of it.
 
-    python -m benchmarks.practice run S.zarr OUT.jsonl [--photos 5] [--draws 3] [--most 40] [--absent 5] [--checkpoint C]
+    python -m benchmarks.practice run S.zarr OUT.jsonl [--photos 5] [--draws 3] [--most 40] [--absent 5]
     python -m benchmarks.practice table OUT.jsonl ...
 
 For every class with enough photos and for several draws: heads are fitted to the annotated photos (and to as many
