@@ -30,7 +30,7 @@ AT_HOME = {
 }
 """Where a dependency may be imported."""
 
-FOLDERS = ("common", "datasets", "annotations", "episodes", "features", "store", "loading", "heads", "scores")
+FOLDERS = ("common", "datasets", "annotations", "episodes", "features", "store", "loading", "heads", "bank", "scores")
 """Inside pipeline/: a folder may import itself and the folders before it. What is none of them is a stage."""
 
 SCORES_STAND_ON = {"common", "episodes", "scores"}

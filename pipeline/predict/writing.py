@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from pipeline.predict.model import Answering, FoundClass, PhotoModel
 _MASK, _OVERLAY, _SOFT = "_mask.png", "_overlay.jpg", "_soft.png"
 _TEXT = "hsnet"
 """Key of the PNG text that says what a mask was made with."""
+_DIGITS = 4
+"""After the point, of scores."""
 _LEAST_AREA = 4
 """Pixels of an object that is counted as one; specks below stay in the mask."""
 
@@ -53,14 +55,8 @@ class Said:
     """Mean soft value of every connected object of at least 4 pixels, the largest object first."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values with four digits after the point; `of` reads them back."""
-        rounded = lambda value: None if value is None else round(value, 4)  # noqa: E731
-        return {
-            "share": self.share,
-            "score": rounded(self.score),
-            "sureness": rounded(self.sureness),
-            "instances": [rounded(value) for value in self.instances],
-        }
+        """Plain values; `of` reads them back."""
+        return {**asdict(self), "instances": list(self.instances)}
 
     @classmethod
     def of(cls, said: Mapping[str, Any]) -> Said:
@@ -254,8 +250,9 @@ def _numbered(base: str, number: int) -> str:
 
 def _said(one: FoundClass) -> Said:
     objects = find_instances(one.mask, one.soft, _LEAST_AREA)
-    scores = tuple(0.0 if item.score is None else item.score for item in objects)
-    return Said(one.share, one.score, one.sureness, scores)
+    scores = tuple(round(item.score or 0.0, _DIGITS) for item in objects)
+    score = None if one.score is None else round(one.score, _DIGITS)
+    return Said(one.share, score, round(one.sureness, _DIGITS), scores)
 
 
 def _two_values(mask: NDArray[np.bool_]) -> Image.Image:
