@@ -119,6 +119,7 @@ class Formats(click.ParamType):
     help="From where on a pixel is object; higher marks less. With vote, a share of the most votes that any pixel of "
     "this photo has, so one support of five suffices where no pixel has more; else a probability.",
 )
+@click.option("--no-refine", is_flag=True, help="Masks as coarse as the head's grid, not along the photo's edges.")
 @click.option("--overlapping", is_flag=True, help="A pixel may be of several classes: a mask for each.")
 @click.option(
     "--format",
@@ -140,6 +141,7 @@ def predict(
     checkpoint_path: Path | None,
     formats: tuple[str, ...],
     no_overlay: bool,
+    no_refine: bool,
     workers: int,
     address: str | None,
     device: str,
@@ -178,7 +180,7 @@ def predict(
     outputs = Outputs("overlay" in formats and not no_overlay, "soft" in formats)
     started = time.monotonic()
     prepared = prepare(
-        Choices(**choices, device="cpu" if on_ray else chosen),
+        Choices(**choices, refine=not no_refine, device="cpu" if on_ray else chosen),
         bank=None if bank_path is None else Bank(bank_path),
         supports=pairs,
         checkpoint=None if checkpoint_path is None else load_checkpoint(checkpoint_path),

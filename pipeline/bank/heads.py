@@ -102,6 +102,10 @@ class Fitted(Protocol):
         """(H, W): object where `soft` is at `tau` or above."""
         ...
 
+    def margin_of(self, coarse: Coarse) -> Floats | None:
+        """(h, w) of an answer, logits that may be brought to the photo's edges; None of a head that votes."""
+        ...
+
     def to(self, device: torch.device | str) -> Self:
         """The same on a device."""
         ...
@@ -115,6 +119,9 @@ def presence_of(margin: Tensor) -> float:
 
 class _Margins:
     """What heads with one margin have in common: probabilities of logits, resized as logits are."""
+
+    def margin_of(self, coarse: Coarse) -> Floats | None:
+        return coarse.maps
 
     def soft(self, coarse: Coarse, size: tuple[int, int]) -> Floats:
         margin = torch.from_numpy(coarse.maps)[None, None]
@@ -250,6 +257,10 @@ class TrainedFit:
         fusion = "logits" if self.fusion == "joint" else self.fusion
         mask: NDArray[np.bool_] = fuse(logits, size, fusion, tau)[0].numpy().astype(bool)
         return mask
+
+    def margin_of(self, coarse: Coarse) -> Floats | None:
+        """None: its masks stay those that the head was published and evaluated with."""
+        return None
 
     def to(self, device: torch.device | str) -> TrainedFit:
         learner = FusedHSNet(self.learner.model.to(device), self.learner.arithmetic)

@@ -21,6 +21,7 @@ from pipeline.bank.heads import HEADS, HSNET, Coarse, Example, Fitted, Floats, T
 from pipeline.bank.reading import Features, Reader, Reading, default_size
 from pipeline.features.backbones import new_recipe
 from pipeline.features.weights import Weights, load_weights
+from pipeline.predict.refine import refine
 
 AUTO = "auto"
 """The head that does best on annotated photos left out, for each class by itself."""
@@ -77,6 +78,8 @@ class Answering:
     tau: float = 0.5
     overlapping: bool = False
     """Whether a pixel may be of several classes; else it is of the one with the highest soft value."""
+    refine: bool = True
+    """Whether margins are brought to the photo's edges (`pipeline.predict.refine`); votes of a trained head never."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -87,16 +90,22 @@ class Answering:
         with torch.inference_mode():
             return {one.name: one.fitted.answer(query) for one in self.classes}
 
-    def masks(self, answers: Mapping[str, Coarse], size: tuple[int, int]) -> dict[str, FoundClass]:
-        """Masks of a photo of (H, W) pixels, in the order of the classes."""
+    def masks(self, answers: Mapping[str, Coarse], photo: Image.Image) -> dict[str, FoundClass]:
+        """Masks of a photo (RGB) at its own size, in the order of the classes."""
+        size = (photo.height, photo.width)
         found: dict[str, FoundClass] = {}
         for one in self.classes:
             coarse = answers[one.name]
             score = None if one.presence is None else one.presence.score(coarse.presence)
-            mask = one.fitted.mask(coarse, size, self.tau)
+            margin = one.fitted.margin_of(coarse) if self.refine else None
+            if margin is None:
+                mask, soft = one.fitted.mask(coarse, size, self.tau), one.fitted.soft(coarse, size)
+            else:
+                soft = torch.from_numpy(refine(margin, photo)).sigmoid().numpy()
+                mask = soft >= self.tau
             if score is not None and score < 0.5:
                 mask = np.zeros(size, bool)
-            found[one.name] = FoundClass(mask, one.fitted.soft(coarse, size), score)
+            found[one.name] = FoundClass(mask, soft, score)
         return found if self.overlapping or len(found) == 1 else _apart(found)
 
     def to(self, device: torch.device | str) -> Answering:
@@ -143,6 +152,7 @@ class PhotoModel:
         device: torch.device | str = "cpu",
         tau: float = 0.5,
         overlapping: bool = False,
+        refined: bool = True,
     ) -> PhotoModel:
         """Fit to photos in memory.
 
@@ -154,6 +164,7 @@ class PhotoModel:
             image_size: side of the network's square, pixels; None for `default_size`.
             tile: see `Reading`.
             trained: for heads that stand on a trained one; backbone, weights and image_size must be its own.
+            tau, overlapping, refined: see `Answering`.
 
         Raises:
             DataError: no photo, a mask of another size than its photo, or one that marks nothing.
@@ -168,7 +179,7 @@ class PhotoModel:
                 example_of(reader, photo, mask, f"photo {n} of '{name}'") for n, (photo, mask) in enumerate(pairs)
             ]
             classes.append(fit_class(name, [str(n) for n in range(len(pairs))], examples, head, trained))
-        return cls(reader, Answering(tuple(classes), tau, overlapping))
+        return cls(reader, Answering(tuple(classes), tau, overlapping, refined))
 
     @classmethod
     def of_bank(
@@ -181,6 +192,7 @@ class PhotoModel:
         trained: Trained | None = None,
         tau: float = 0.5,
         overlapping: bool = False,
+        refined: bool = True,
     ) -> PhotoModel:
         """Fit to the photos of a bank.
 
@@ -199,7 +211,7 @@ class PhotoModel:
         for name in names:
             photos, examples = bank.examples(name, reader)
             fitted.append(fit_class(name, [photo.item.name for photo in photos], examples, head, trained))
-        return cls(reader, Answering(tuple(fitted), tau, overlapping))
+        return cls(reader, Answering(tuple(fitted), tau, overlapping, refined))
 
     @cached_property
     def _on_device(self) -> Answering:
@@ -212,7 +224,7 @@ class PhotoModel:
     def __call__(self, photo: Image.Image | NDArray[np.uint8]) -> dict[str, FoundClass]:
         """Class -> its mask, soft map and score in a photo (RGB, Pillow's or (H, W, 3) uint8)."""
         image = as_photo(photo, "the photo")
-        return self.answering.masks(self.answer(self.reader.read(image)), (image.height, image.width))
+        return self.answering.masks(self.answer(self.reader.read(image)), image)
 
 
 def fit_class(

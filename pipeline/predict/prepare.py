@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hsnet.errors import ConfigError
@@ -46,6 +46,7 @@ class Choices:
     """How a trained head's supports make one mask; None: by the published vote."""
     tau: float = 0.5
     overlapping: bool = False
+    refine: bool = True
     classes: tuple[str, ...] = ()
     """Of a bank; empty for all."""
     device: str = "cpu"
@@ -95,12 +96,11 @@ def prepare(
     if checkpoint is not None:
         trained = Trained.of(checkpoint.learner(), read.recipe.image_size, choices.fusion or "vote")
     reader = Reader(read, weights, choices.device)
-    answers = choices.tau, choices.overlapping
+    answers = choices.tau, choices.overlapping, choices.refine
     given: list[object]
     if bank is not None:
-        model = PhotoModel.of_bank(
-            bank, reader, head=head, classes=choices.classes, trained=trained, tau=answers[0], overlapping=answers[1]
-        )
+        model = PhotoModel.of_bank(bank, reader, head=head, classes=choices.classes, trained=trained)
+        model = replace(model, answering=Answering(model.answering.classes, *answers))
         names = model.answering.names
         photos = [one for one in bank.photos() if any(one.knows(name) for name in names)]
         given = [[photo.id, dict(photo.item.masks), photo.item.absent, photo.item.ignore] for photo in photos]

@@ -174,8 +174,7 @@ class Work:
         Raises:
             DataError: the disk refused.
         """
-        size = (photo.height, photo.width)
-        found = self.answering.masks(answers, size)
+        found = self.answering.masks(answers, photo)
         classes = {name: _said(one) for name, one in found.items()}
         anywhere = np.logical_or.reduce([one.mask for one in found.values()])
         share = float(anywhere.mean())
