@@ -47,7 +47,7 @@ def measured(name: str, answered: Sequence[Answered]) -> Row:
         masks.add(str(one.query), said)
         truths.add(str(one.query), one.truth)
         agreement.add(one.ones > 0)
-        sure.append(sureness(one.margin))
+        sure.append(sureness(1 / (1 + np.exp(-one.margin))))
         right.append(iou(said, one.truth))
     known = [
         float("nan") if value is None else value for value in (masks.likeness(), truths.likeness(), agreement.mean())

@@ -198,13 +198,15 @@ def predict(
             work,
             photos,
             out,
-            shots=prepared.shots,
+            supports=prepared.supports,
             pipe=pipe,
             on_event=progress.update,
             on_result=None if writer is None else lambda result: writer.add(work.found(result)),
         )
     checks = [one.expected for one in work.answering.classes if one.expected is not None]
     few = len(photos) <= LISTED
+    for name, notes in prepared.notes.items():  # before those of the run
+        summary = dataclasses.replace(summary, notes={**summary.notes, name: (*notes, *summary.notes.get(name, ()))})
     report = dataclasses.asdict(summary) | {"expected": checks, "fitting_s": fitting}
     report |= {"written": summary.written, "failed": summary.failed} if few else {}
     result = emit(report, "\n".join(_lines(summary, work, fitting, out, few)), as_json)
@@ -240,6 +242,8 @@ def _lines(summary: PredictSummary, work: Work, fitting: float, out: Path, few: 
         yield f"{printable(item.mask)}  {printable(shares) or 'nothing'} of {printable(item.query)}"
     for one in work.answering.classes:
         yield expected_line(one.name if several else "", one.fitted.name, one.expected)
+        for note in summary.notes.get(one.name, ()):
+            yield printable(f"  note: {note.text} {note.remedy}")
     there = f", {summary.kept} of them there before" if summary.kept else ""
     done = summary.photos - summary.unusable
     yield (

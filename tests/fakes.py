@@ -151,4 +151,4 @@ def predict_with(checkpoint: Any, weights: Any, supports: Any, queries: Any, out
     choices = Choices(head="hsnet", weights=weights, fusion=how.pop("fusion", None), tau=how.pop("tau", 0.5))
     outputs = Outputs(overlay=how.pop("overlay", True))
     prepared = prepare(choices, supports=supports, checkpoint=checkpoint, outputs=outputs)
-    return predict(prepared.work, queries, out, shots=prepared.shots, **how)
+    return predict(prepared.work, queries, out, supports=prepared.supports, **how)

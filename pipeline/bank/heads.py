@@ -262,6 +262,13 @@ class TrainedFit:
         """None: its masks stay those that the head was published and evaluated with."""
         return None
 
+    def votes(self, coarse: Coarse) -> NDArray[np.bool_] | None:
+        """(K, h, w): what each support marks; None of a joint answer, and of one support."""
+        if self.fusion == "joint" or len(coarse.maps) < 2:
+            return None
+        marked: NDArray[np.bool_] = coarse.maps[:, 1] > coarse.maps[:, 0]
+        return marked
+
     def to(self, device: torch.device | str) -> TrainedFit:
         learner = FusedHSNet(self.learner.model.to(device), self.learner.arithmetic)
         supports = tuple(([level.to(device) for level in levels], mask.to(device)) for levels, mask in self.supports)

@@ -58,17 +58,6 @@ class FoundClass:
         """Share of the photo that is object, 0 to 1."""
         return float(self.mask.mean())
 
-    @property
-    def sureness(self) -> float:
-        """How far from a guess the answer is, 0 to 1: |2 soft - 1| averaged over the object and as much around it.
-
-        Over the whole photo sure background would hide an unsure object.
-        """
-        doubt = np.abs(2 * self.soft - 1).ravel()
-        count = min(len(doubt), 2 * max(1, int(self.mask.sum())))
-        near = np.partition(self.soft.ravel(), len(doubt) - count)[len(doubt) - count]
-        return float(doubt[self.soft.ravel() >= near].mean())
-
 
 @dataclass(frozen=True, eq=False)
 class Answering:

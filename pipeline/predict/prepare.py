@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from pipeline.features.timm_registry import INSTALL
 from pipeline.features.weights import PACKAGED, Weights, load_weights
 from pipeline.heads.checkpoint import Checkpoint
 from pipeline.predict.model import AUTO, Answering, PhotoModel, example_of, fit_class
+from pipeline.predict.trust import Note, notes_on_supports
 from pipeline.predict.writing import Outputs, Work
 
 log = logging.getLogger(__name__)
@@ -57,8 +58,10 @@ class Prepared:
     """What predicts."""
 
     work: Work
-    shots: int
-    """Annotated photos."""
+    supports: Mapping[str, tuple[str, ...]]
+    """Class -> names of the annotated photos that show it."""
+    notes: Mapping[str, tuple[Note, ...]]
+    """Class -> what is wrong with its annotated photos."""
     model: PhotoModel
 
 
@@ -104,7 +107,9 @@ def prepare(
         names = model.answering.names
         photos = [one for one in bank.photos() if any(one.knows(name) for name in names)]
         given = [[photo.id, dict(photo.item.masks), photo.item.absent, photo.item.ignore] for photo in photos]
-        shots = sum(any(name in photo.item.masks for name in names) for photo in photos)
+        shown = {name: bank.of_class(name)[0] for name in names}
+        named = {name: tuple(photo.item.name for photo in some) for name, some in shown.items()}
+        masks = {name: [mask for one in some if (mask := one.mask(name)) is not None] for name, some in shown.items()}
     else:
         pairs = [read_support(photo, mask) for photo, mask in supports]
         files = [str(photo) for photo, _ in supports]
@@ -115,11 +120,16 @@ def prepare(
         fitted = fit_class(OBJECT, files, examples, head, trained)
         model = PhotoModel(reader, Answering((fitted,), *answers))
         given = [hashlib.sha256(path.read_bytes()).hexdigest() for pair in supports for path in pair]
-        shots = len(supports)
+        named, masks = {OBJECT: tuple(files)}, {OBJECT: [pair.mask for pair in pairs]}
     heads = [[one.name, one.fitted.name] for one in model.answering.classes]
     facts = [2, read.digest, heads, given, checkpoint and checkpoint.digest, choices.fusion, *answers]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    return Prepared(Work(read, weights, model.answering, digest, outputs, choices.device), shots, model)
+    notes = {}
+    if read.tile is None:
+        size = read.recipe.image_size
+        notes = {name: tuple(notes_on_supports(named[name], some, size)) for name, some in masks.items()}
+    work = Work(read, weights, model.answering, digest, outputs, choices.device)
+    return Prepared(work, named, {name: some for name, some in notes.items() if some}, model)
 
 
 def _reading(choices: Choices, bank: Bank | None, checkpoint: Checkpoint | None) -> tuple[Reading, Weights]:

@@ -22,6 +22,7 @@ from hsnet.errors import ConfigError, DataError, HSNetError
 from pipeline.common.runner import read_ahead
 from pipeline.datasets.images import read_photo
 from pipeline.datasets.queries import Queries, names_of
+from pipeline.predict.trust import Note, Watch
 from pipeline.predict.writing import Result, Said, Task, Work
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,8 @@ class PredictSummary:
     seconds: float
     first_s: float
     """Seconds until the first result was there, fitting not counted."""
+    notes: Mapping[str, tuple[Note, ...]]
+    """Class -> why not to trust its masks, by those that were made now."""
 
     @property
     def written(self) -> tuple[Prediction, ...]:
@@ -114,7 +117,7 @@ def predict(
     queries: Sequence[Path],
     out_dir: Path,
     *,
-    shots: int,
+    supports: Mapping[str, Sequence[str]],
     pipe: Pipe = in_process,
     on_event: Callable[[int, int], None] | None = None,
     on_result: Callable[[Result], None] | None = None,
@@ -130,7 +133,7 @@ def predict(
         out_dir: made if missing. `NAME_mask.png` and `NAME_overlay.jpg` per query, NAME from the photo's name, made
             unique when two photos share it; files of other settings with the same names are replaced. More than
             `PER_FOLDER` photos are spread over subfolders. `results.jsonl` has a line per photo as it is done.
-        shots: annotated photos behind the heads, for the summary.
+        supports: class -> names of the annotated photos that show it.
         pipe: does the work; in this process by default.
         on_event: called with (photos done, photos in all).
         on_result: called with every result, once its files are there.
@@ -147,26 +150,30 @@ def predict(
     _check_out_dir(out_dir, queries)
     out_dir.mkdir(parents=True, exist_ok=True)
     first: list[float] = []
+    watches = {name: Watch(supports[name]) for name in work.answering.names}
 
-    def seen(results: Iterator[Result]) -> Iterator[Result]:
+    def watched(results: Iterator[Result]) -> Iterator[Result]:
         for result in results:
             if not first:
                 first.append(time.monotonic() - started)
+            for name, seen in result.seen.items():
+                watches[name].add(str(result.task.query), seen, result.classes[name].sureness or 0.0)
             if on_result and not result.error:
                 on_result(result)
             yield result
 
-    found = seen(pipe(work, tasks_of(queries, out_dir, work.outputs.overlay)))
+    found = watched(pipe(work, tasks_of(queries, out_dir, work.outputs.overlay)))
     kept, unusable = write_results(found, out_dir / RESULTS, len(queries), on_event)
     return PredictSummary(
         out_dir / RESULTS,
         len(queries),
         kept,
         unusable,
-        shots,
+        len({photo for names in supports.values() for photo in names}),
         {one.name: one.fitted.name for one in work.answering.classes},
         time.monotonic() - started,
         first[0] if first else 0.0,
+        {name: tuple(notes) for name, watch in watches.items() if (notes := watch.notes())},
     )
 
 

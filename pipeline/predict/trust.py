@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from hsnet.errors import ShapeError
-from pipeline.predict.tiles import FEW_PIXELS, object_pixels, suggest_tile
+from pipeline.bank.tiles import FEW_PIXELS, object_pixels, suggest_tile
+from pipeline.datasets.images import resize_label
 
 ALIKE = 0.72
 """Mean IoU of the masks of different photos from which they hardly depend on the photo."""
@@ -26,6 +27,8 @@ FEWEST_MASKS = 5
 """Masks below which nothing is said of how alike they are."""
 
 KEPT_MASKS = 256
+THUMB = 64
+"""Side of the masks that are kept of a photo."""
 GRID = 32
 
 LONELY = 0.1
@@ -40,8 +43,8 @@ STRANGER = 0.5
 AGREEING = 0.3
 """IoU that the others must reach for that."""
 
-MARGIN = 0.5
-"""Half the width of the band around the cut, in logits: a probability of 0.38 to 0.62."""
+LOW, HIGH = 0.3775, 0.6225
+"""The band around the cut, probabilities of margins of -0.5 and 0.5."""
 
 UNSURE = 0.35
 """Mean sureness of a run below which it is doubtful."""
@@ -59,17 +62,17 @@ class Note:
     """What to do about it."""
 
 
-def sureness(margin: NDArray[np.floating]) -> float:
-    """How sure a photo's mask is, 0 to 1: the IoU of the masks cut a little above and a little below 0.
+def sureness(soft: NDArray[np.floating]) -> float:
+    """How sure a photo's mask is, 0 to 1: the IoU of the masks cut a little above and a little below one half.
 
     Of several measures the one whose rank goes best with the IoU that came out; see docs/predict.md. It says where
     to look first, it is no probability. A photo in which nothing comes near the cut is surely without an object: 1.
 
     Args:
-        margin: (h, w) logits, object above 0, on the grid or refined.
+        soft: (H, W) probabilities of the object, of any size.
     """
-    below = int(np.count_nonzero(margin > -MARGIN))
-    return 1.0 if below == 0 else np.count_nonzero(margin > MARGIN) / below
+    below = int(np.count_nonzero(soft > LOW))
+    return 1.0 if below == 0 else np.count_nonzero(soft > HIGH) / below
 
 
 @dataclass
@@ -287,3 +290,45 @@ def notes_on_supports(names: Sequence[str], masks: Sequence[NDArray[np.bool_]], 
     tile = suggest_tile(masks, image_size)
     other = "photos that show the object larger" if tile is None else f"tiles of {tile} pixels (`--tile {tile}`)"
     return [Note("small", text, f"Take a larger image size, or {other}.")]
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What is kept of one class's answer to one photo until the end of a run: little."""
+
+    thumb: NDArray[np.bool_]
+    """(64, 64): the mask."""
+    votes: NDArray[np.bool_] | None = None
+    """(K, h, w): what each support marks, of a head that votes."""
+
+    @classmethod
+    def of(cls, mask: NDArray[np.bool_], votes: NDArray[np.bool_] | None) -> Seen:
+        """From a mask (H, W) of any size."""
+        thumb = resize_label(np.ascontiguousarray(mask), (THUMB, THUMB))
+        return cls(thumb.astype(bool), votes)
+
+
+class Watch:
+    """Notes on one class, collected over a run.
+
+    Args:
+        supports: names of the annotated photos that show it.
+    """
+
+    def __init__(self, supports: Sequence[str]) -> None:
+        self.supports = supports
+        self.alike, self.votes, self.agreement, self.sureness = Alike(), Votes(), Agreement(), Sureness()
+
+    def add(self, photo: str, seen: Seen, sure: float) -> None:
+        """Take one photo."""
+        self.alike.add(photo, seen.thumb)
+        self.sureness.add(sure)
+        if seen.votes is not None and len(seen.votes) == len(self.supports):
+            size = (seen.votes.shape[1], seen.votes.shape[2])
+            self.votes.add(seen.votes, resize_label(seen.thumb, size).astype(bool))
+            self.agreement.add(seen.votes)
+
+    def notes(self) -> list[Note]:
+        """The gravest first."""
+        found = (self.alike.notes(), self.votes.notes(self.supports), self.agreement.notes(self.supports))
+        return [note for some in (*found, self.sureness.notes()) for note in some]

@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from hsnet.errors import DataError
 from pipeline.annotations.found import Found, Instance
 from pipeline.annotations.found import FoundClass as FoundMask
-from pipeline.bank.heads import Coarse
+from pipeline.bank.heads import Coarse, TrainedFit
 from pipeline.bank.reading import Reader, Reading
 from pipeline.common import render
 from pipeline.common.files import whole
@@ -26,6 +26,7 @@ from pipeline.datasets.queries import clean_name
 from pipeline.features.weights import Weights
 from pipeline.predict.instances import find_instances
 from pipeline.predict.model import Answering, FoundClass, PhotoModel
+from pipeline.predict.trust import Seen, sureness
 
 _MASK, _OVERLAY, _SOFT = "_mask.png", "_overlay.jpg", "_soft.png"
 _TEXT = "hsnet"
@@ -50,7 +51,7 @@ class Said:
     score: float | None = None
     """How sure that the class is in the photo, 0 to 1; None if not known."""
     sureness: float | None = None
-    """How far from a guess the mask is, 0 to 1; None in results of earlier versions."""
+    """`pipeline.predict.trust.sureness`, 0 to 1; None if not known."""
     instances: tuple[float, ...] = ()
     """Mean soft value of every connected object of at least 4 pixels, the largest object first."""
 
@@ -107,6 +108,8 @@ class Result:
     object_share: float | None = None
     kept: bool = False
     error: str = ""
+    seen: Mapping[str, Seen] = field(default_factory=dict)
+    """For the notes of the run; empty for a photo that was kept."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,7 +200,14 @@ class Work:
                 _save(_numbers(found), task.mask, pnginfo=text)
         except OSError as error:
             raise DataError(f"Cannot write the masks of {task.query}: {error}.") from error
-        return Result(task, classes, share)
+        seen = {
+            one.name: Seen.of(
+                found[one.name].mask,
+                one.fitted.votes(answers[one.name]) if isinstance(one.fitted, TrainedFit) else None,
+            )
+            for one in self.answering.classes
+        }
+        return Result(task, classes, share, seen=seen)
 
     def _write_pictures(self, task: Task, photo: Image.Image, found: Mapping[str, FoundClass]) -> None:
         if task.overlay is None:  # one of an earlier mask would tell another story
@@ -251,7 +261,7 @@ def _said(one: FoundClass) -> Said:
     objects = find_instances(one.mask, one.soft, _LEAST_AREA)
     scores = tuple(round(item.score or 0.0, _DIGITS) for item in objects)
     score = None if one.score is None else round(one.score, _DIGITS)
-    return Said(one.share, score, round(one.sureness, _DIGITS), scores)
+    return Said(one.share, score, round(sureness(one.soft), _DIGITS), scores)
 
 
 def _two_values(mask: NDArray[np.bool_]) -> Image.Image:

@@ -7,7 +7,7 @@ import pytest
 
 from hsnet.errors import ShapeError
 from pipeline.predict import trust
-from pipeline.predict.trust import Agreement, Alike, Sureness, Votes, notes_on_supports, sureness
+from pipeline.predict.trust import Agreement, Alike, Seen, Sureness, Votes, Watch, notes_on_supports, sureness
 
 NAMES = ["a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg"]
 
@@ -133,15 +133,13 @@ def test_agreement_is_the_mean_over_pairs_and_leaves_out_what_marks_nothing():
 
 
 def test_sureness():
-    steep = np.where(blob(30, 40), 4.0, -4.0)
-    assert sureness(steep) == 1
-    soft = np.where(blob(30, 40, 30), 0.2, -4.0)
-    assert sureness(soft) == 0
-    half = np.where(blob(30, 40, 30), 0.4, -4.0)
-    half[30:60, 40:55] = 2
+    assert sureness(np.where(blob(30, 40), 0.98, 0.02)) == 1
+    assert sureness(np.where(blob(30, 40, 30), 0.55, 0.02)) == 0
+    half = np.where(blob(30, 40, 30), 0.6, 0.02)
+    half[30:60, 40:55] = 0.9
     assert sureness(half) == pytest.approx(0.5)
-    assert sureness(np.full((9, 9), -3.0)) == 1
-    assert sureness(np.full((9, 9), -0.1)) == 0
+    assert sureness(np.full((9, 9), 0.05)) == 1
+    assert sureness(np.full((9, 9), 0.47)) == 0
 
 
 def test_a_run_that_is_unsure():
@@ -167,3 +165,18 @@ def test_objects_that_shrink_to_nothing():
     assert "--tile" in note.remedy
     assert notes_on_supports(NAMES[:1], masks[2:], 224) == []
     assert notes_on_supports(NAMES[:1], [np.zeros((50, 50), bool)], 224) == []  # a negative
+
+
+def test_a_watch_hears_of_one_support_that_carries_the_vote():
+    watch = Watch(NAMES[:3])
+    for number in range(6):
+        votes = np.zeros((3, 32, 32), bool)
+        votes[1, 4 * number : 4 * number + 8, 4:12] = True
+        watch.add(f"{number}", Seen.of(votes[1].repeat(4, 0).repeat(4, 1), votes), 0.1)
+    kinds = [note.kind for note in watch.notes()]
+    assert kinds == ["single", "disagree", "unsure"]
+    assert NAMES[1] in watch.notes()[0].text
+    quiet = Watch(NAMES[:3])
+    for number in range(6):
+        quiet.add(f"{number}", Seen.of(blob(10 * number, 12 * number), None), 0.9)
+    assert quiet.notes() == []
