@@ -120,6 +120,13 @@ class Formats(click.ParamType):
     "this photo has, so one support of five suffices where no pixel has more; else a probability.",
 )
 @click.option("--no-refine", is_flag=True, help="Masks as coarse as the head's grid, not along the photo's edges.")
+@click.option(
+    "--least-score",
+    type=click.FloatRange(0, 1),
+    default=0.2,
+    show_default=True,
+    help="A class that is surer to be absent than this is not marked; known with annotated photos without it.",
+)
 @click.option("--overlapping", is_flag=True, help="A pixel may be of several classes: a mask for each.")
 @click.option(
     "--format",

@@ -26,6 +26,10 @@ from pipeline.predict.refine import refine
 AUTO = "auto"
 """The head that does best on annotated photos left out, for each class by itself."""
 
+LEAST_SCORE = 0.2
+"""Score below which a class is taken to be absent: on photos with five of both kinds annotated, 95 to 98 % of the photos
+that show it are kept (docs/practice.md)."""
+
 MOST_CLASSES = 255
 """A mask of class numbers has 8 bits."""
 
@@ -69,6 +73,15 @@ class Answering:
     """Whether a pixel may be of several classes; else it is of the one with the highest soft value."""
     refine: bool = True
     """Whether margins are brought to the photo's edges (`pipeline.predict.refine`); votes of a trained head never."""
+    least_score: float = LEAST_SCORE
+    """Of a class's score, 0 to 1; below it nothing of the class is marked."""
+
+    def __post_init__(self) -> None:
+        if len(self.classes) > MOST_CLASSES and not self.overlapping:
+            raise ConfigError(
+                f"A mask of class numbers has {MOST_CLASSES} classes at most, here are {len(self.classes)}. Name some, or "
+                f"let them overlap: a mask for each."
+            )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -92,7 +105,7 @@ class Answering:
             else:
                 soft = torch.from_numpy(refine(margin, photo)).sigmoid().numpy()
                 mask = soft >= self.tau
-            if score is not None and score < 0.5:
+            if score is not None and score < self.least_score:
                 mask = np.zeros(size, bool)
             found[one.name] = FoundClass(mask, soft, score)
         return found if self.overlapping or len(found) == 1 else _apart(found)

@@ -18,7 +18,7 @@ from pipeline.features.backbones import new_recipe, same_reading
 from pipeline.features.timm_registry import INSTALL
 from pipeline.features.weights import PACKAGED, Weights, load_weights
 from pipeline.heads.checkpoint import Checkpoint
-from pipeline.predict.model import AUTO, Answering, PhotoModel, example_of, fit_class
+from pipeline.predict.model import AUTO, LEAST_SCORE, Answering, PhotoModel, example_of, fit_class
 from pipeline.predict.trust import Note, notes_on_supports
 from pipeline.predict.writing import Outputs, Work
 
@@ -48,6 +48,7 @@ class Choices:
     tau: float = 0.5
     overlapping: bool = False
     refine: bool = True
+    least_score: float = LEAST_SCORE
     classes: tuple[str, ...] = ()
     """Of a bank; empty for all."""
     device: str = "cpu"
@@ -99,7 +100,7 @@ def prepare(
     if checkpoint is not None:
         trained = Trained.of(checkpoint.learner(), read.recipe.image_size, choices.fusion or "vote")
     reader = Reader(read, weights, choices.device)
-    answers = choices.tau, choices.overlapping, choices.refine
+    answers = choices.tau, choices.overlapping, choices.refine, choices.least_score
     given: list[object]
     if bank is not None:
         model = PhotoModel.of_bank(bank, reader, head=head, classes=choices.classes, trained=trained)
