@@ -27,7 +27,7 @@ AUTO = "auto"
 """The head that does best on annotated photos left out, for each class by itself."""
 
 LEAST_SCORE = 0.2
-"""Score below which a class is taken to be absent: on photos with five of both kinds annotated, 95 to 98 % of the photos
+"""Score below which a class is taken to be absent: with five annotated photos of both kinds, 95 to 98 % of the photos
 that show it are kept (docs/practice.md)."""
 
 MOST_CLASSES = 255
@@ -79,8 +79,8 @@ class Answering:
     def __post_init__(self) -> None:
         if len(self.classes) > MOST_CLASSES and not self.overlapping:
             raise ConfigError(
-                f"A mask of class numbers has {MOST_CLASSES} classes at most, here are {len(self.classes)}. Name some, or "
-                f"let them overlap: a mask for each."
+                f"A mask of class numbers has {MOST_CLASSES} classes at most, here are {len(self.classes)}. Name some, "
+                f"or let them overlap: a mask for each."
             )
 
     @property
