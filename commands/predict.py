@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,15 +24,15 @@ from commands.options import (
     weights_option,
     workers_option,
 )
-from commands.steps import allow_mixed, emit, pick_device, require_ray
+from commands.steps import allow_mixed, emit, pick_device, require_ray, stop_on_interrupt
 from commands.terminal import Progress, set_up_logging
+from hsnet.errors import DataError
 from pipeline.common.text import printable, time_text
 from pipeline.episodes.protocols import FUSIONS
 
 if TYPE_CHECKING:
     from pipeline.annotations.write import Writer
     from pipeline.bank.check import ClassCheck
-    from pipeline.datasets.queries import Queries
     from pipeline.predict.stage import PredictSummary
     from pipeline.predict.writing import Work
 
@@ -136,6 +136,8 @@ class Formats(click.ParamType):
     show_default=True,
     help=f"What to write, commas between them: {', '.join(FORMATS)}.",
 )
+@click.option("--keep-features", type=ANY_PATH, metavar="DIR", help="Keep the photos' features there.")
+@click.option("--watch", is_flag=True, help="Go on with photos as they come, until Ctrl-C.")
 @click.option("--no-overlay", is_flag=True, help="The same as --format without overlay.")
 @options(weights_option, workers_option, address_option, device_option)
 @common_options
@@ -147,6 +149,8 @@ def predict(
     out: Path,
     checkpoint_path: Path | None,
     formats: tuple[str, ...],
+    keep_features: Path | None,
+    watch: bool,
     no_overlay: bool,
     no_refine: bool,
     workers: int,
@@ -171,18 +175,22 @@ def predict(
     on_interrupt("The masks written so far are whole: give the same command again to go on.")
     from pipeline.bank.folder import Bank
     from pipeline.datasets.own_support import parse_support
-    from pipeline.datasets.queries import list_queries
+    from pipeline.datasets.queries import Queries, list_queries
     from pipeline.heads.checkpoint import load_checkpoint
     from pipeline.predict import stage
     from pipeline.predict.prepare import Choices, prepare
+    from pipeline.predict.watching import new_tasks
     from pipeline.predict.writing import Outputs
 
     if choices["classes"] and bank_path is None:
         raise click.UsageError("--class is a class of a bank: give --bank, too.")
     pairs = [parse_support(text) for text in supports]
     on_ray = workers > 0 or address is not None
+    if on_ray and (watch or keep_features is not None):
+        raise click.UsageError("--watch and --keep-features work in this process: leave --workers and --address out.")
     # A worker on another machine has another working directory.
-    photos = list_queries([query.absolute() for query in queries] if on_ray else queries, recursive, out)
+    places = [query.absolute() for query in queries] if on_ray else list(queries)
+    photos = Queries() if watch else list_queries(places, recursive, out)
     chosen = pick_device(device, address)
     outputs = Outputs("overlay" in formats and not no_overlay, "soft" in formats)
     started = time.monotonic()
@@ -192,6 +200,7 @@ def predict(
         supports=pairs,
         checkpoint=None if checkpoint_path is None else load_checkpoint(checkpoint_path),
         outputs=outputs,
+        keep=keep_features,
     )
     fitting = time.monotonic() - started
     work = dataclasses.replace(prepared.work, device=chosen)
@@ -199,19 +208,24 @@ def predict(
     with (
         _pipe(workers, address, chosen) as pipe,
         Progress("predict", "photos", quiet) as progress,
-        _tools(formats, out, work, photos) as writer,
+        _tools(formats, out, work, places) as writer,
+        stop_on_interrupt() if watch else contextlib.nullcontext() as stopped,
     ):
+        coming = None
+        if stopped is not None:
+            coming = new_tasks(lambda: _there(places, recursive, out), out, outputs.overlay, stopped)
         summary = stage.predict(
             work,
             photos,
             out,
             supports=prepared.supports,
             pipe=pipe,
+            coming=coming,
             on_event=progress.update,
             on_result=None if writer is None else lambda result: writer.add(work.found(result)),
         )
     checks = [one.expected for one in work.answering.classes if one.expected is not None]
-    few = len(photos) <= LISTED
+    few = summary.photos <= LISTED
     for name, notes in prepared.notes.items():  # before those of the run
         summary = dataclasses.replace(summary, notes={**summary.notes, name: (*notes, *summary.notes.get(name, ()))})
     report = dataclasses.asdict(summary) | {"expected": checks, "fitting_s": fitting}
@@ -219,12 +233,12 @@ def predict(
     result = emit(report, "\n".join(_lines(summary, work, fitting, out, few)), as_json)
     if summary.unusable:
         names = ", ".join(printable(path) for path, _ in summary.failed[:LISTED])
-        raise Failure(f"{summary.unusable} of {len(photos)} photos could not be used: {names}")
+        raise Failure(f"{summary.unusable} of {summary.photos} photos could not be used: {names}")
     return result
 
 
 @contextlib.contextmanager
-def _tools(formats: tuple[str, ...], out: Path, work: Work, photos: Queries) -> Iterator[Writer | None]:
+def _tools(formats: tuple[str, ...], out: Path, work: Work, places: Sequence[Path]) -> Iterator[Writer | None]:
     """What writes formats of other tools; None if none was asked for."""
     from pipeline.annotations.write import Writer
 
@@ -232,9 +246,20 @@ def _tools(formats: tuple[str, ...], out: Path, work: Work, photos: Queries) -> 
     if not wanted:
         yield None
         return
-    root = Path(os.path.commonpath([folder.absolute() for folder in photos.folders]))
+    folders = [place if place.is_dir() else place.parent for place in places]
+    root = Path(os.path.commonpath([folder.absolute() for folder in folders]))
     with Writer(wanted, out, work.answering.names, root, overlapping=work.answering.overlapping) as writer:
         yield writer
+
+
+def _there(places: Sequence[Path], recursive: bool, out: Path) -> Sequence[Path]:
+    """The photos that are there now; a folder without any is waited for."""
+    from pipeline.datasets.queries import list_queries
+
+    try:
+        return list_queries(places, recursive, out)
+    except DataError:
+        return ()
 
 
 def _lines(summary: PredictSummary, work: Work, fitting: float, out: Path, few: bool) -> Iterator[str]:

@@ -21,7 +21,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -31,12 +31,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from hsnet.errors import ConfigError, DataError, HSNetError
 from pipeline.annotations.item import Annotation
 from pipeline.bank.heads import Example
-from pipeline.bank.reading import Features, Reader, Reading
+from pipeline.bank.reading import Features, Reader, Reading, load_levels, save_levels
 from pipeline.common.fields import from_json
 from pipeline.common.files import read_json, replace_json, whole, whole_folder
 from pipeline.common.lock import sole_writer
@@ -123,17 +122,14 @@ class BankPhoto:
         tiles = reader.reading.plan(size)
         device = reader.network.device
         if not path.exists():
-            levels = reader.read(self.read()).levels
-            named = {str(number): level.half().cpu().contiguous() for number, level in enumerate(levels)}
+            levels = [level.half() for level in reader.read(self.read()).levels]
             try:
-                with whole(path) as partial:
-                    save_file(named, partial)
+                save_levels(path, levels)
             except OSError as error:
                 log.warning("Features of %s cannot be kept: %s", self.item.name, error)
-                return Features(size, tiles, [named[str(number)].float().to(device) for number in range(len(named))])
+                return Features(size, tiles, [level.float() for level in levels])
         try:
-            kept = load_file(path)
-            found = [kept[str(number)].float().to(device) for number in range(len(kept))]
+            found = [level.float().to(device) for level in load_levels(path)]
             shapes = [tuple(level.shape[1:]) for level in found]
             wanted = [tuple(shape) for shape in reader.reading.recipe.level_shapes()]
             if shapes != wanted or any(len(level) != len(tiles) for level in found):
@@ -185,9 +181,12 @@ class Bank:
         if root.exists() and (not root.is_dir() or any(root.iterdir())):
             raise DataError(f"{root} is there already and not empty. Choose another name. Nothing was written.")
         root.parent.mkdir(parents=True, exist_ok=True)
-        with whole_folder(root) as folder:
-            (folder / PHOTOS).mkdir(parents=True)
+
+        def fill(folder: Path) -> None:
+            (folder / PHOTOS).mkdir()
             replace_json(folder / BANK, _header(reading, ()))
+
+        _new_folder(root, fill)
         return cls(root)
 
     @cached_property
@@ -268,9 +267,7 @@ class Bank:
             file = f"photo{_suffix(annotation.photo)}" if old is None else old.item.file
             item = Item(name, file, *size, masks, tuple(sorted(known - set(masks))), ignore)
             if old is None:
-                with whole_folder(folder) as partial:
-                    partial.mkdir()
-                    _write(partial, {file: data, **files}, item)
+                _new_folder(folder, lambda partial: _write(partial, {file: data, **files}, item))
             else:
                 _write(folder, files, item)
                 self._clear(folder, item)
@@ -347,6 +344,13 @@ class Bank:
 
 def _header(reading: Reading, classes: Sequence[str]) -> dict[str, object]:
     return {"format": FORMAT, "recipe": reading.recipe.to_dict(), "tile": reading.tile, "classes": list(classes)}
+
+
+def _new_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """Make a folder that is there with all that fills it, or not at all."""
+    with whole_folder(path) as partial:
+        partial.mkdir()
+        fill(partial)
 
 
 def _write(folder: Path, files: Mapping[str, bytes], item: Item) -> None:

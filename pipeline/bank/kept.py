@@ -15,11 +15,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from hsnet.errors import StoreError
-from pipeline.bank.reading import Features, Reader
-from pipeline.common.files import whole
+from pipeline.bank.reading import Features, Reader, load_levels, save_levels
 from pipeline.features.precision import encode
 
 log = logging.getLogger(__name__)
@@ -45,8 +43,7 @@ def kept_features(folder: Path, reader: Reader, path: Path, photo: Image.Image) 
         codes = [torch.from_numpy(level) for level in encode(reader.read(photo).levels, "int8", [path.name])]
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            with whole(place) as partial:
-                save_file({str(number): level for number, level in enumerate(codes)}, partial)
+            save_levels(place, codes)
         except OSError as error:
             raise StoreError(f"Features of {path.name} cannot be kept in {folder}: {error}.") from error
     device = reader.network.device
@@ -64,8 +61,7 @@ def kept_file(folder: Path, reader: Reader, path: Path) -> Path:
 def _read(place: Path) -> list[torch.Tensor] | None:
     """The codes; None if there are none that can be read."""
     try:
-        kept = load_file(place)
-        return [kept[str(number)] for number in range(len(kept))]
+        return load_levels(place)
     except FileNotFoundError:
         return None
     except (OSError, SafetensorError, KeyError) as error:

@@ -6,16 +6,19 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hsnet.errors import ConfigError
 from hsnet.similarity import object_shares, positions
 from pipeline.bank.tiles import Tile, crops, merge_tiles, plan_tiles
+from pipeline.common.files import whole
 from pipeline.features.backbones import open_backbone
 from pipeline.features.forward import PhotoNetwork
 from pipeline.features.recipe import Recipe
@@ -130,6 +133,18 @@ class Reader:
     def read(self, photo: Image.Image) -> Features:
         """Features of a photo (RGB), on the reader's device."""
         return self.read_squashed([self.reading.squash(photo)], [(photo.height, photo.width)])[0]
+
+
+def save_levels(path: Path, levels: Sequence[Tensor]) -> None:
+    """Write levels of any type to a file, whole or not at all. Raises OSError."""
+    with whole(path) as partial:
+        save_file({str(number): level.cpu().contiguous() for number, level in enumerate(levels)}, partial)
+
+
+def load_levels(path: Path) -> list[Tensor]:
+    """What `save_levels` wrote. Raises OSError, SafetensorError or KeyError for anything else."""
+    kept = load_file(path)
+    return [kept[str(number)] for number in range(len(kept))]
 
 
 def default_size(backbone: str) -> int:

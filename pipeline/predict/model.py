@@ -132,10 +132,7 @@ def _apart(found: Mapping[str, FoundClass]) -> dict[str, FoundClass]:
 
 @dataclass(frozen=True, eq=False)
 class PhotoModel:
-    """A network with the heads that were fitted to annotated photos. Keeps no state between calls.
-
-    >>> # model = PhotoModel.of_photos({"cup": [(photo, mask), ...]}); masks = model(new_photo)
-    """
+    """A network with the heads that were fitted to annotated photos. Keeps no state between calls."""
 
     reader: Reader
     answering: Answering

@@ -73,6 +73,7 @@ def prepare(
     supports: Sequence[tuple[Path, Path]] = (),
     checkpoint: Checkpoint | None = None,
     outputs: Outputs = Outputs(),  # noqa: B008
+    keep: Path | None = None,
 ) -> Prepared:
     """Fit the heads.
 
@@ -80,6 +81,7 @@ def prepare(
         bank: annotated photos of named classes; or
         supports: (photo, mask) files of one class; see `pipeline.datasets.own_support.read_mask` for what is object.
         checkpoint: a trained head; its recipe decides backbone and size.
+        keep: where features of photos are kept, see `pipeline.bank.kept`.
 
     Raises:
         ConfigError: neither or both of bank and supports; a head that needs a checkpoint without one; another backbone
@@ -123,13 +125,13 @@ def prepare(
         given = [hashlib.sha256(path.read_bytes()).hexdigest() for pair in supports for path in pair]
         named, masks = {OBJECT: tuple(files)}, {OBJECT: [pair.mask for pair in pairs]}
     heads = [[one.name, one.fitted.name] for one in model.answering.classes]
-    facts = [2, read.digest, heads, given, checkpoint and checkpoint.digest, choices.fusion, *answers]
+    facts = [2, keep is not None, read.digest, heads, given, checkpoint and checkpoint.digest, choices.fusion, *answers]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     notes = {}
     if read.tile is None:
         size = read.recipe.image_size
         notes = {name: tuple(notes_on_supports(named[name], some, size)) for name, some in masks.items()}
-    work = Work(read, weights, model.answering, digest, outputs, choices.device)
+    work = Work(read, weights, model.answering, digest, outputs, choices.device, keep)
     return Prepared(work, named, {name: some for name, some in notes.items() if some}, model)
 
 

@@ -107,7 +107,7 @@ def in_process(work: Work, tasks: Iterator[Task]) -> Iterator[Result]:
                 yield photo
                 continue
             try:
-                yield work.write(task, photo, model.answer(model.reader.read(photo)))
+                yield work.write(task, photo, work.look(model, task.query, photo))
             except HSNetError as error:
                 yield Result(task, error=str(error))
 
@@ -119,6 +119,7 @@ def predict(
     *,
     supports: Mapping[str, Sequence[str]],
     pipe: Pipe = in_process,
+    coming: Iterator[Task] | None = None,
     on_event: Callable[[int, int], None] | None = None,
     on_result: Callable[[Result], None] | None = None,
 ) -> PredictSummary:
@@ -135,6 +136,7 @@ def predict(
             `PER_FOLDER` photos are spread over subfolders. `results.jsonl` has a line per photo as it is done.
         supports: class -> names of the annotated photos that show it.
         pipe: does the work; in this process by default.
+        coming: tasks as they come (`pipeline.predict.watching.new_tasks`), instead of those of `queries`.
         on_event: called with (photos done, photos in all).
         on_result: called with every result, once its files are there.
 
@@ -145,15 +147,18 @@ def predict(
         ConfigError: out_dir is a file, or the folder that a query lies in.
     """
     started = time.monotonic()
-    if not queries:
+    if not queries and coming is None:
         raise DataError("There is no query photo")
     _check_out_dir(out_dir, queries)
     out_dir.mkdir(parents=True, exist_ok=True)
     first: list[float] = []
     watches = {name: Watch(supports[name]) for name in work.answering.names}
+    done = 0
 
     def watched(results: Iterator[Result]) -> Iterator[Result]:
+        nonlocal done
         for result in results:
+            done += 1
             if not first:
                 first.append(time.monotonic() - started)
             for name, seen in result.seen.items():
@@ -162,11 +167,12 @@ def predict(
                 on_result(result)
             yield result
 
-    found = watched(pipe(work, tasks_of(queries, out_dir, work.outputs.overlay)))
+    tasks = tasks_of(queries, out_dir, work.outputs.overlay) if coming is None else coming
+    found = watched(pipe(work, tasks))
     kept, unusable = write_results(found, out_dir / RESULTS, len(queries), on_event)
     return PredictSummary(
         out_dir / RESULTS,
-        len(queries),
+        done,
         kept,
         unusable,
         len({photo for names in supports.values() for photo in names}),
@@ -193,7 +199,7 @@ def write_results(
             lines.write(json.dumps(_line(result)) + "\n")
             lines.flush()
             if on_event:
-                on_event(done, photos)
+                on_event(done, max(done, photos))
     return kept, unusable
 
 

@@ -19,8 +19,8 @@ def new_tasks(
     overlay: bool,
     stopped: Callable[[], bool],
     seconds: float = 2.0,
-) -> Iterator[Task | None]:
-    """Tasks of photos that are there, then of those that come or change; None whenever there is nothing to do.
+) -> Iterator[Task]:
+    """Tasks of photos that are there, then of those that come or change.
 
     A photo is taken when it is the same at two looks: until then somebody may still be writing it. It is given again
     when it changes, or when others that came made its output get another name.
@@ -46,7 +46,6 @@ def new_tasks(
                 if stopped():
                     return
         before = now
-        yield None
         end = time.monotonic() + seconds
         while time.monotonic() < end and not stopped():
             time.sleep(min(0.1, seconds))

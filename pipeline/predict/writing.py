@@ -19,6 +19,7 @@ from hsnet.errors import DataError
 from pipeline.annotations.found import Found, Instance
 from pipeline.annotations.found import FoundClass as FoundMask
 from pipeline.bank.heads import Coarse, TrainedFit
+from pipeline.bank.kept import kept_features
 from pipeline.bank.reading import Reader, Reading
 from pipeline.common import render
 from pipeline.common.files import whole
@@ -123,10 +124,18 @@ class Work:
     """Digest of all that decides a mask: those of other settings are made anew."""
     outputs: Outputs = Outputs()
     device: str = "cpu"
+    keep: Path | None = None
+    """Where features of photos are kept, see `pipeline.bank.kept`; None keeps none."""
 
     def open(self) -> PhotoModel:
         """Load the network."""
         return PhotoModel(Reader(self.reading, self.weights, self.device), self.answering)
+
+    def look(self, model: PhotoModel, path: Path, photo: Image.Image) -> dict[str, Coarse]:
+        """What the heads answer to a photo."""
+        if self.keep is None:
+            return model.answer(model.reader.read(photo))
+        return model.answer(kept_features(self.keep, model.reader, path, photo))
 
     def names(self) -> dict[str, str]:
         """Class -> its part of file names: readable, never twice."""

@@ -21,6 +21,8 @@ from PIL import Image
 from torch import nn
 
 from hsnet.errors import DataError
+from pipeline.annotations.streams import WholeFile
+from pipeline.bank.folder import Item
 from pipeline.common.files import PARTIAL, whole, whole_folder, write_table
 from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.episodes import drawing, manifest_file
@@ -73,6 +75,12 @@ def change_facts(path: Path, version: int) -> None:
         write_facts(own.root, read_facts(own.root))
 
 
+def whole_file(path: Path, version: int) -> None:
+    file = WholeFile(path)
+    file.write(text(version))
+    file.close()
+
+
 def text(version: int) -> str:
     return f"{version}" * 100_000
 
@@ -83,6 +91,15 @@ def part(version: int) -> Part:
 
 WRITERS = {
     # Every function that calls `whole` or `whole_folder`, with arguments to write a version of something.
+    "pipeline.annotations.masks_out:_save": lambda write, path, version: write(Image.new("L", (64, 64), version), path),
+    "pipeline.annotations.streams:__init__": lambda write, path, version: whole_file(path, version),
+    "pipeline.bank.folder:_new_folder": lambda write, path, version: write(
+        path, lambda folder: (folder / "x").write_text(text(version))
+    ),
+    "pipeline.bank.folder:_write": lambda write, path, version: write(
+        path.parent, {path.name: text(version).encode()}, Item("a.jpg", "photo.jpg", 1, 1)
+    ),
+    "pipeline.bank.reading:save_levels": lambda write, path, version: write(path, [torch.full((99, 99), version)]),
     "pipeline.common.files:replace_text": lambda write, path, version: write(path, text(version)),
     "pipeline.common.files:write_table": lambda write, path, version: write(path, pa.table({"x": [version]})),
     "pipeline.evaluate.parts:write_part": lambda write, path, version: write(path, part(version)),
@@ -115,7 +132,7 @@ THINGS = {
     "_done/000002.json": lambda path, version: fill(path.parents[1], version),
     "zarr.json": change_facts,
 }
-OVER_NOTHING = ("write_vector", "export_sample", "build_skeleton", "_done/000002.json")
+OVER_NOTHING = ("_new_folder", "write_vector", "export_sample", "build_skeleton", "_done/000002.json")
 """Nothing is there before them: folders, and a marker, which goes before its shard is written anew."""
 OVER_OLDER = ("zarr.json",)
 """Only what is there is changed."""
@@ -231,8 +248,10 @@ def test_every_writer_of_the_product_is_killed_here():
 
 def test_nothing_else_is_written_under_another_name():
     others = {name.partition(":")[0] for name in functions_that_call({"os.replace", "os.rename"})}
-    # The cache of a bucket sweeps its own folder; restored metadata was made whole before it is moved.
+    # The cache of a bucket sweeps its own folder; restored metadata was made whole before it is moved; a bank's photo
+    # that is removed is first moved out of sight.
     assert others <= {
+        "pipeline.bank.folder",
         "pipeline.common.files",
         "pipeline.store.mirror",
         "pipeline.store.mirror_metadata",
