@@ -7,6 +7,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -212,7 +213,8 @@ def predict(
         stop_on_interrupt() if watch else contextlib.nullcontext() as stopped,
     ):
         coming = None
-        if stopped is not None:
+        if stopped is not None:  # a photo is not held back until another one comes
+            pipe = partial(pipe, ahead=0)
             coming = new_tasks(lambda: _there(places, recursive, out), out, outputs.overlay, stopped)
         summary = stage.predict(
             work,

@@ -91,8 +91,8 @@ Pipe = Callable[[Work, Iterator[Task]], Iterator[Result]]
 """Does the work for every task; results in any order. `cluster.predict.RayPipe` is one."""
 
 
-def in_process(work: Work, tasks: Iterator[Task]) -> Iterator[Result]:
-    """One photo after the other, the next ones read ahead on a thread."""
+def in_process(work: Work, tasks: Iterator[Task], ahead: int = _READ_AHEAD) -> Iterator[Result]:
+    """One photo after the other, the next ones read ahead on a thread; with 0 none before it is asked for."""
     model = work.open()
 
     def read(task: Task) -> Result | Image.Image:
@@ -101,7 +101,7 @@ def in_process(work: Work, tasks: Iterator[Task]) -> Iterator[Result]:
         except HSNetError as error:
             return Result(task, error=str(error))
 
-    with closing(read_ahead(read, tasks, _READ_AHEAD, "photos")) as found:
+    with closing(read_ahead(read, tasks, ahead, "photos")) as found:
         for task, photo in found:
             if isinstance(photo, Result):
                 yield photo

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +24,7 @@ from pipeline.bank.heads import HEADS
 from pipeline.datasets.shapes import Shapes
 from pipeline.predict.model import AUTO
 
+ROOT = Path(__file__).parents[2]
 SIZE = ("--image-size", "64")
 
 
@@ -170,3 +176,48 @@ def test_what_is_refused(photos: Path, own: Path, tmp_path: Path) -> None:
         assert result.exit_code == code, (words, result.output)
         assert said in result.output, (words, result.output)
         assert not (tmp_path / "out").exists()
+
+
+def test_features_are_kept_for_another_class(photos: Path, own: Path, tmp_path: Path) -> None:
+    ask = ("predict", "--bank", own, "--query", photos / "new", "--head", "contrast")
+    ask = (*ask, "--keep-features", tmp_path / "kept")
+    machine(*ask, "--out", tmp_path / "one", "--class", "lid")
+    kept = {path: path.stat().st_ino for path in (tmp_path / "kept").rglob("*.safetensors")}
+    assert len(kept) == 4
+    machine(*ask, "--out", tmp_path / "other", "--class", "cup ä")
+    assert {path: path.stat().st_ino for path in (tmp_path / "kept").rglob("*.safetensors")} == kept
+    refused = invoke(*ask, "--out", tmp_path / "ray", "--workers", "2")
+    assert refused.exit_code == 2
+    assert "work in this process" in refused.output
+
+
+@pytest.mark.slow
+def test_a_watched_folder_is_done_as_photos_come(photos: Path, own: Path, tmp_path: Path) -> None:
+    """A process of its own, stopped by Ctrl-C: two photos, then a third, then the results are whole."""
+    (tmp_path / "in").mkdir()
+    shutil.copy(photos / "new" / "lid 4.jpg", tmp_path / "in")
+    out = tmp_path / "out"
+    ask = ("predict", "--bank", own, "--query", tmp_path / "in", "--out", out, "--head", "contrast")
+    words = [*map(str, ask), "--watch", "--json"]
+    child = subprocess.Popen(
+        [sys.executable, ROOT / "cli.py", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        wait_for(out / "lid 4_mask.png", child)
+        shutil.copy(photos / "new" / "lid 5.jpg", tmp_path / "in")
+        wait_for(out / "lid 5_mask.png", child)
+        child.send_signal(signal.SIGINT)
+        said, errors = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode == 0, errors
+    assert json.loads(said)["photos"] == 2
+    assert len((out / "results.jsonl").read_text().splitlines()) == 2
+
+
+def wait_for(path: Path, child: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 120
+    while not path.exists():
+        assert child.poll() is None, child.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.1)
