@@ -25,6 +25,7 @@ from commands.plan import plan
 from commands.predict import predict
 from commands.prepare import prepare
 from commands.report import report
+from commands.serve import serve
 from commands.store import store
 from commands.supports import supports
 from commands.sweep import sweep
@@ -37,7 +38,7 @@ SECTIONS = {
     "Store": (plan, extract, store),
     "Model": (backbones, heads, weights, train, sweep, checkpoint),
     "Use": (episodes, evaluate, analyze, report, supports),
-    "Your photos": (bank, predict),
+    "Your photos": (bank, predict, serve),
     "Machine": (doctor, demo),
 }
 """The commands in the order of the pipeline, under the headings of --help."""

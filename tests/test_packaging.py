@@ -57,6 +57,9 @@ def test_the_wheel_holds_the_rooms_the_weights_and_the_page_only(wheel):
     for room in ROOMS:
         wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / room).rglob("*.py")}
     wanted |= {f"pipeline/report/page/page.{suffix}" for suffix in ("html", "css", "js")}
+    for stage in ("serve", "review"):
+        pages = (ROOT / "pipeline" / stage / "pages").iterdir()
+        wanted |= {path.relative_to(ROOT).as_posix() for path in pages}
     names = set(zipfile.ZipFile(wheel).namelist())
     about = {name for name in names if ".dist-info/" in name}
     assert names - about == wanted
@@ -88,7 +91,7 @@ def canonical(name: str) -> str:
 
 def test_every_dependency_is_pinned_exactly():
     text = (ROOT / "pyproject.toml").read_text()
-    blocks = re.findall(r"^(?:dependencies|dev|timm) = \[(.*?)^\]", text, re.M | re.S)
+    blocks = re.findall(r"^(?:dependencies|dev|timm|serve) = \[(.*?)^\]", text, re.M | re.S)
     names = [canonical(name) for block in blocks for name in re.findall(r'^\s*"([A-Za-z0-9_.-]+)', block, re.M)]
     assert {"torch", "zarr", "pytest"} <= set(names)
     assert not set(names) - set(pins())

@@ -1,0 +1,126 @@
+"""Photos and masks out of requests: read from memory, with limits, and named so that no name is a path."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from hsnet.errors import DataError, HSNetError
+from pipeline.datasets.images import open_image, photo_size, read_photo, resize_label
+from pipeline.datasets.queries import clean_name
+
+MOST_PIXELS = 60_000_000
+"""Of a photo in a request: a mask and a soft map of every class are made of it at once."""
+_LONGEST_NAME = 80
+
+
+class TooLarge(HSNetError):
+    """More bytes or pixels than are taken."""
+
+
+class _Bytes(io.BytesIO):
+    """Bytes that are called by their name in messages, where a file would be."""
+
+    def __init__(self, data: bytes, name: str) -> None:
+        super().__init__(data)
+        self._name = name
+
+    def __str__(self) -> str:
+        return self._name
+
+
+@dataclass(frozen=True, eq=False)
+class Upload:
+    """A photo that came with a request."""
+
+    name: str
+    """A file name without any folder, of the kind that the bytes are."""
+    data: bytes
+    photo: Image.Image
+    """RGB, turned as viewers show it."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width)."""
+        return self.photo.height, self.photo.width
+
+
+def read_upload(data: bytes, name: str | None, most_pixels: int = MOST_PIXELS) -> Upload:
+    """A photo from its bytes; its pixels are decoded only if they are not too many.
+
+    Raises:
+        DataError: no photo.
+        TooLarge: more pixels than `most_pixels`.
+    """
+    stem = clean_name(re.split(r"[\\/]", name or "")[-1].rsplit(".", 1)[0])[:_LONGEST_NAME].strip(". ") or "photo"
+    if not data:
+        raise DataError(f"{stem} is empty. Nothing was kept.")
+    height, width = photo_size(_file(data, stem))
+    if height * width > most_pixels:
+        raise TooLarge(
+            f"{stem} has {width} x {height} pixels, {most_pixels:,} are the most that are taken. Scale it down, or "
+            "use `hsnet predict`, which has no such limit. Nothing was kept."
+        )
+    with open_image(_file(data, stem)) as image:
+        kind = str(image.format).lower()
+    suffix = re.sub("[^a-z0-9]", "", {"jpeg": "jpg"}.get(kind, kind))[:5]
+    return Upload(f"{stem}.{suffix}", data, read_photo(_file(data, stem)))
+
+
+def _file(data: bytes, name: str) -> Path:
+    """For the readers of photos, whose paths Pillow takes either way."""
+    return cast(Path, _Bytes(data, name))
+
+
+def decode_base64(text: object, what: str) -> bytes:
+    """The bytes of base64 text, as it is or behind `data:image/...;base64,`. Raises DataError."""
+    if not isinstance(text, str):
+        raise DataError(f"{what} must be text in base64, got {type(text).__name__}.")
+    if text.startswith("data:"):
+        head, _, text = text.partition(",")
+        if not head.endswith(";base64"):
+            raise DataError(f"{what} must be in base64 (data:image/...;base64,...).")
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise DataError(f"{what} is no base64: {error}.") from error
+
+
+def read_drawn(data: bytes, size: tuple[int, int], what: str) -> NDArray[np.bool_]:
+    """What was drawn on a canvas of (height, width): a PNG, object where it is more opaque than not.
+
+    Raises:
+        DataError: no PNG, or of another size.
+    """
+    with open_image(_file(data, what)) as image:
+        if (image.height, image.width) != size:
+            raise DataError(
+                f"{what} has {image.width} x {image.height} pixels, the canvas {size[1]} x {size[0]}. Nothing was kept."
+            )
+        if image.format != "PNG" or "A" not in image.getbands():
+            raise DataError(f"{what} must be a PNG with transparency. Nothing was kept.")
+        return np.asarray(image.getchannel("A")) >= 128
+
+
+def merge_drawn(
+    drawn: NDArray[np.bool_], shown: NDArray[np.bool_], mask: NDArray[np.bool_] | None, size: tuple[int, int]
+) -> NDArray[np.bool_]:
+    """What was drawn, at the photo's size: pixels that nobody changed keep what they were at that size.
+
+    Args:
+        drawn, shown: (h, w) after and before, at the canvas's size.
+        mask: (H, W) that was shown; None for none.
+        size: (H, W) of the photo.
+    """
+    changed = resize_label(np.ascontiguousarray(drawn != shown), size)
+    now = resize_label(np.ascontiguousarray(drawn), size)
+    return now if mask is None else np.where(changed, now, mask)
