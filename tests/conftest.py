@@ -65,7 +65,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 def _only_with_its_mark(event: str, arguments: tuple[Any, ...]) -> None:
     """A server or a browser is started by tests with their marks only: else `make test-fast` would start it, too."""
     if event == "socket.bind" and isinstance(arguments[1], tuple):
-        needed = ("s3", "ray")
+        needed = ("s3", "ray", "browser")
     elif event == "subprocess.Popen" and "chrom" in str(arguments[:2]):
         needed = ("browser",)
     else:
@@ -122,3 +122,4 @@ def by_path(name: str) -> ModuleType:
 
 
 by_path("fakes")  # for `from fakes import ...`
+by_path("tiny_bank")

@@ -160,7 +160,7 @@ def register(app: Flask, engine: Engine, studio: Studio | None) -> None:
     """Add the interface to an application."""
 
     @app.post("/setup")
-    def setup() -> Response:
+    def studio_setup() -> Response:
         values = _json()
         setup = Setup.of(values.get("schema") or values.get("label_config"))
         missing = [name for name in engine.bank.classes if name not in setup.labels]
@@ -169,11 +169,11 @@ def register(app: Flask, engine: Engine, studio: Studio | None) -> None:
         return jsonify(model_version=engine.version)
 
     @app.get("/versions")
-    def versions() -> Response:
+    def studio_versions() -> Response:
         return jsonify(versions=[engine.version])
 
     @app.post("/predict")
-    def predict() -> Response:
+    def studio_predict() -> Response:
         values = _json()
         setup = Setup.of(values.get("label_config"))
         tasks = values.get("tasks")

@@ -40,8 +40,8 @@ def listen(host: str, port: int) -> socket.socket:
         raise ConfigError(f"Cannot listen on {host}, port {port}: {error}. Nothing was started.") from error
 
 
-def serve(app: Any, taken: socket.socket, max_bytes: int) -> None:
-    """Answer until interrupted.
+def make_server(app: Any, taken: socket.socket, max_bytes: int) -> Any:
+    """A waitress server, to be run and closed.
 
     Args:
         taken: from `listen`.
@@ -49,7 +49,7 @@ def serve(app: Any, taken: socket.socket, max_bytes: int) -> None:
     """
     import waitress
 
-    server = waitress.create_server(
+    return waitress.create_server(
         app,
         sockets=[taken],
         threads=THREADS,
@@ -57,6 +57,11 @@ def serve(app: Any, taken: socket.socket, max_bytes: int) -> None:
         ident="hsnet",
         clear_untrusted_proxy_headers=True,
     )
+
+
+def serve(app: Any, taken: socket.socket, max_bytes: int) -> None:
+    """Answer until interrupted."""
+    server = make_server(app, taken, max_bytes)
     try:
         server.run()
     finally:

@@ -61,7 +61,8 @@ def read_upload(data: bytes, name: str | None, most_pixels: int = MOST_PIXELS) -
         DataError: no photo.
         TooLarge: more pixels than `most_pixels`.
     """
-    stem = clean_name(re.split(r"[\\/]", name or "")[-1].rsplit(".", 1)[0])[:_LONGEST_NAME].strip(". ") or "photo"
+    said = re.split(r"[\\/]", name or "")[-1].rsplit(".", 1)[0]
+    stem = clean_name(said)[:_LONGEST_NAME].strip(". ") if said.strip(". ") else "photo"
     if not data:
         raise DataError(f"{stem} is empty. Nothing was kept.")
     height, width = photo_size(_file(data, stem))

@@ -1,0 +1,1 @@
+"""The review stage: what prediction wrote, looked at, corrected, and predicted again from the corrections."""

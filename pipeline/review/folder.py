@@ -1,0 +1,187 @@
+"""A folder of `hsnet predict` as it is looked at: its photos, their masks, and what somebody said of them.
+
+    OUT/results.jsonl     a line per photo, rewritten whole when photos were predicted again
+    OUT/NAME_mask.png     and the others, rewritten whole
+    OUT/review.json       what somebody said of each photo: accepted, rejected or corrected
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from hsnet.errors import DataError
+from pipeline.common.files import read_json, replace_json, replace_text
+from pipeline.predict.stage import RESULTS, Prediction, line_of, read_results
+from pipeline.predict.writing import Result, Said, Task, class_parts
+
+log = logging.getLogger(__name__)
+
+REVIEW = "review.json"
+DECISIONS = ("accepted", "rejected", "corrected")
+_MASK, _SOFT = "_mask.png", "_soft.png"
+
+
+@dataclass
+class Photo:
+    """A photo that was predicted."""
+
+    prediction: Prediction
+    decision: str | None = None
+
+    @property
+    def path(self) -> Path:
+        return self.prediction.query
+
+    @property
+    def task(self) -> Task:
+        """Where its files are."""
+        mask = self.prediction.mask
+        return Task(self.path, mask.parent, mask.name.removesuffix(_MASK), self.prediction.overlay is not None)
+
+    @property
+    def soft(self) -> bool:
+        """Whether soft maps were written."""
+        return any(self.task.folder.glob(f"{_literal(self.task.name)}*{_SOFT}"))
+
+
+@dataclass
+class Reviewed:
+    """The folder.
+
+    Raises:
+        DataError: no results of `hsnet predict` are there, they have no photo that could be predicted, or were made by
+            a version that kept no classes; or review.json is damaged.
+    """
+
+    root: Path
+    photos: list[Photo] = field(init=False)
+    failed: int = field(init=False)
+    """Photos that could not be predicted."""
+
+    def __post_init__(self) -> None:
+        self._lock = threading.RLock()
+        if not (self.root / RESULTS).is_file():
+            raise DataError(f"{self.root} holds no {RESULTS}: give the folder that `hsnet predict --out` wrote.")
+        lines = list(read_results(self.root / RESULTS))
+        self.photos = [Photo(self._here(one)) for one in lines if isinstance(one, Prediction)]
+        self._others = [one for one in lines if not isinstance(one, Prediction)]
+        self.failed = len(self._others)
+        if not self.photos:
+            raise DataError(f"{self.root / RESULTS} has no photo that could be predicted: there is nothing to review.")
+        old = next((one for one in self.photos if not one.prediction.classes), None)
+        if old is not None:
+            raise DataError(
+                f"{self.root / RESULTS} says nothing of the classes in {old.path}: it was made by an earlier version. "
+                "Run `hsnet predict` again."
+            )
+        said = self._read_decisions()
+        for photo in self.photos:
+            photo.decision = said.get(str(photo.path))
+
+    def _here(self, prediction: Prediction) -> Prediction:
+        """Masks are looked for in the folder itself: it may have been moved since."""
+        mask, overlay = (path and self._moved(path) for path in (prediction.mask, prediction.overlay))
+        assert mask is not None
+        return Prediction(prediction.query, mask, overlay, prediction.object_share, prediction.classes)
+
+    def _moved(self, path: Path) -> Path:
+        if path.exists():
+            return path
+        near = [self.root / Path(*path.parts[-count:]) for count in (1, 2) if len(path.parts) >= count]
+        return next((one for one in near if one.exists()), path)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """In the order of their numbers in the masks."""
+        return tuple(dict.fromkeys(name for photo in self.photos for name in photo.prediction.classes))
+
+    @property
+    def overlapping(self) -> bool:
+        """Whether every class has a mask of its own."""
+        task = self.photos[0].task
+        return not task.mask.exists() and len(self.photos[0].prediction.classes) > 1
+
+    def masks(self, photo: Photo) -> dict[str, NDArray[np.bool_]]:
+        """Class -> (H, W). Raises DataError: they are gone, or damaged."""
+        names = tuple(photo.prediction.classes)
+        task = photo.task
+        if task.mask.exists():
+            numbers = _read(task.mask)
+            if len(names) == 1:
+                return {names[0]: numbers > 0}
+            return {name: numbers == number for number, name in enumerate(names, 1)}
+        parts = class_parts(names)
+        return {name: _read(task.folder / f"{task.name}_{parts[name]}{_MASK}") > 0 for name in names}
+
+    def decide(self, photo: Photo, decision: str | None) -> None:
+        """Keep what somebody said of a photo; None forgets it.
+
+        Raises:
+            DataError: no such decision, or the disk refused.
+        """
+        if decision is not None and decision not in DECISIONS:
+            raise DataError(f"No decision {decision!r}. There are {', '.join(DECISIONS)}.")
+        with self._lock:
+            photo.decision = decision
+            said = {str(one.path): one.decision for one in self.photos if one.decision is not None}
+            try:
+                replace_json(self.root / REVIEW, {"format": 1, "photos": said})
+            except OSError as error:
+                raise DataError(f"Cannot write {self.root / REVIEW}: {error}. It is as it was.") from error
+
+    def _read_decisions(self) -> Mapping[str, str]:
+        path = self.root / REVIEW
+        if not path.exists():
+            return {}
+        values = read_json(path)
+        said = values.get("photos")
+        if values.get("format") != 1 or not isinstance(said, dict) or not set(said.values()) <= set(DECISIONS):
+            raise DataError(f"{path} is damaged, or of a later version. Move it away to begin anew.")
+        return said
+
+    def renew(self, photo: Photo, result: Result) -> None:
+        """A photo was predicted again; its files are there."""
+        assert result.object_share is not None
+        old = photo.prediction
+        photo.prediction = Prediction(old.query, result.task.mask, result.task.overlay, result.object_share, result.classes)
+
+    def save(self) -> None:
+        """Write the results whole, in their order. Raises DataError: the disk refused; the old ones are then there."""
+        with self._lock:
+            results = [_result(photo) for photo in self.photos]
+            results += [Result(Task(path, self.root, path.stem), error=why) for path, why in self._others]
+            try:
+                replace_text(self.root / RESULTS, "".join(json.dumps(line_of(one)) + "\n" for one in results))
+            except OSError as error:
+                raise DataError(f"Cannot write {self.root / RESULTS}: {error}. It is as it was.") from error
+
+    def sureness(self, photo: Photo) -> float:
+        """Of the least sure class, 0 to 1."""
+        return photo.prediction.sureness
+
+
+def _result(photo: Photo) -> Result:
+    said: Mapping[str, Said] = photo.prediction.classes
+    return Result(photo.task, said, photo.prediction.object_share)
+
+
+def _read(path: Path) -> NDArray[np.uint8]:
+    try:
+        with Image.open(path) as picture:
+            return np.array(picture)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"The mask {path} is gone or damaged ({error}). Run `hsnet predict` again.") from error
+
+
+def _literal(name: str) -> str:
+    """A name for glob, taken as it is."""
+    return "".join(f"[{letter}]" if letter in "[]*?" else letter for letter in name)
