@@ -25,6 +25,7 @@ from commands.plan import plan
 from commands.predict import predict
 from commands.prepare import prepare
 from commands.report import report
+from commands.review import review
 from commands.serve import serve
 from commands.store import store
 from commands.supports import supports
@@ -38,7 +39,7 @@ SECTIONS = {
     "Store": (plan, extract, store),
     "Model": (backbones, heads, weights, train, sweep, checkpoint),
     "Use": (episodes, evaluate, analyze, report, supports),
-    "Your photos": (bank, predict, serve),
+    "Your photos": (bank, predict, review, serve),
     "Machine": (doctor, demo),
 }
 """The commands in the order of the pipeline, under the headings of --help."""

@@ -17,6 +17,8 @@ sweep_file  sweeps as YAML files, every key checked
 sweep_plan  what a sweep would do, told before anything is trained
 evaluate    episodes answered by a head, one row for each
 predict     masks of new photos from a few photos with masks
+serve       a bank behind a page and behind the interfaces of annotation tools
+review      what prediction wrote, looked at, corrected, and predicted again
 analyze     rows -> scores with intervals, spreads and paired tests
 supports    how much the choice of the support matters, and which one to take
 compare     what a codec costs: correlations and mIoU of one store against another

@@ -26,6 +26,9 @@ AT_HOME = {
     "jinja2": ["pipeline"],
     "matplotlib": ["pipeline"],
     "timm": ["pipeline/features"],
+    "flask": ["pipeline/serve", "pipeline/review"],
+    "waitress": ["pipeline/serve"],
+    "cvat_sdk": ["pipeline/serve/cvat"],
     "huggingface_hub": [],
 }
 """Where a dependency may be imported."""
@@ -40,6 +43,8 @@ STAGES_OF_STAGES = {
     "compare": {"evaluate"},
     "packed": {"train"},
     "report": {"analyze"},
+    "review": {"predict", "serve"},
+    "serve": {"predict"},
     "sweep": {"train", "analyze", "sweep_case", "sweep_status"},
     "sweep_case": {"train", "packed", "evaluate", "sweep_status"},
     "sweep_file": {"sweep", "sweep_case"},
@@ -257,6 +262,6 @@ print([tuple(level.shape) for level in FrozenBackbone("squeezenet1_1", random_st
 )
 def test_nothing_heavy_is_imported_before_it_is_needed(statement):
     heavy = {"torch", "torchvision", "ray", "zarr", "numcodecs", "numpy", "scipy", "pyarrow", "PIL", "tensorboardX"}
-    heavy |= {"jinja2", "matplotlib", "timm", "huggingface_hub"}
+    heavy |= {"jinja2", "matplotlib", "timm", "huggingface_hub", "flask", "waitress", "werkzeug", "cvat_sdk"}
     out = run(f"{statement}\nimport sys\nprint('loaded:', [name for name in {heavy} if name in sys.modules])")
     assert out.endswith("loaded: []\n"), out[-300:]

@@ -196,7 +196,7 @@ def write_results(
             if result.error:
                 log.warning("%s", result.error)
                 unusable += 1
-            lines.write(json.dumps(_line(result)) + "\n")
+            lines.write(json.dumps(line_of(result)) + "\n")
             lines.flush()
             if on_event:
                 on_event(done, max(done, photos))
@@ -224,7 +224,8 @@ def subfolder(name: str, photos: int) -> str:
     return hashlib.sha256(name.encode()).hexdigest()[:digits]
 
 
-def _line(result: Result) -> dict[str, Any]:
+def line_of(result: Result) -> dict[str, Any]:
+    """What the file of results says of a photo."""
     task = result.task
     if result.error:
         return {"query": str(task.query), "error": result.error}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,13 +139,7 @@ class Work:
 
     def names(self) -> dict[str, str]:
         """Class -> its part of file names: readable, never twice."""
-        found: dict[str, str] = {}
-        for name in self.answering.names:
-            base = clean_name(name)
-            taken = {other.casefold() for other in found.values()}
-            number = next(n for n in range(1, len(taken) + 2) if _numbered(base, n).casefold() not in taken)
-            found[name] = _numbered(base, number)
-        return found
+        return class_parts(self.answering.names)
 
     def masks_of(self, task: Task) -> dict[str, Path]:
         """Class -> the file of its mask; the same file for all, unless they may overlap."""
@@ -186,7 +180,10 @@ class Work:
         Raises:
             DataError: the disk refused.
         """
-        found = self.answering.masks(answers, photo)
+        return self.write_found(task, photo, self.answering.masks(answers, photo))
+
+    def write_found(self, task: Task, photo: Image.Image, found: Mapping[str, FoundClass]) -> Result:
+        """The same of masks that somebody has corrected: of every class, in the order of the classes."""
         classes = {name: _said(one) for name, one in found.items()}
         anywhere = np.logical_or.reduce([one.mask for one in found.values()])
         share = float(anywhere.mean())
@@ -260,6 +257,17 @@ class Work:
         facts = task.query.stat()
         text = f"{self.settings} {facts.st_size} {facts.st_mtime_ns} {os.fsencode(task.query.name)!r}"
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def class_parts(names: Iterable[str]) -> dict[str, str]:
+    """Class -> its part of file names: readable, never twice."""
+    found: dict[str, str] = {}
+    for name in names:
+        base = clean_name(name)
+        taken = {other.casefold() for other in found.values()}
+        number = next(n for n in range(1, len(taken) + 2) if _numbered(base, n).casefold() not in taken)
+        found[name] = _numbered(base, number)
+    return found
 
 
 def _numbered(base: str, number: int) -> str:

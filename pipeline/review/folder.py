@@ -1,14 +1,13 @@
 """A folder of `hsnet predict` as it is looked at: its photos, their masks, and what somebody said of them.
 
-    OUT/results.jsonl     a line per photo, rewritten whole when photos were predicted again
-    OUT/NAME_mask.png     and the others, rewritten whole
-    OUT/review.json       what somebody said of each photo: accepted, rejected or corrected
+OUT/results.jsonl     a line per photo, rewritten whole when photos were predicted again
+OUT/NAME_mask.png     and the others, rewritten whole
+OUT/review.json       what somebody said of each photo: accepted, rejected or corrected
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,8 +22,6 @@ from pipeline.common.files import read_json, replace_json, replace_text
 from pipeline.predict.stage import RESULTS, Prediction, line_of, read_results
 from pipeline.predict.writing import Result, Said, Task, class_parts
 
-log = logging.getLogger(__name__)
-
 REVIEW = "review.json"
 DECISIONS = ("accepted", "rejected", "corrected")
 _MASK, _SOFT = "_mask.png", "_soft.png"
@@ -36,6 +33,8 @@ class Photo:
 
     prediction: Prediction
     decision: str | None = None
+    drawn: Mapping[str, NDArray[np.bool_]] | None = None
+    """Corrected masks that are not in the folder's files yet."""
 
     @property
     def path(self) -> Path:
@@ -114,6 +113,8 @@ class Reviewed:
         """Class -> (H, W). Raises DataError: they are gone, or damaged."""
         names = tuple(photo.prediction.classes)
         task = photo.task
+        if photo.drawn is not None:
+            return dict(photo.drawn)
         if task.mask.exists():
             numbers = _read(task.mask)
             if len(names) == 1:
@@ -152,7 +153,9 @@ class Reviewed:
         """A photo was predicted again; its files are there."""
         assert result.object_share is not None
         old = photo.prediction
-        photo.prediction = Prediction(old.query, result.task.mask, result.task.overlay, result.object_share, result.classes)
+        photo.prediction = Prediction(
+            old.query, result.task.mask, result.task.overlay, result.object_share, result.classes
+        )
 
     def save(self) -> None:
         """Write the results whole, in their order. Raises DataError: the disk refused; the old ones are then there."""
@@ -163,10 +166,6 @@ class Reviewed:
                 replace_text(self.root / RESULTS, "".join(json.dumps(line_of(one)) + "\n" for one in results))
             except OSError as error:
                 raise DataError(f"Cannot write {self.root / RESULTS}: {error}. It is as it was.") from error
-
-    def sureness(self, photo: Photo) -> float:
-        """Of the least sure class, 0 to 1."""
-        return photo.prediction.sureness
 
 
 def _result(photo: Photo) -> Result:

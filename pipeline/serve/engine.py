@@ -30,7 +30,7 @@ class Engine:
 
     Args:
         root: the bank; may still be empty.
-        choices: how to answer; its classes are ignored: all that a photo shows are looked for.
+        choices: how to answer. Of its classes, or of all if it names none, those that a photo shows are looked for.
 
     Raises:
         DataError, ConfigError: there is no bank, or it is damaged; see `pipeline.bank.folder.Bank`.
@@ -39,6 +39,7 @@ class Engine:
     def __init__(self, root: Path, choices: Choices, outputs: Outputs = Outputs()) -> None:  # noqa: B008
         Bank(root)
         self.root, self._choices, self._outputs = root, choices, outputs
+        self.classes = choices.classes
         self.lock = threading.RLock()
         """Held while anything is computed."""
         self._writing = threading.Lock()
@@ -71,10 +72,12 @@ class Engine:
             if stamp != self._stamp:
                 bank = self.bank
                 photos = bank.photos()
-                shown = tuple(name for name in bank.classes if any(name in photo.item.masks for photo in photos))
+                names = self.classes or bank.classes
+                shown = tuple(name for name in names if any(name in photo.item.masks for photo in photos))
                 if shown:
                     choices = dataclasses.replace(self._choices, classes=shown)
                     self._prepared = prepare(choices, bank=bank, outputs=self._outputs)
+                    self._choices = dataclasses.replace(self._choices, weights=self._prepared.work.weights)
                 else:
                     self._prepared = None
                 self._stamp = stamp

@@ -29,11 +29,11 @@ from xml.etree import ElementTree
 from flask import Flask, Response, jsonify, request
 
 from hsnet.errors import ConfigError, DataError
-from pipeline.annotations.found import Found, objects_of, placed
+from pipeline.annotations.found import Found, objects_of
 from pipeline.annotations.item import Annotation
 from pipeline.annotations.labelstudio import open_source
 from pipeline.annotations.read import Annotations
-from pipeline.annotations.runs import pack
+from pipeline.annotations.runs import pack, placed_runs
 from pipeline.serve.engine import Engine
 from pipeline.serve.guard import Refused
 from pipeline.serve.results import found_of
@@ -217,6 +217,8 @@ def regions_of(found: Found, setup: Setup) -> Iterator[dict[str, Any]]:
     """Brush regions of Label Studio's, one for each object; where only polygons are labelled, brushes all the same."""
     for label, one in found.classes.items():
         for number, instance in enumerate(objects_of(one)):
+            left, top, _, _ = instance.box
+            rle = pack(placed_runs(instance.mask, left, top, found.height, found.width))
             yield {
                 "id": f"{label[:20]}-{number}",
                 "type": "brushlabels",
@@ -226,7 +228,7 @@ def regions_of(found: Found, setup: Setup) -> Iterator[dict[str, Any]]:
                 "original_height": found.height,
                 "image_rotation": 0,
                 "score": instance.score,
-                "value": {"format": "rle", "rle": pack(placed(instance, found)), "brushlabels": [label]},
+                "value": {"format": "rle", "rle": rle, "brushlabels": [label]},
             }
 
 
