@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from commands.options import ANY_PATH, FOLDER, device_option, options, quiet_option, weights_option
+from commands.options import ANY_PATH, device_option, options, quiet_option, weights_option
 from commands.serve import head_option, run, server_options
 from commands.steps import pick_device
 from commands.terminal import set_up_logging
@@ -14,7 +14,7 @@ from pipeline.common.text import printable
 
 
 @click.command(short_help="Look at predicted masks, correct them, learn from it.")
-@click.argument("out", type=FOLDER)
+@click.argument("out", type=ANY_PATH)
 @click.option("--bank", type=ANY_PATH, metavar="BANK", help="Where corrections go, and what predicts again.")
 @options(server_options, weights_option, head_option)
 @click.option(

@@ -87,16 +87,15 @@ class Reviewed:
             photo.decision = said.get(str(photo.path))
 
     def _here(self, prediction: Prediction) -> Prediction:
-        """Masks are looked for in the folder itself: it may have been moved since."""
-        mask, overlay = (path and self._moved(path) for path in (prediction.mask, prediction.overlay))
+        """Masks are those in this folder: it may have been moved or copied since, and others are not to be touched."""
+        mask, overlay = (path and self._inside(path) for path in (prediction.mask, prediction.overlay))
         assert mask is not None
         return Prediction(prediction.query, mask, overlay, prediction.object_share, prediction.classes)
 
-    def _moved(self, path: Path) -> Path:
-        if path.exists():
-            return path
-        near = [self.root / Path(*path.parts[-count:]) for count in (1, 2) if len(path.parts) >= count]
-        return next((one for one in near if one.exists()), path)
+    def _inside(self, path: Path) -> Path:
+        """In the folder, or the subfolder of many results (`pipeline.predict.stage.subfolder`)."""
+        spread = self.root / path.parent.name / path.name
+        return spread if spread.exists() else self.root / path.name
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from pipeline.annotations.write import FORMATS
 from pipeline.bank.folder import Added
 from pipeline.serve import labelstudio, xanylabeling
 from pipeline.serve.engine import Engine
-from pipeline.serve.guard import Access, Refused, guard
+from pipeline.serve.guard import Access, Refused, guard, wants_page
 from pipeline.serve.results import OWN, Answer, Answers, View, colour
 from pipeline.serve.uploads import Upload, merge_drawn, read_drawn, read_upload
 
@@ -57,7 +57,7 @@ def create_app(engine: Engine, access: Access, studio: labelstudio.Studio | None
 
     @app.get("/")
     def page() -> str | Response:
-        if request.accept_mimetypes.best != "text/html":  # Label Studio asks here, too
+        if not wants_page():  # Label Studio asks here, too
             return health()
         return render_template("serve.html", bank=engine.root.name, formats=(*OWN, *FORMATS))
 

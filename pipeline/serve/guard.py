@@ -127,7 +127,7 @@ def guard(app: Flask, access: Access) -> None:
             _check_origin()
         if access.token is None or request.path in OPEN or request.path.startswith(OPEN[-1]) or _has_token(access):
             return None
-        if request.method == "GET" and request.accept_mimetypes.best == "text/html":
+        if request.method == "GET" and wants_page():
             return redirect("/login")
         raise Refused(401, "A token is needed: as `Authorization: Bearer TOKEN`, as `Token: TOKEN`, or log in.")
 
@@ -165,6 +165,11 @@ def guard(app: Flask, access: Access) -> None:
     def unforeseen(error: Exception) -> tuple[Response, int]:
         log.exception("%s %s", request.method, request.path)
         return told(f"An error that nobody foresaw: {type(error).__name__}. The server's log has more.", 500)
+
+
+def wants_page() -> bool:
+    """Whether a browser asks for a page, and no program for data."""
+    return "text/html" in request.headers.get("Accept", "")
 
 
 def status_of(error: HSNetError) -> int:

@@ -23,7 +23,7 @@ from pipeline.serve.guard import Access
 from pipeline.serve.results import OWN, VIEW, Answer, Answers, View
 from pipeline.serve.uploads import merge_drawn, read_upload
 
-HTML = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+HTML = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,image/apng,*/*;q=0.8"}
 
 
 def upload(client, number=None, name="cup.png", data=None):
