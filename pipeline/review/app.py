@@ -4,6 +4,7 @@
     GET  /api/status                    what is done in the background
     GET  /api/next                      which photo to annotate next
     GET  /api/photos/N/photo.jpg        and mask/K.png, thumb.jpg: what the page shows, K the class's number from 0
+    GET  /api/download/KIND             all masks but the rejected in a format of annotation tools, as .zip
     POST /api/photos/N/decision         {"decision": "accepted" | "rejected" | null}
     POST /api/photos/N/annotate         what was drawn goes into the bank and the folder
 
@@ -12,17 +13,21 @@ A request names photos by their number in the results, never by a path.
 
 from __future__ import annotations
 
+import tempfile
+import zipfile
 from dataclasses import asdict
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flask import Flask, Response, jsonify, render_template, request
+from flask import Flask, Response, jsonify, render_template, request, send_file
 from jinja2 import ChoiceLoader, PackageLoader
 from numpy.typing import NDArray
 from PIL import Image
 
 from hsnet.errors import DataError
+from pipeline.annotations.write import FORMATS
 from pipeline.datasets.images import read_photo
 from pipeline.review.folder import Photo
 from pipeline.review.loop import Loop
@@ -64,7 +69,7 @@ def create_app(loop: Loop, access: Access) -> Flask:
     @app.get("/")
     def page() -> str:
         bank = None if loop.engine is None else loop.engine.root.name
-        return render_template("review.html", folder=reviewed.root.name, bank=bank)
+        return render_template("review.html", folder=reviewed.root.resolve().name, bank=bank, formats=FORMATS)
 
     @app.get("/static/review.js")
     def script() -> Response:
@@ -110,6 +115,21 @@ def create_app(loop: Loop, access: Access) -> Flask:
         if kind >= len(names):
             raise Refused(404, f"There is no class {kind}.")
         return Response(view(number).mask_png(names[kind]), mimetype="image/png")
+
+    @app.get("/api/download/<kind>")
+    def download(kind: str) -> Response:
+        if kind not in FORMATS:
+            raise Refused(404, f"No format {kind!r}. There are {', '.join(FORMATS)}.")
+        packed = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the answer
+        try:
+            with tempfile.TemporaryDirectory(prefix="hsnet-") as folder, zipfile.ZipFile(packed, "w") as archive:
+                for file in reviewed.export(kind, Path(folder)):
+                    archive.write(file, file.relative_to(folder), zipfile.ZIP_DEFLATED)
+            packed.seek(0)
+        except BaseException:
+            packed.close()
+            raise
+        return send_file(packed, "application/zip", True, f"{reviewed.root.resolve().name}_{kind}.zip", max_age=0)
 
     @app.post("/api/photos/<int:number>/decision")
     def decide(number: int) -> Response:

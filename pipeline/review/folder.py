@@ -8,9 +8,10 @@ OUT/review.json       what somebody said of each photo: accepted, rejected or co
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hsnet.errors import DataError
+from pipeline.annotations.found import Found, FoundClass
+from pipeline.annotations.write import Writer
 from pipeline.common.files import read_json, replace_json, replace_text
+from pipeline.predict.instances import find_instances
 from pipeline.predict.stage import RESULTS, Prediction, line_of, read_results
 from pipeline.predict.writing import Result, Said, Task, class_parts
+from pipeline.serve.results import LEAST_AREA
 
 REVIEW = "review.json"
 DECISIONS = ("accepted", "rejected", "corrected")
@@ -100,7 +105,8 @@ class Reviewed:
     @property
     def classes(self) -> tuple[str, ...]:
         """In the order of their numbers in the masks."""
-        return tuple(dict.fromkeys(name for photo in self.photos for name in photo.prediction.classes))
+        drawn = (name for photo in self.photos for name in photo.drawn or ())
+        return tuple(dict.fromkeys((*(name for photo in self.photos for name in photo.prediction.classes), *drawn)))
 
     @property
     def overlapping(self) -> bool:
@@ -121,6 +127,32 @@ class Reviewed:
             return {name: numbers == number for number, name in enumerate(names, 1)}
         parts = class_parts(names)
         return {name: _read(task.folder / f"{task.name}_{parts[name]}{_MASK}") > 0 for name in names}
+
+    def found(self, photo: Photo) -> Found:
+        """For the formats of annotation tools. Raises DataError as `masks`."""
+        masks = self.masks(photo)
+        said = photo.prediction.classes
+        classes = {}
+        for name, mask in masks.items():
+            objects, scores = find_instances(mask, least_area=LEAST_AREA), said[name].instances if name in said else ()
+            if len(scores) == len(objects) and photo.drawn is None:
+                objects = tuple(replace(one, score=score) for one, score in zip(objects, scores, strict=True))
+            classes[name] = FoundClass(mask, said[name].score if name in said else None, objects)
+        height, width = next(iter(masks.values())).shape
+        return Found(photo.path, width, height, classes)
+
+    def export(self, kind: str, out: Path) -> list[Path]:
+        """Write all masks that nobody has rejected in a format of annotation tools; returns the files.
+
+        Raises:
+            ConfigError: no such format. DataError: a mask is gone, or the disk refused.
+        """
+        kept = [photo for photo in self.photos if photo.decision != "rejected"]
+        root = Path(os.path.commonpath([os.path.abspath(photo.path.parent) for photo in self.photos]))
+        with Writer([kind], out, self.classes, root, overlapping=self.overlapping) as writer:
+            for photo in kept:
+                writer.add(self.found(photo))
+        return sorted(path for path in out.rglob("*") if path.is_file())
 
     def decide(self, photo: Photo, decision: str | None) -> None:
         """Keep what somebody said of a photo; None forgets it.

@@ -128,7 +128,7 @@ def drawn_of(view: View, size: tuple[int, int]) -> tuple[dict[str, NDArray[np.bo
     for name, file in _layers():
         if name in masks or name in absent:
             raise DataError(f"The class {name!r} is there twice. Nothing was kept.")
-        drawn = read_drawn(file.read(), view.size, f"the mask of {name!r}")
+        drawn = read_drawn(file.read(), view.size)
         mask = merge_drawn(drawn, view.shown(name), view.masks.get(name), size)
         if mask.any():
             masks[name] = mask

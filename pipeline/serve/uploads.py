@@ -1,14 +1,15 @@
-"""Photos and masks out of requests: read from memory, with limits, and named so that no name is a path."""
+"""Photos and masks out of requests: read with limits, and named so that no name is a path."""
 
 from __future__ import annotations
 
 import base64
 import binascii
-import io
 import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,17 +26,6 @@ _LONGEST_NAME = 80
 
 class TooLarge(HSNetError):
     """More bytes or pixels than are taken."""
-
-
-class _Bytes(io.BytesIO):
-    """Bytes that are called by their name in messages, where a file would be."""
-
-    def __init__(self, data: bytes, name: str) -> None:
-        super().__init__(data)
-        self._name = name
-
-    def __str__(self) -> str:
-        return self._name
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,25 +51,38 @@ def read_upload(data: bytes, name: str | None, most_pixels: int = MOST_PIXELS) -
         DataError: no photo.
         TooLarge: more pixels than `most_pixels`.
     """
-    said = re.split(r"[\\/]", name or "")[-1].rsplit(".", 1)[0]
+    said, _, ending = re.split(r"[\\/]", name or "")[-1].rpartition(".")
+    said = said or ending
     stem = clean_name(said)[:_LONGEST_NAME].strip(". ") if said.strip(". ") else "photo"
     if not data:
         raise DataError(f"{stem} is empty. Nothing was kept.")
-    height, width = photo_size(_file(data, stem))
-    if height * width > most_pixels:
-        raise TooLarge(
-            f"{stem} has {width} x {height} pixels, {most_pixels:,} are the most that are taken. Scale it down, or "
-            "use `hsnet predict`, which has no such limit. Nothing was kept."
-        )
-    with open_image(_file(data, stem)) as image:
-        kind = str(image.format).lower()
-    suffix = re.sub("[^a-z0-9]", "", {"jpeg": "jpg"}.get(kind, kind))[:5]
-    return Upload(f"{stem}.{suffix}", data, read_photo(_file(data, stem)))
+    with _file(data, f"{stem}.{_suffix(ending)}") as path:
+        height, width = photo_size(path)
+        if height * width > most_pixels:
+            raise TooLarge(
+                f"{stem} has {width} x {height} pixels, {most_pixels:,} are the most that are taken. Scale it down, or "
+                "use `hsnet predict`, which has no such limit. Nothing was kept."
+            )
+        with open_image(path) as image:
+            kind = _suffix(str(image.format))
+        return Upload(f"{stem}.{'jpg' if kind == 'jpeg' else kind}", data, read_photo(path))
 
 
-def _file(data: bytes, name: str) -> Path:
-    """For the readers of photos, whose paths Pillow takes either way."""
-    return cast(Path, _Bytes(data, name))
+@contextmanager
+def _file(data: bytes, name: str) -> Iterator[Path]:
+    """Bytes as a file for a moment, for the readers of photos; messages name it without its folder."""
+    with tempfile.TemporaryDirectory(prefix="hsnet-") as folder:
+        path = Path(folder) / name
+        path.write_bytes(data)
+        try:
+            yield path
+        except DataError as error:
+            raise DataError(str(error).replace(f"{folder}/", "")) from error
+
+
+def _suffix(text: str) -> str:
+    """A part of a file name: five letters at most."""
+    return re.sub("[^a-z0-9]", "", text.lower())[:5] or "img"
 
 
 def decode_base64(text: object, what: str) -> bytes:
@@ -96,13 +99,13 @@ def decode_base64(text: object, what: str) -> bytes:
         raise DataError(f"{what} is no base64: {error}.") from error
 
 
-def read_drawn(data: bytes, size: tuple[int, int], what: str) -> NDArray[np.bool_]:
+def read_drawn(data: bytes, size: tuple[int, int], what: str = "mask.png") -> NDArray[np.bool_]:
     """What was drawn on a canvas of (height, width): a PNG, object where it is more opaque than not.
 
     Raises:
         DataError: no PNG, or of another size.
     """
-    with open_image(_file(data, what)) as image:
+    with _file(data, what) as path, open_image(path) as image:
         if (image.height, image.width) != size:
             raise DataError(
                 f"{what} has {image.width} x {image.height} pixels, the canvas {size[1]} x {size[0]}. Nothing was kept."

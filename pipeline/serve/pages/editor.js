@@ -41,7 +41,7 @@ class Editor {
   add(name, colour, mask = null, soft = null) {
     const canvas = this.#blank();
     if (mask) canvas.getContext("2d").drawImage(mask, 0, 0, this.width, this.height);
-    this.layers.push({ name, colour, canvas, soft, visible: true, changed: false });
+    this.layers.push({ name, colour, canvas, soft, visible: true, changed: false, version: 0 });
     this.draw();
     return this.layers.length - 1;
   }
@@ -143,17 +143,46 @@ class Editor {
   }
 
   #drawLayer(layer, number) {
-    const scratch = this.scratch ??= document.createElement("canvas");
-    if (scratch.width !== this.width || scratch.height !== this.height) [scratch.width, scratch.height] = [this.width, this.height];
-    const context = scratch.getContext("2d"), soft = this.soft && layer.soft;
-    context.globalCompositeOperation = "copy";
-    context.drawImage(soft ? layer.soft : layer.canvas, 0, 0, this.width, this.height);
-    context.globalCompositeOperation = "source-in";
-    context.fillStyle = layer.colour;
-    context.fillRect(0, 0, this.width, this.height);
+    const soft = this.soft && layer.soft;
     this.context.globalAlpha = soft ? 0.85 : this.tint * (number === this.chosen ? 1 : 0.75);
-    this.context.drawImage(scratch, 0, 0);
+    this.context.drawImage(this.#coloured("tinted", soft ? layer.soft : layer.canvas, layer.colour), 0, 0);
     this.context.globalAlpha = 1;
+    if (!soft && this.tint > 0) this.context.drawImage(this.#outline(layer), 0, 0);
+  }
+
+  #coloured(name, source, colour) {
+    const context = this.#scratch(name);
+    context.globalCompositeOperation = "copy";
+    context.drawImage(source, 0, 0, this.width, this.height);
+    context.globalCompositeOperation = "source-in";
+    context.fillStyle = colour;
+    context.fillRect(0, 0, this.width, this.height);
+    return context.canvas;
+  }
+
+  /* A thin line around the mask, white on the outer side; made anew when the mask or the zoom is another. */
+  #outline(layer) {
+    const reach = Math.max(0.6, 1.1 / this.view.scale), key = `${layer.version} ${reach} ${layer.colour}`;
+    if (this.stroke && layer.outline) return layer.outline;
+    if (layer.outlineOf === key) return layer.outline;
+    const colour = this.#coloured("line", layer.canvas, layer.colour), white = this.#coloured("white", layer.canvas, "#fff");
+    const context = (layer.outline ??= this.#blank()).getContext("2d");
+    context.clearRect(0, 0, this.width, this.height);
+    for (const [picture, far] of [[white, 2 * reach], [colour, reach]])
+      for (let turn = 0; turn < 8; turn += 1)
+        context.drawImage(picture, far * Math.cos(turn * Math.PI / 4), far * Math.sin(turn * Math.PI / 4));
+    context.globalCompositeOperation = "destination-out";
+    context.drawImage(layer.canvas, 0, 0);
+    context.globalCompositeOperation = "source-over";
+    layer.outlineOf = key;
+    return layer.outline;
+  }
+
+  #scratch(name) {
+    const kept = this.scratch ??= {};
+    if (kept[name]?.canvas.width !== this.width || kept[name].canvas.height !== this.height)
+      kept[name] = this.#blank().getContext("2d");
+    return kept[name];
   }
 
   #drawPolygon(scale) {
@@ -171,6 +200,7 @@ class Editor {
   #blank() {
     const canvas = document.createElement("canvas");
     [canvas.width, canvas.height] = [this.width, this.height];
+    canvas.getContext("2d", { willReadFrequently: true });
     return canvas;
   }
 
@@ -188,6 +218,7 @@ class Editor {
 
   #changed() {
     this.layers[this.chosen].changed = true;
+    this.layers[this.chosen].version += 1;
     this.undone = [];
     this.draw();
     this.onChange();
@@ -207,6 +238,7 @@ class Editor {
     to.push({ ...step, data: context.getImageData(step.x, step.y, step.data.width, step.data.height) });
     context.putImageData(step.data, step.x, step.y);
     this.layers[step.number].changed = true;
+    this.layers[step.number].version += 1;
     this.draw();
     this.onChange();
   }

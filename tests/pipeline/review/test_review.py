@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import time
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from PIL import Image
 from tiny_bank import NAME, drawn, make_bank, mask_of, numbers, photo_file
 
 from hsnet.errors import ConfigError, DataError
+from pipeline.annotations.write import FORMATS
 from pipeline.bank.folder import Bank
 from pipeline.predict.prepare import Choices, prepare
 from pipeline.predict.stage import RESULTS, predict, read_results
@@ -183,6 +186,28 @@ def test_a_new_class_drawn_here(client, folder, loop):
     assert list(again.photos[1].prediction.classes) == [NAME, "corner"]
     np.testing.assert_array_equal(again.masks(again.photos[0])["corner"], corner)
     assert [one["name"] for one in client.get("/api/review").json["classes"]] == [NAME, "corner"]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_all_masks_in_other_formats(client, loop, folder, kind, tmp_path):
+    annotate(client, 0, {NAME: mask_of(numbers()[2])})
+    client.post("/api/photos/1/decision", json={"decision": "rejected"})
+    with client.get(f"/api/download/{kind}") as answer:
+        assert answer.status_code == 200
+        data = answer.data
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "export")
+    assert names
+    if kind == "coco":
+        said = json.loads((tmp_path / "export" / "coco.json").read_text())
+        assert [Path(one["file_name"]).name for one in said["images"]] == [
+            loop.reviewed.photos[number].path.name for number in (0, 2)
+        ]
+        assert sum(one["area"] for one in said["annotations"] if one["image_id"] == said["images"][0]["id"]) == (
+            pytest.approx(mask_of(numbers()[2]).sum(), abs=12)
+        )
+    assert client.get("/api/download/docx").status_code == 404
 
 
 def test_overlapping_masks_have_files_of_their_own(ready, tmp_path):

@@ -209,7 +209,7 @@ def test_too_many_bytes(with_token):
         ("../../../etc/passwd", "passwd.png"),
         ("..\\..\\boot.ini", "boot.png"),
         ("a\0b\n<script>.png", "a_b__script_.png"),
-        (".hidden", "photo.png"),
+        (".hidden", "hidden.png"),
         ("..", "photo.png"),
         ("ü" * 300 + ".jpg", "ü" * 60 + ".png"),
         (None, "photo.png"),
