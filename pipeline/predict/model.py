@@ -22,6 +22,7 @@ from pipeline.bank.reading import Features, Reader, Reading, default_size
 from pipeline.features.backbones import new_recipe
 from pipeline.features.weights import Weights, load_weights
 from pipeline.predict.refine import refine
+from pipeline.predict.trust import sureness
 
 AUTO = "auto"
 """The head that does best on annotated photos left out, for each class by itself."""
@@ -61,6 +62,11 @@ class FoundClass:
     def share(self) -> float:
         """Share of the photo that is object, 0 to 1."""
         return float(self.mask.mean())
+
+    @property
+    def sureness(self) -> float:
+        """See `pipeline.predict.trust.sureness`."""
+        return sureness(self.soft)
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from pipeline.datasets.queries import clean_name
 from pipeline.features.weights import Weights
 from pipeline.predict.instances import find_instances
 from pipeline.predict.model import Answering, FoundClass, PhotoModel
-from pipeline.predict.trust import Seen, sureness
+from pipeline.predict.trust import Seen
 
 _MASK, _OVERLAY, _SOFT = "_mask.png", "_overlay.jpg", "_soft.png"
 _TEXT = "hsnet"
@@ -180,7 +180,12 @@ class Work:
         Raises:
             DataError: the disk refused.
         """
-        return self.write_found(task, photo, self.answering.masks(answers, photo))
+        found = self.answering.masks(answers, photo)
+        seen = {}
+        for one in self.answering.classes:
+            votes = one.fitted.votes(answers[one.name]) if isinstance(one.fitted, TrainedFit) else None
+            seen[one.name] = Seen.of(found[one.name].mask, votes)
+        return replace(self.write_found(task, photo, found), seen=seen)
 
     def write_found(self, task: Task, photo: Image.Image, found: Mapping[str, FoundClass]) -> Result:
         """The same of masks that somebody has corrected: of every class, in the order of the classes."""
@@ -206,14 +211,7 @@ class Work:
                 _save(_numbers(found), task.mask, pnginfo=text)
         except OSError as error:
             raise DataError(f"Cannot write the masks of {task.query}: {error}.") from error
-        seen = {
-            one.name: Seen.of(
-                found[one.name].mask,
-                one.fitted.votes(answers[one.name]) if isinstance(one.fitted, TrainedFit) else None,
-            )
-            for one in self.answering.classes
-        }
-        return Result(task, classes, share, seen=seen)
+        return Result(task, classes, share)
 
     def _write_pictures(self, task: Task, photo: Image.Image, found: Mapping[str, FoundClass]) -> None:
         if task.overlay is None:  # one of an earlier mask would tell another story
@@ -278,7 +276,7 @@ def _said(one: FoundClass) -> Said:
     objects = find_instances(one.mask, one.soft, _LEAST_AREA)
     scores = tuple(round(item.score or 0.0, _DIGITS) for item in objects)
     score = None if one.score is None else round(one.score, _DIGITS)
-    return Said(one.share, score, round(sureness(one.soft), _DIGITS), scores)
+    return Said(one.share, score, round(one.sureness, _DIGITS), scores)
 
 
 def _two_values(mask: NDArray[np.bool_]) -> Image.Image:
