@@ -34,7 +34,7 @@ FOREIGN_OPTIONS = (
         "--backbones",
     }
 )
-"""Of pip, ray and Slurm, benchmarks/compression.py, benchmarks/faults.py and benchmarks/pipeline.py."""
+"""Of pip, ray, Slurm and cvat-cli, benchmarks/compression.py, benchmarks/faults.py and benchmarks/pipeline.py."""
 
 
 def commands(group: click.Group = cli.main, before: str = "") -> Iterator[tuple[str, click.Command]]:

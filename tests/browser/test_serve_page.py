@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
     photos = folder / "photos"
     photos.mkdir()
     queries = [photo_file(photos, number, f"photo <b>{number}.png") for number in numbers()[2:5]]
-    predict(prepare(CHOICES, bank=bank).work, queries, folder / "out", shots=2)
+    predict(prepare(CHOICES, bank=bank).work, queries, folder / "out", supports={NAME: ()})
     return folder
 
 

@@ -39,7 +39,7 @@ def ready(tmp_path_factory):
     photos.mkdir()
     queries = [photo_file(photos, number) for number in numbers()[2:5]]
     (photos / "broken.png").write_bytes(b"none")
-    predict(prepare(CHOICES, bank=bank).work, [*queries, photos / "broken.png"], folder / "out", shots=2)
+    predict(prepare(CHOICES, bank=bank).work, [*queries, photos / "broken.png"], folder / "out", supports={NAME: ()})
     return folder
 
 
@@ -167,7 +167,7 @@ def test_the_new_masks_are_those_of_predict(client, folder, loop, tmp_path):
     wait(loop)
     work = prepare(CHOICES, bank=Bank(folder / "tiny.bank")).work
     query = loop.reviewed.photos[1].path
-    predict(work, [query], tmp_path / "fresh", shots=3)
+    predict(work, [query], tmp_path / "fresh", supports={NAME: ()})
     fresh = np.asarray(Image.open(tmp_path / "fresh" / f"{query.stem}_mask.png")) > 0
     renewed = np.asarray(Image.open(loop.reviewed.photos[1].task.mask)) > 0
     # Kept features are rounded to float16.
@@ -218,7 +218,12 @@ def test_overlapping_masks_have_files_of_their_own(ready, tmp_path):
 
     engine.add(Annotation(photo.path, {"everything/much": np.arange(96 * 96).reshape(96, 96) > 96 * 20}))
     work = prepare(Choices(head="contrast", overlapping=True), bank=engine.bank).work
-    predict(work, [ready / "photos" / f"photo-{numbers()[2]}.png"], tmp_path / "out", shots=2)
+    predict(
+        work,
+        [ready / "photos" / f"photo-{numbers()[2]}.png"],
+        tmp_path / "out",
+        supports=dict.fromkeys((NAME, "everything/much"), ()),
+    )
     reviewed = Reviewed(tmp_path / "out")
     assert reviewed.overlapping
     masks = reviewed.masks(reviewed.photos[0])
