@@ -28,6 +28,8 @@ FOREIGN_OPTIONS = (
     | {"--folder", "--bits", "--bytes", "--photos"}
     | {"--port", "--num-cpus", "--object-store-memory", "--node-manager-port", "--object-manager-port", "--block"}
     | {"--working-dir", "--nodes", "--ntasks", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--signal"}
+    | {"--auth", "--server-host", "--function-file", "--function-module", "--conv-mask-to-poly"}
+    | {"--allow-unmatched-labels"}
     | {"--exclude", "--stage", "--count", "--fault", "--kills", "--table"}
     | {
         "--parts",
