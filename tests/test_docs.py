@@ -25,11 +25,17 @@ DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 FOREIGN_OPTIONS = (
     {"--extra-index-url"}
+    | {
+        "--server-host",
+        "--auth",
+        "--function-module",
+        "--function-file",
+        "--allow-unmatched-labels",
+        "--conv-mask-to-poly",
+    }
     | {"--folder", "--bits", "--bytes", "--photos"}
     | {"--port", "--num-cpus", "--object-store-memory", "--node-manager-port", "--object-manager-port", "--block"}
     | {"--working-dir", "--nodes", "--ntasks", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--signal"}
-    | {"--auth", "--server-host", "--function-file", "--function-module", "--conv-mask-to-poly"}
-    | {"--allow-unmatched-labels"}
     | {"--exclude", "--stage", "--count", "--fault", "--kills", "--table"}
     | {
         "--parts",

@@ -222,7 +222,7 @@ def test_overlapping_masks_have_files_of_their_own(ready, tmp_path):
         work,
         [ready / "photos" / f"photo-{numbers()[2]}.png"],
         tmp_path / "out",
-        supports=dict.fromkeys((NAME, "everything/much"), ()),
+        supports=dict.fromkeys(work.answering.names, ()),
     )
     reviewed = Reviewed(tmp_path / "out")
     assert reviewed.overlapping
