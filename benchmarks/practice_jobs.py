@@ -24,10 +24,9 @@ from pipeline.datasets.images import resize_label
 from pipeline.features.backbones import new_recipe, open_backbone
 from pipeline.features.forward import PhotoNetwork
 from pipeline.features.weights import load_weights
-from pipeline.heads.aggregate import carried
 from pipeline.heads.scene import Scene, grid_of
 from pipeline.heads.segmenters import Segmenter
-from pipeline.heads.tune import distinct, fit_supports
+from pipeline.heads.tune import carried, distinct, fit_supports
 from pipeline.loading.batch import EpisodeBatch
 
 

@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     "--head",
     metavar="|".join(HEADS),
     help="Instead of a checkpoint: a head that needs no training; `hsnet heads` says what each is. With --checkpoint: "
-    "one that stands on a trained head (tune, pseudo).",
+    "one that stands on a trained head (tune).",
 )
 @store_option
 @click.option(

@@ -17,7 +17,7 @@ from pipeline.episodes.protocols import PROTOCOLS, protocol_choice
 BACKBONES = ("vgg16", "resnet50", "resnet101", "squeezenet1_1")
 DATASETS = ("pascal", "coco", "fss", "folder", "shapes")
 PRECISIONS = ("int8", "float16", "float32")
-HEADS = ("contrast", "aggregate", "tune", "pseudo", "cosine", "location", "untrained")
+HEADS = ("contrast", "tune", "cosine", "location", "untrained")
 """Those that need no checkpoint."""
 TRAINING_RECIPES = ("hsnet", "stable")
 

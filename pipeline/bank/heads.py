@@ -25,12 +25,11 @@ from hsnet.model import HSNet, resize_logits
 from hsnet.similarity import NO_OBJECT, clear_positions, nearest
 from pipeline.bank.reading import Features
 from pipeline.datasets.images import resize_label
-from pipeline.heads.aggregate import carried
 from pipeline.heads.tune import (
-    ONE_SHOT_OFFSETS,
     ONE_SHOT_WEIGHT,
     WEIGHTS,
     Fit,
+    carried,
     fit_supports,
     soft_iou,
 )
@@ -176,7 +175,6 @@ class TuneFit(_Margins):
     fit: Fit
     direction: Tensor
     bias: Tensor
-    offset: float
     name: str = TUNE
 
     @classmethod
@@ -184,12 +182,11 @@ class TuneFit(_Margins):
         vectors, shares = zip(*(thinned(*one.positions, number) for number, one in enumerate(examples)), strict=True)
         fit = fit_supports(vectors, shares)
         direction, bias = fit.solve(torch.cat(vectors), torch.cat(shares))
-        offset = ONE_SHOT_OFFSETS[0] if fit.left_out is None else fit.offset
-        return cls(fit, direction, bias, offset)
+        return cls(fit, direction, bias)
 
     def margin(self, query: Features) -> Tensor:
         """(h, w)."""
-        answers = [carried(one @ self.direction + self.bias, one) - self.offset for one in query.vectors()]
+        answers = [carried(one @ self.direction + self.bias, one) - self.fit.offset for one in query.vectors()]
         return query.as_map(torch.stack(answers))
 
     def answer(self, query: Features) -> Coarse:

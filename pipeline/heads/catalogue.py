@@ -20,13 +20,12 @@ from hsnet.model import HSNet
 from pipeline.common.text import did_you_mean
 from pipeline.datasets.index import DatasetIndex
 from pipeline.datasets.unseen import canonical_name
-from pipeline.heads.aggregate import AggregateSegmenter
 from pipeline.heads.checkpoint import load_checkpoint
 from pipeline.heads.contrast import ContrastSegmenter
 from pipeline.heads.cosine import CosineSegmenter, fit_cosine_threshold
 from pipeline.heads.location import LocationSegmenter, fit_location_mask
 from pipeline.heads.segmenters import LearnedSegmenter, Segmenter
-from pipeline.heads.tune import CHAINS, TuneSegmenter
+from pipeline.heads.tune import TuneSegmenter
 from pipeline.loading.source import FeatureSource
 
 log = logging.getLogger(__name__)
@@ -142,8 +141,8 @@ class Head:
     """(values, source, device) -> what builds the segmenter in any process; None: a checkpoint's, by `trained`."""
     told: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     """Values -> what results say of them; None: all of them, so that the head can be made again from the results."""
-    chains: int | None = None
-    """Of `TuneSegmenter` beside a trained head; None: it cannot stand on one."""
+    stands: bool = False
+    """Whether it can stand on a trained head, as `TuneSegmenter` does."""
 
 
 HEADS: dict[str, Head] = {
@@ -168,15 +167,6 @@ HEADS: dict[str, Head] = {
         background=True,
         segmenter=lambda values, source, device: ContrastSegmenter,
     ),
-    "aggregate": Head(
-        "contrast, carried along the query's own similarities",
-        "after training-free in-context segmentation (INSID3); a random walk for its clusters",
-        NOTHING,
-        fusion="joint",
-        joint=True,
-        background=True,
-        segmenter=lambda values, source, device: AggregateSegmenter,
-    ),
     "tune": Head(
         "a logistic regression fitted to the episode's supports; beside a checkpoint's head, if one is given",
         "linear read-outs of frozen features, fitted per episode",
@@ -185,18 +175,7 @@ HEADS: dict[str, Head] = {
         joint=True,
         background=True,
         segmenter=lambda values, source, device: TuneSegmenter,
-        chains=0,
-    ),
-    "pseudo": Head(
-        "tune, fitted once more with the query's own most confident positions as a further support",
-        "self-training; per episode here",
-        NOTHING,
-        fusion="joint",
-        joint=True,
-        background=True,
-        values=lambda source, fold, seed: {"chains": CHAINS},
-        segmenter=lambda values, source, device: partial(TuneSegmenter, int(values["chains"])),
-        chains=CHAINS,
+        stands=True,
     ),
     "cosine": Head(
         "the deepest level's cosine map, cut at one fitted threshold",
@@ -264,13 +243,13 @@ def on_trained(name: str, method: Method) -> Method:
         ConfigError: no such head, or one that answers without a checkpoint only.
     """
     head = head_named(name)
-    if head.chains is None:
-        able = ", ".join(other for other, one in HEADS.items() if one.chains is not None)
+    if not head.stands:
+        able = ", ".join(other for other, one in HEADS.items() if one.stands)
         raise ConfigError(
-            f"Head '{name}' does not stand on a checkpoint; {able} do. Give --head or --checkpoint alone. Nothing was "
-            f"computed."
+            f"Head '{name}' does not stand on a checkpoint; {able} does. Give --head or --checkpoint alone. Nothing "
+            f"was computed."
         )
-    return _beside(name, head.chains, method)
+    return _beside(name, method)
 
 
 def made_again(
@@ -289,16 +268,15 @@ def made_again(
     head = HEADS.get("hsnet" if name == "trained" else name)  # as rows called it before there were two
     if head is None or head.told is not None:
         raise DataError(f"Answers of the method '{name}' cannot be made again from what the rows say.")
-    stands = head.chains is not None and "checkpoint" in facts
+    stands = head.stands and "checkpoint" in facts
     try:
         if head.segmenter is not None and not stands:
             return Method(head.segmenter(facts, source, device), facts)
-        chains = int(facts["chains"]) if stands else 0
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"The rows do not say how their '{name}' method was made: {error!r}.") from error
     if stands:
         on = made_again({**facts, "name": facts.get("on")}, source, checkpoint=checkpoint, device=device)
-        return _beside(name, chains, on)
+        return _beside(name, on)
     if checkpoint is None:
         raise DataError("The rows do not say where their checkpoint is: give --checkpoint.")
     method = trained(checkpoint, source, device, str(facts.get("arithmetic", "float32")))
@@ -310,14 +288,14 @@ def made_again(
     return method
 
 
-def _beside(name: str, chains: int, method: Method) -> Method:
+def _beside(name: str, method: Method) -> Method:
     """A head of `TuneSegmenter` that stands on a trained one."""
-    facts = {**method.facts, "name": name, "on": method.facts["name"], "chains": chains}
-    return Method(partial(_load_beside, method.make, chains), facts, method.path)
+    facts = {**method.facts, "name": name, "on": method.facts["name"]}
+    return Method(partial(_load_beside, method.make), facts, method.path)
 
 
-def _load_beside(make: Callable[[], Segmenter], chains: int) -> Segmenter:
-    return TuneSegmenter(chains, make())
+def _load_beside(make: Callable[[], Segmenter]) -> Segmenter:
+    return TuneSegmenter(make())
 
 
 def _load(path: Path, device: str, arithmetic: str) -> Segmenter:

@@ -1,4 +1,4 @@
-"""Heads `tune` and `pseudo`: a cut through the features, fitted to the episode's own supports and to nothing else."""
+"""Head `tune`: a cut through the features, fitted to the episode's own supports and to nothing else."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hsnet.readout import balanced, fit_readouts
-from hsnet.similarity import NO_OBJECT
-from pipeline.heads import contrast
-from pipeline.heads.aggregate import carried
+from hsnet.similarity import NO_OBJECT, affinity
 from pipeline.heads.scene import Scene, answer_scenes, grid_of
 from pipeline.heads.segmenters import Answers, Segmenter
 from pipeline.loading.batch import EpisodeBatch
@@ -27,8 +25,8 @@ ONE_SHOT_PENALTY = 1e-3
 OFFSETS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Among which leave-one-out chooses where to cut: a fit that weighs both sides alike calls too much an object."""
 
-ONE_SHOT_OFFSETS = (0.0, 0.5)
-"""The same with one support, chosen on training classes: of the first fit, and of one that saw the query."""
+ONE_SHOT_OFFSET = 0.0
+"""The same with one support, chosen on training classes."""
 
 WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0)
 """Among which leave-one-out chooses how much the read-out counts beside a trained head."""
@@ -39,11 +37,11 @@ ONE_SHOT_WEIGHT = 0.25
 LEFT_OUT_STEPS = 30
 """Iterations of the fits that are only compared with each other."""
 
-CHAINS = 1
-"""Fits that follow the first in head `pseudo`."""
+TEMPERATURE = 0.05
+"""Of the query's affinity: cosines that differ by this much differ by a factor e in what they contribute."""
 
-CONFIDENT_OBJECT, CONFIDENT_BACKGROUND = 0.05, 0.5
-"""Share of the query's positions that become a further support, highest and lowest."""
+WALKS = 2
+"""Times that each position takes the answers of those that look like it."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +51,12 @@ class TuneSegmenter:
     Each position is one vector, the unit features of all layers side by side; its target is the share of its area that
     is object; object and background weigh alike. With several supports, each is left out once: the penalty and the
     threshold are those with the best IoU on the supports left out. The margin is carried along the query's
-    self-similarity as that of `aggregate`. All K supports are fitted together (fusion `joint`).
+    self-similarity (`carried`). All K supports are fitted together (fusion `joint`).
 
     Source: linear read-outs of frozen features are the usual probe of self-supervised networks; here they are fitted
     per episode.
     """
 
-    chains: int = 0
-    """Times that the query's own most confident positions become a further support: head `pseudo`."""
     head: Segmenter | None = None
     """A trained head to stand on: its margin, and this one's with a weight that leave-one-out chooses."""
 
@@ -77,12 +73,7 @@ class TuneSegmenter:
         direction, bias = fit.solve(vectors, shares)
         answer = scene.query @ direction + bias
         stand = None if self.head is None else Standing.on(self.head, scene, fit)
-        for _ in range(self.chains):
-            believed = answer - fit.offset if stand is None else stand.together(answer - fit.offset, on_grid=True)
-            direction, bias = fit.solve(vectors, shares, scene.query, confident(believed, scene))
-            answer = scene.query @ direction + bias
-        offset = ONE_SHOT_OFFSETS[bool(self.chains)] if fit.left_out is None else fit.offset
-        answer = carried(answer, scene.query) - offset
+        answer = carried(answer, scene.query) - fit.offset
         return answer if stand is None else stand.together(answer)
 
 
@@ -106,14 +97,9 @@ class Fit:
     left_out: Tensor | None
     """(n,) margins of all positions, each support's by a fit to the others, not yet cut; None for one support."""
 
-    def solve(
-        self, vectors: Tensor, shares: Tensor, more: Tensor | None = None, sides: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """(direction (D,), bias ()) of all supports, and of `more` positions with their weights on both `sides`."""
+    def solve(self, vectors: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+        """(direction (D,), bias ()) of all supports' positions (n, D) and shares (n,)."""
         positive, negative = balanced(shares)
-        if more is not None and sides is not None:
-            vectors = torch.cat([vectors, more])
-            positive, negative = torch.cat([positive, sides[0]]), torch.cat([negative, sides[1]])
         penalty = vectors.new_tensor([self.penalty])
         direction, bias = fit_readouts(vectors, positive[None], negative[None], penalty)
         return direction[0], bias[0]
@@ -128,7 +114,7 @@ def fit_supports(vectors: Sequence[Tensor] | Tensor, shares: Sequence[Tensor] | 
     """
     count = len(vectors)
     if count == 1:
-        return Fit(ONE_SHOT_PENALTY, ONE_SHOT_OFFSETS[0], None)
+        return Fit(ONE_SHOT_PENALTY, ONE_SHOT_OFFSET, None)
     every, all_shares = torch.cat(list(vectors)), torch.cat(list(shares))
     ends = list(accumulate(len(some) for some in shares))
     parts = [slice(end - len(some), end) for end, some in zip(ends, shares, strict=True)]
@@ -159,20 +145,19 @@ def soft_iou(said: Tensor, shares: Tensor, first: int = 0) -> Tensor:
     return both / either.clamp(min=torch.finfo(shares.dtype).tiny)
 
 
-def confident(answer: Tensor, scene: Scene) -> tuple[Tensor, Tensor]:
-    """Weights (P,) of the query's positions as object and as background: half of what the supports weigh.
+def carried(answer: Tensor, query: Tensor) -> Tensor:
+    """(P,): margins (P,) of any kind, carried along the self-similarity of the query's positions (P, D).
 
-    The positions with the highest sum of both margins, the answer's and `contrast`'s, each divided by its spread.
+    Each position takes the mean of all positions' margins, weighted by the softmax of their cosines to it, `WALKS`
+    times: what a single position happened to match is outvoted by those that look like it.
+
+    Source: that a query's own self-similarity groups what belongs together is the idea of training-free in-context
+    segmentation with self-supervised features (INSID3), which clusters; here a random walk stands for the clusters.
     """
-    other = contrast.margin(scene)
-    both = answer / answer.std().clamp(min=1e-6) + other / other.std().clamp(min=1e-6)
-    many = max(1, min(round(CONFIDENT_OBJECT * len(both)), int((answer > 0).sum())))
-    sides = torch.zeros_like(both), torch.zeros_like(both)
-    high = both.topk(many).indices
-    low = both.topk(round(CONFIDENT_BACKGROUND * len(both)), largest=False).indices
-    for side, places in zip(sides, (high, low), strict=True):
-        side[places] = 0.25 / len(places)
-    return sides
+    similar = affinity(query, TEMPERATURE)
+    for _ in range(WALKS):
+        answer = similar @ answer
+    return answer
 
 
 @dataclass(frozen=True)
@@ -196,10 +181,8 @@ class Standing:
         tried = torch.stack([left_out + weight * (fit.left_out - fit.offset) for weight in WEIGHTS])
         return cls(margin, WEIGHTS[int(soft_iou(tried > 0, scene.shares.flatten(), 1).argmax())], grid)
 
-    def together(self, answer: Tensor, on_grid: bool = False) -> Tensor:
-        """Both margins: (h, w), or on the grid (P,)."""
-        if on_grid:
-            return _resized(self.margin[None], self.grid).flatten() + self.weight * answer
+    def together(self, answer: Tensor) -> Tensor:
+        """Both margins, (h, w)."""
         size = (self.margin.shape[0], self.margin.shape[1])
         return self.margin + self.weight * _resized(answer.unflatten(0, self.grid)[None], size)[0]
 

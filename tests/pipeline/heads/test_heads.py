@@ -10,13 +10,13 @@ from hsnet.errors import ConfigError, DataError, ShapeError
 from hsnet.similarity import object_shares, positions
 from pipeline.episodes.protocols import FUSIONS
 from pipeline.episodes.stream import Episode, EpisodeStream
-from pipeline.heads.aggregate import AggregateSegmenter
 from pipeline.heads.catalogue import HEADS, NOTHING, made
 from pipeline.heads.contrast import ContrastSegmenter, margin
 from pipeline.heads.scene import Scene, require_background
+from pipeline.heads.tune import carried
 from pipeline.loading.batch import EpisodeBatch, load_batch
 
-WITHOUT_LEARNER = ("contrast", "aggregate", "tune", "pseudo")
+WITHOUT_LEARNER = ("contrast", "tune")
 KINDS = ("float32", "int8", "unit", "levels", "one level")
 
 
@@ -134,18 +134,17 @@ def mean_of_five(values):
     return sum(highest) / len(highest)
 
 
-def test_aggregate_by_loops():
+def test_a_margin_is_carried_by_loops():
     """Twice, every position takes what all positions say, by how much it looks like them."""
     scene = scene_of(batch_of("one level", size=1, shots=1), (4, 4))
-    said = margin(scene).tolist()
+    said = own = margin(scene).tolist()
     for _ in range(2):
         heard = []
         for p in range(16):
             weights = [math.exp(float(scene.query[p] @ scene.query[q]) / 0.05) for q in range(16)]
             heard.append(sum(w * m for w, m in zip(weights, said, strict=True)) / sum(weights))
         said = heard
-    answer = AggregateSegmenter().answer(scene.batch).logits[0, 0, 1].flatten()
-    assert answer.tolist() == pytest.approx(said, abs=1e-5)
+    assert carried(torch.tensor(own), scene.query).tolist() == pytest.approx(said, abs=1e-5)
 
 
 def test_supports_without_object_and_without_background():
