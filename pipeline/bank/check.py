@@ -1,7 +1,8 @@
 """The expected IoU on a person's own photos: every annotated photo is left out once and answered by the others.
 
-Few photos say little, and that is said: the interval is that of a new folder's pooled IoU by Student's t with as many
-degrees of freedom as there are photos less one. It takes the annotated photos for a fair draw of those to come.
+Few photos say little, and that is said: the interval is that of a new folder's pooled IoU by Student's t. A handful of
+photos may lie close together by chance, so their spread is drawn towards what photos usually have. The annotated photos
+are taken for a fair draw of those to come.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ NEW_PHOTOS = 30
 """The folder to come is taken to have so many photos: its own chance is in the interval, too."""
 
 COVERAGE = 0.95
+
+USUAL_SPREAD, ITS_WEIGHT = 0.25, 4
+"""Standard deviation of the IoU of photos, and how many photos it counts for beside those at hand. Chosen on 149 jobs
+of five photos (docs/practice.md): without it 80 to 95 % of the intervals held what came out, with it 90 to 98 %, and
+they are narrower."""
 HURTS = 0.03
 """A photo without which the others are answered better by so much is named."""
 MOST_FOR_INFLUENCE = 8
@@ -185,7 +191,8 @@ def pooled_interval(
 ) -> tuple[float, float, float]:
     """The pooled IoU of n photos, and the interval in which that of `new` others is expected, all 0 to 1.
 
-    A ratio of sums: its spread is that of both - pooled * either over the mean of either (the usual linearisation).
+    A ratio of sums: its spread is that of both - pooled * either over the mean of either (the usual linearisation),
+    pooled with `USUAL_SPREAD`.
     """
     count = len(both)
     total = float(either.sum())
@@ -194,8 +201,10 @@ def pooled_interval(
     pooled = float(both.sum()) / total
     if count < 2:
         return pooled, 0.0, 1.0
-    spread = float(np.std((both - pooled * either) / either.mean(), ddof=1))
-    reach = float(student.ppf((1 + COVERAGE) / 2, count - 1)) * spread * (1 / count + 1 / new) ** 0.5
+    squares = float((((both - pooled * either) / either.mean()) ** 2).sum())
+    freedom = count - 1 + ITS_WEIGHT
+    spread = ((squares + ITS_WEIGHT * USUAL_SPREAD**2) / freedom) ** 0.5
+    reach = float(student.ppf((1 + COVERAGE) / 2, freedom)) * spread * (1 / count + 1 / new) ** 0.5
     return pooled, max(0.0, pooled - reach), min(1.0, pooled + reach)
 
 
