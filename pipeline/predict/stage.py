@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from pipeline.common.runner import read_ahead
 from pipeline.datasets.images import read_photo
 from pipeline.datasets.queries import Queries, names_of
 from pipeline.predict.trust import Note, Watch
-from pipeline.predict.writing import Result, Said, Task, Work
+from pipeline.predict.writing import Result, Said, Task, Work, decisions_in
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +127,7 @@ def predict(
     """Find the classes in every query photo and write a mask, and what else is wanted, for each.
 
     What is there already, made with the same heads, annotated photos and settings of an unchanged photo, is kept: an
-    interrupted call goes on when it is given again.
+    interrupted call goes on when it is given again. What somebody accepted or corrected (`hsnet review`) stays, too.
 
     Args:
         work: the fitted heads with their network, and what to write.
@@ -151,6 +152,10 @@ def predict(
         raise DataError("There is no query photo")
     _check_out_dir(out_dir, queries)
     out_dir.mkdir(parents=True, exist_ok=True)
+    said = decisions_in(out_dir)
+    work = replace(
+        work, decided=frozenset(os.path.abspath(photo) for photo, word in said.items() if word != "rejected")
+    )
     first: list[float] = []
     watches = {name: Watch(supports[name]) for name in work.answering.names}
     done = 0

@@ -22,7 +22,7 @@ from pipeline.bank.heads import Coarse, TrainedFit
 from pipeline.bank.kept import kept_features
 from pipeline.bank.reading import Reader, Reading
 from pipeline.common import render
-from pipeline.common.files import whole
+from pipeline.common.files import read_json, whole
 from pipeline.datasets.queries import clean_name
 from pipeline.features.weights import Weights
 from pipeline.predict.instances import find_instances
@@ -30,6 +30,9 @@ from pipeline.predict.model import Answering, FoundClass, PhotoModel
 from pipeline.predict.trust import Seen
 
 _MASK, _OVERLAY, _SOFT = "_mask.png", "_overlay.jpg", "_soft.png"
+DECISIONS = ("accepted", "rejected", "corrected")
+REVIEW = "review.json"
+"""What somebody said of the photos of a folder: `pipeline.review`."""
 _TEXT = "hsnet"
 """Key of the PNG text that says what a mask was made with."""
 _DIGITS = 4
@@ -126,6 +129,8 @@ class Work:
     device: str = "cpu"
     keep: Path | None = None
     """Where features of photos are kept, see `pipeline.bank.kept`; None keeps none."""
+    decided: frozenset[str] = frozenset()
+    """Absolute paths of photos whose masks somebody has accepted or corrected: they stay, whoever made them."""
 
     def open(self) -> PhotoModel:
         """Load the network."""
@@ -167,7 +172,11 @@ class Work:
                 said = json.loads(picture.info.get(_TEXT, "{}"))
             others = [*self.masks_of(task).values(), *([task.overlay] if task.overlay else [])]
             others += self._softs_of(task).values() if self.outputs.soft else []
-            if said.get("made") != self._made(task) or not all(path.exists() for path in others):
+            if os.path.abspath(task.query) in self.decided:
+                if set(said["classes"]) != set(self.answering.names):
+                    why = f"{last} was accepted or corrected with other classes ({', '.join(said['classes'])})"
+                    return Result(task, error=f"{why}. It stays; give another --out, or move {REVIEW} away.")
+            elif said.get("made") != self._made(task) or not all(path.exists() for path in others):
                 return None
             classes = {name: Said.of(said["classes"][name]) for name in self.answering.names}
             return Result(task, classes, float(said["object_share"]), kept=True)
@@ -266,6 +275,22 @@ def class_parts(names: Iterable[str]) -> dict[str, str]:
         number = next(n for n in range(1, len(taken) + 2) if _numbered(base, n).casefold() not in taken)
         found[name] = _numbered(base, number)
     return found
+
+
+def decisions_in(folder: Path) -> dict[str, str]:
+    """Photo -> accepted, rejected or corrected, of a folder that was reviewed; empty of another.
+
+    Raises:
+        DataError: the file is damaged, or of a later version.
+    """
+    path = folder / REVIEW
+    if not path.exists():
+        return {}
+    values = read_json(path)
+    said = values.get("photos")
+    if values.get("format") != 1 or not isinstance(said, dict) or not set(said.values()) <= set(DECISIONS):
+        raise DataError(f"{path} is damaged, or of a later version. Move it away to begin anew.")
+    return said
 
 
 def _numbered(base: str, number: int) -> str:

@@ -21,14 +21,12 @@ from PIL import Image
 from hsnet.errors import DataError
 from pipeline.annotations.found import Found, FoundClass
 from pipeline.annotations.write import Writer
-from pipeline.common.files import read_json, replace_json, replace_text
+from pipeline.common.files import replace_json, replace_text
 from pipeline.predict.instances import find_instances
 from pipeline.predict.stage import RESULTS, Prediction, line_of, read_results
-from pipeline.predict.writing import Result, Said, Task, class_parts
+from pipeline.predict.writing import DECISIONS, REVIEW, Result, Said, Task, class_parts, decisions_in
 from pipeline.serve.results import LEAST_AREA
 
-REVIEW = "review.json"
-DECISIONS = ("accepted", "rejected", "corrected")
 _MASK, _SOFT = "_mask.png", "_soft.png"
 
 
@@ -87,7 +85,7 @@ class Reviewed:
                 f"{self.root / RESULTS} says nothing of the classes in {old.path}: it was made by an earlier version. "
                 "Run `hsnet predict` again."
             )
-        said = self._read_decisions()
+        said = decisions_in(self.root)
         for photo in self.photos:
             photo.decision = said.get(str(photo.path))
 
@@ -169,16 +167,6 @@ class Reviewed:
                 replace_json(self.root / REVIEW, {"format": 1, "photos": said})
             except OSError as error:
                 raise DataError(f"Cannot write {self.root / REVIEW}: {error}. It is as it was.") from error
-
-    def _read_decisions(self) -> Mapping[str, str]:
-        path = self.root / REVIEW
-        if not path.exists():
-            return {}
-        values = read_json(path)
-        said = values.get("photos")
-        if values.get("format") != 1 or not isinstance(said, dict) or not set(said.values()) <= set(DECISIONS):
-            raise DataError(f"{path} is damaged, or of a later version. Move it away to begin anew.")
-        return said
 
     def renew(self, photo: Photo, result: Result) -> None:
         """A photo was predicted again; its files are there."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tracemalloc
 import weakref
@@ -15,6 +16,7 @@ import pytest
 import torch
 from fakes import predict_with
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from hsnet.backbone import BACKBONES, FrozenBackbone
 from hsnet.correlation import build_pyramid
@@ -322,6 +324,28 @@ def test_masks_of_other_settings_are_made_anew(
     assert run(checkpoint, weights, own, out, tau=0.3, fusion="logits").kept == 0
     Image.new("RGB", (40, 40)).save(own / "b.jpg")  # another photo of that name
     assert run(checkpoint, weights, own, out, tau=0.3, fusion="logits").kept == 1
+
+
+def test_what_somebody_accepted_stays(
+    checkpoint: Checkpoint, weights: Weights, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(checkpoint, weights, photos, tmp_path)
+    before = masks_in(tmp_path)
+    decisions = {str(photos / "b.jpg"): "corrected", str(photos / "c.jpg"): "rejected"}
+    (tmp_path / "review.json").write_text(json.dumps({"format": 1, "photos": decisions}))
+    assert run(checkpoint, weights, photos, tmp_path, tau=0.3, fusion="logits").kept == 1
+    after = masks_in(tmp_path)
+    assert {name for name in before if before[name] == after[name]} == {"b_mask.png", "b_overlay.jpg"}
+    text = PngInfo()
+    text.add_text("hsnet", json.dumps({"made": "", "object_share": 0.1, "classes": {"mug": {}}}))
+    Image.new("L", (150, 80)).save(tmp_path / "b_mask.png", pnginfo=text)
+    before = masks_in(tmp_path)
+    assert run(checkpoint, weights, photos, tmp_path).unusable == 1
+    assert masks_in(tmp_path)["b_mask.png"] == before["b_mask.png"]
+    assert "was accepted or corrected with other classes (mug)" in caplog.text
+    (tmp_path / "review.json").write_text("{}")
+    with pytest.raises(DataError, match="damaged"):
+        run(checkpoint, weights, photos, tmp_path)
 
 
 def test_masks_only(checkpoint: Checkpoint, weights: Weights, photos: Path, tmp_path: Path) -> None:
