@@ -122,4 +122,5 @@ def by_path(name: str) -> ModuleType:
 
 
 by_path("fakes")  # for `from fakes import ...`
+by_path("rle_pack")
 by_path("tiny_bank")

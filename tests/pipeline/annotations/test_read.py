@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from label_studio_converter import brush
 from PIL import Image
 from pycocotools import mask as coco_mask
+from rle_pack import encode_rle
 
 from hsnet.errors import ConfigError, DataError
 from pipeline.annotations.item import Annotation
@@ -261,7 +261,7 @@ def task(*regions: dict[str, Any], name: str = "/data/upload/1/0a1b2c3d-a.jpg", 
 
 
 def brushed(mask: np.ndarray, label: str = "car") -> dict[str, Any]:
-    rle = brush.encode_rle(np.repeat(mask.ravel(), 4).astype(np.uint8) * 255)
+    rle = encode_rle(np.repeat(mask.ravel(), 4).astype(np.uint8) * 255)
     return {"type": "brushlabels", "value": {"format": "rle", "rle": rle, "brushlabels": [label]}}
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
-from label_studio_converter import brush
 from pycocotools import mask as coco_mask
+from rle_pack import decode_rle, encode_rle
 
 from pipeline.annotations.coco import compressed
 from pipeline.annotations.found import whole_mask
@@ -29,14 +29,14 @@ def rgba(mask: np.ndarray) -> np.ndarray:
 @example(np.zeros((150, 150), bool))  # 90,000 values: longer than one record holds
 @example(np.ones((128, 128), bool))  # 65,536 values: exactly one
 def test_label_studio_reads_what_is_packed(mask: np.ndarray) -> None:
-    assert np.array_equal(brush.decode_rle(pack(row_runs(mask))), rgba(mask))
+    assert np.array_equal(decode_rle(pack(row_runs(mask))), rgba(mask))
 
 
 @settings(max_examples=60, deadline=None)
 @given(masks)
 @example(np.zeros((150, 150), bool))
 def test_what_label_studio_packs_is_read(mask: np.ndarray) -> None:
-    assert np.array_equal(unpack(brush.encode_rle(rgba(mask)), *mask.shape), mask)
+    assert np.array_equal(unpack(encode_rle(rgba(mask)), *mask.shape), mask)
 
 
 @settings(max_examples=60, deadline=None)
@@ -53,7 +53,7 @@ def test_values_one_after_the_other_are_read() -> None:
     bits += "0" + "01" + f"{11:04b}" + "".join(f"{value:08b}" for value in values)
     bits += "0" * (-len(bits) % 8)
     data = [int(bits[i : i + 8], 2) for i in range(0, len(bits), 8)]
-    assert brush.decode_rle(data).tolist() == values
+    assert decode_rle(data).tolist() == values
     assert unpack(data, 1, 3).tolist() == [[False, True, False]]
 
 

@@ -13,11 +13,11 @@ import geojson
 import numpy as np
 import pytest
 import yaml
-from label_studio_converter import brush
 from matplotlib.path import Path as Outline
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
+from rle_pack import decode_rle
 
 from hsnet.errors import ConfigError, DataError, ShapeError
 from pipeline.annotations.found import Found, FoundClass, Instance, objects_of, placed, whole_mask
@@ -70,12 +70,13 @@ def test_label_studio_as_its_converter_reads_it(out: Path, album: Path, founds: 
         for region in prediction["result"]:
             assert (region["from_name"], region["to_name"]) == (tag.get("name"), setup.find("Image").get("name"))
             assert (region["original_width"], region["original_height"]) == (found.width, found.height)
-        # The converter takes exported annotations, whose labels stand beside the run lengths.
-        regions = [{**region, **region["value"]} for region in prediction["result"]]
-        layers = brush.decode_from_annotation("tag", regions)
-        assert len(layers) == len(regions) == sum(len(objects_of(one)) for one in found.classes.values())
+        layers = [
+            (region["value"]["brushlabels"], decode_rle(region["value"]["rle"]).reshape(found.height, found.width, 4))
+            for region in prediction["result"]
+        ]
+        assert len(layers) == sum(len(objects_of(one)) for one in found.classes.values())
         for name, one in found.classes.items():
-            mine = [layer for key, layer in layers.items() if key.rsplit("-", 1)[0] == f"tag-{name}"]
+            mine = [layer[..., 3] for labels, layer in layers if labels == [name]]
             union = np.any([layer == 255 for layer in mine], axis=0) if mine else np.zeros_like(one.mask)
             assert np.array_equal(union, one.mask)
             assert {int(value) for layer in mine for value in np.unique(layer)} <= {0, 255}

@@ -203,7 +203,7 @@ def test_the_limit_of_pixels_can_be_raised(tmp_path, monkeypatch):
 
 def test_12_bits_in_16_are_scaled_by_12_bits(tmp_path, caplog):
     """As cameras write them: by 16 bits they would be nearly black."""
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="pipeline")
     Image.fromarray(np.array([[0, 2048, 4095]], np.uint16)).save(tmp_path / "a.tif")
     Image.fromarray(np.array([[0, 2048, 4096]], np.uint16)).save(tmp_path / "b.tif")
     Image.fromarray(np.array([[0, 100, 255]], np.uint16)).save(tmp_path / "c.tif")

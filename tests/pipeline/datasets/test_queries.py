@@ -33,7 +33,7 @@ def test_the_same_photo_is_done_once(folder, caplog):
 
 
 def test_subfolders_keep_their_names(folder, tmp_path, caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="pipeline")
     assert [path.name for path in list_queries([folder])] == ["a.png", "b.jpg"]
     assert "left out 1 file that is no photo here: 1 .txt; 2 subfolders not searched (--recursive does)" in caplog.text
     found = list_queries([folder], recursive=True)
@@ -53,7 +53,7 @@ def test_subfolders_keep_their_names(folder, tmp_path, caplog):
 
 
 def test_what_is_left_out_is_counted_by_suffix(folder, monkeypatch, caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="pipeline")
     monkeypatch.setattr(module, "PHOTO_SUFFIXES", (".jpg", ".png"))
     monkeypatch.setattr(module, "has_heic", False)
     for name in ("1.HEIC", "2.heic", "x.pdf", "README", "Thumbs.db"):

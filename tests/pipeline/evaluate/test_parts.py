@@ -224,7 +224,7 @@ def test_several_ways_go_on_too(tiny_source, tmp_path):
 
 
 def test_rows_of_another_test_are_not_overwritten(tiny_source, tmp_path, caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="pipeline")
     out = tmp_path / "rows.parquet"
     small = {"choices": {"episodes": 10, "seeds": (1,)}}
     evaluate_to(plan(tiny_source, **small), out)

@@ -12,8 +12,8 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from label_studio_converter.brush import decode_rle, mask2rle
 from PIL import Image
+from rle_pack import decode_rle, mask2rle
 from tiny_bank import NAME, mask_of, numbers, photo_bytes, reading
 
 from hsnet.errors import ConfigError, DataError
