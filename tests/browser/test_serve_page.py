@@ -198,6 +198,16 @@ def test_review_accept_correct_by_touch_and_predict_again(browser, folder):
             assert int(browser.run("return document.body.dataset.open")) == first
             np.testing.assert_array_equal(layer(browser), loop.reviewed.masks(loop.reviewed.photos[first])[NAME])
             shot(browser, "review")
+            heights = browser.run(
+                """
+                const list = document.getElementById('photos'), many = [];
+                for (let n = 0; n < 60; n++) many.push(list.appendChild(list.firstElementChild.cloneNode(true)));
+                const found = [document.querySelector('.stage').clientHeight, innerHeight];
+                many.forEach(one => one.remove());
+                return found;
+                """
+            )
+            assert heights[0] < heights[1], "many photos scroll in their own column"
 
             browser.press("#canvas", "a")
             second = int(
