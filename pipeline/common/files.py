@@ -24,8 +24,8 @@ PARTIAL = ".partial"
 _LARGEST = 1 << 20
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file of at most 1 MiB.
+def read_json(path: Path, largest: int = _LARGEST) -> dict[str, Any]:
+    """An object from a JSON file of at most so many bytes, 1 MiB if nothing is said.
 
     Raises:
         StoreError: it cannot be read, is no regular file, too large, not JSON or not an object.
@@ -36,8 +36,8 @@ def read_json(path: Path) -> dict[str, Any]:
         if not stat.S_ISREG(facts.st_mode):
             raise StoreError(f"{path} is a link, a pipe or a device, not a file of the store. Nothing of it was read.")
         size = facts.st_size
-        if size > _LARGEST:
-            raise StoreError(f"{path} has {size:,} bytes of metadata; {_LARGEST:,} is the most that is read.")
+        if size > largest:
+            raise StoreError(f"{path} has {size:,} bytes of metadata; {largest:,} is the most that is read.")
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise StoreError(f"{path} cannot be read: {error}. The store is damaged.") from error

@@ -31,6 +31,8 @@ from pipeline.predict.trust import Seen
 
 _MASK, _OVERLAY, _SOFT = "_mask.png", "_overlay.jpg", "_soft.png"
 DECISIONS = ("accepted", "rejected", "corrected")
+MOST_DECISIONS = 1 << 28
+"""Bytes of a file of decisions: those on two million photos."""
 REVIEW = "review.json"
 """What somebody said of the photos of a folder: `pipeline.review`."""
 _TEXT = "hsnet"
@@ -286,7 +288,7 @@ def decisions_in(folder: Path) -> dict[str, str]:
     path = folder / REVIEW
     if not path.exists():
         return {}
-    values = read_json(path)
+    values = read_json(path, MOST_DECISIONS)
     said = values.get("photos")
     if values.get("format") != 1 or not isinstance(said, dict) or not set(said.values()) <= set(DECISIONS):
         raise DataError(f"{path} is damaged, or of a later version. Move it away to begin anew.")

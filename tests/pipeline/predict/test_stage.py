@@ -32,7 +32,7 @@ from pipeline.features.recipe import Recipe
 from pipeline.features.weights import Weights, load_weights
 from pipeline.heads.checkpoint import Checkpoint, CheckpointInfo, load_checkpoint, save_checkpoint
 from pipeline.predict.stage import PredictSummary, read_results, subfolder, tasks_of, write_results
-from pipeline.predict.writing import Result, Task, Work
+from pipeline.predict.writing import Result, Task, Work, decisions_in
 
 SIZE = 64
 
@@ -346,6 +346,13 @@ def test_what_somebody_accepted_stays(
     (tmp_path / "review.json").write_text("{}")
     with pytest.raises(DataError, match="damaged"):
         run(checkpoint, weights, photos, tmp_path)
+
+
+def test_decisions_on_many_photos_are_read(tmp_path: Path) -> None:
+    said = {f"/photos/a-long-name-of-a-folder/photo-{number}.jpg": "accepted" for number in range(20_000)}
+    (tmp_path / "review.json").write_text(json.dumps({"format": 1, "photos": said}))
+    assert decisions_in(tmp_path) == said
+    assert decisions_in(tmp_path / "none") == {}
 
 
 def test_masks_only(checkpoint: Checkpoint, weights: Weights, photos: Path, tmp_path: Path) -> None:
