@@ -44,7 +44,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/pip || { rm -rf .venv && "$(PYTHON)" -m venv .venv; } || { rm -rf .venv; \
 		echo "Could not create .venv with $(PYTHON). On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	$(BIN)/pip install $(PIP_ARGS) -c constraints.txt torch==2.13.0 torchvision==0.28.0 setuptools
-	$(BIN)/pip install $(PIP_ARGS) -c constraints.txt --no-build-isolation -e '.[dev,timm,serve]'
+	$(BIN)/pip install $(PIP_ARGS) -c constraints.txt --no-build-isolation -e '.[dev,timm,serve,heic]'
 	@touch $@
 
 demo: $(STAMP)

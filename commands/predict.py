@@ -27,7 +27,6 @@ from commands.options import (
 )
 from commands.steps import allow_mixed, emit, pick_device, require_ray, stop_on_interrupt
 from commands.terminal import Progress, set_up_logging
-from hsnet.errors import DataError
 from pipeline.common.text import printable, time_text
 from pipeline.episodes.protocols import FUSIONS
 
@@ -176,7 +175,7 @@ def predict(
     on_interrupt("The masks written so far are whole: give the same command again to go on.")
     from pipeline.bank.folder import Bank
     from pipeline.datasets.own_support import parse_support
-    from pipeline.datasets.queries import Queries, list_queries
+    from pipeline.datasets.queries import list_queries
     from pipeline.heads.checkpoint import load_checkpoint
     from pipeline.predict import stage
     from pipeline.predict.prepare import Choices, prepare
@@ -191,7 +190,7 @@ def predict(
         raise click.UsageError("--watch and --keep-features work in this process: leave --workers and --address out.")
     # A worker on another machine has another working directory.
     places = [query.absolute() for query in queries] if on_ray else list(queries)
-    photos = Queries() if watch else list_queries(places, recursive, out)
+    photos = list_queries(places, recursive, out, watched=watch)
     chosen = pick_device(device, address)
     outputs = Outputs("overlay" in formats and not no_overlay, "soft" in formats)
     started = time.monotonic()
@@ -215,7 +214,9 @@ def predict(
         coming = None
         if stopped is not None:  # a photo is not held back until another one comes
             pipe = partial(pipe, ahead=0)
-            coming = new_tasks(lambda: _there(places, recursive, out), out, outputs.overlay, stopped)
+            coming = new_tasks(
+                lambda: list_queries(places, recursive, out, watched=True), out, outputs.overlay, stopped
+            )
         summary = stage.predict(
             work,
             photos,
@@ -252,16 +253,6 @@ def _tools(formats: tuple[str, ...], out: Path, work: Work, places: Sequence[Pat
     root = Path(os.path.commonpath([folder.absolute() for folder in folders]))
     with Writer(wanted, out, work.answering.names, root, overlapping=work.answering.overlapping) as writer:
         yield writer
-
-
-def _there(places: Sequence[Path], recursive: bool, out: Path) -> Sequence[Path]:
-    """The photos that are there now; a folder without any is waited for."""
-    from pipeline.datasets.queries import list_queries
-
-    try:
-        return list_queries(places, recursive, out)
-    except DataError:
-        return ()
 
 
 def _lines(summary: PredictSummary, work: Work, fitting: float, out: Path, few: bool) -> Iterator[str]:

@@ -37,6 +37,8 @@ from pipeline.heads.tune import (
 CONTRAST, TUNE, HSNET, STANDING = "contrast", "tune", "hsnet", "tune on hsnet"
 HEADS = (CONTRAST, TUNE, HSNET, STANDING)
 
+WHOLE_PHOTOS = "A trained head answers whole photos: leave --tile or --checkpoint out."
+
 MOST_POSITIONS = 2048
 """Positions of each side of one photo that a fit takes; of more, so many are drawn."""
 
@@ -210,7 +212,7 @@ class TrainedFit:
     def of(cls, examples: Sequence[Example], trained: Trained) -> TrainedFit:
         shown = [one for one in examples if one.mask is not None]
         if any(len(one.features.tiles) > 1 for one in shown):
-            raise ConfigError("A trained head answers whole photos: leave --tile out, or choose --head tune.")
+            raise ConfigError(WHOLE_PHOTOS)
         side = trained.image_size
         masks = [
             torch.from_numpy(np.ascontiguousarray(resize_label(one.mask.astype(np.uint8), (side, side))))[None]
@@ -222,6 +224,8 @@ class TrainedFit:
 
     @torch.inference_mode()
     def answer(self, query: Features) -> Coarse:
+        if len(query.tiles) > 1:
+            raise ConfigError(WHOLE_PHOTOS)
         # One support after the other: memory stays that of one shot, whatever the number of supports.
         device = query.levels[0].device
         contexts = [self.learner.encode(query.levels, levels, mask.to(device)) for levels, mask in self.supports]

@@ -68,7 +68,9 @@ class Queries(Sequence[Path]):
                 yield number, name
 
 
-def list_queries(paths: Iterable[Path], recursive: bool = False, leave_out: Path | None = None) -> Queries:
+def list_queries(
+    paths: Iterable[Path], recursive: bool = False, leave_out: Path | None = None, *, watched: bool = False
+) -> Queries:
     """Photos to segment: files as given, folders by their photos in order of name. Each photo once.
 
     What lies in a folder and is no photo is counted, by suffix, in one line per folder given.
@@ -76,6 +78,7 @@ def list_queries(paths: Iterable[Path], recursive: bool = False, leave_out: Path
     Args:
         recursive: take the photos of subfolders, too, the folder's own first. Links to folders are not followed.
         leave_out: with `recursive`, a folder that is not looked into, such as the one that is written to.
+        watched: asked again and again: a folder may hold no photo yet, and nothing is told of what else it holds.
 
     Raises:
         DataError: a path does not exist, or a folder holds no photo. Says what suffixes count.
@@ -86,7 +89,7 @@ def list_queries(paths: Iterable[Path], recursive: bool = False, leave_out: Path
     seen: set[str] | None = set() if len(paths) > 1 else None
     for path in paths:
         if path.is_dir():
-            folder, names = path, _photos_in(path, recursive, leave_out)
+            folder, names = path, _photos_in(path, recursive, leave_out, watched)
         elif path.exists():
             folder, names = path.parent, [path.name]
         else:
@@ -98,12 +101,12 @@ def list_queries(paths: Iterable[Path], recursive: bool = False, leave_out: Path
             seen.update(os.path.join(whole, name) for name in new)
             names = new
         queries.add(folder, names)
-    if again:
+    if again and not watched:
         log.warning("%d %s given more than once: done once", again, "photo was" if again == 1 else "photos were")
     return queries
 
 
-def _photos_in(path: Path, recursive: bool, leave_out: Path | None) -> list[str]:
+def _photos_in(path: Path, recursive: bool, leave_out: Path | None, watched: bool) -> list[str]:
     """Names of a folder's photos relative to it, and what else is there told. Raises DataError: there is none."""
     photos: list[str] = []
     others: Counter[str] = Counter()
@@ -121,12 +124,14 @@ def _photos_in(path: Path, recursive: bool, leave_out: Path | None) -> list[str]
                 names.append(name)
             else:
                 others["broken links and the like"] += 1
-        kept = _without_masks(Path(folder), sorted(names))
+        kept = _without_masks(Path(folder), sorted(names), watched)
         photos += kept if before == "." else [os.path.join(before, name) for name in kept]
         if not recursive:
             if below:
                 others["subfolders"] = len(below)
             break
+    if watched:
+        return photos
     told = left_out_text(others)
     if told:
         log.info("Note: %s: %s", path, told)
@@ -164,11 +169,11 @@ def suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def _without_masks(folder: Path, names: list[str]) -> list[str]:
+def _without_masks(folder: Path, names: list[str], watched: bool) -> list[str]:
     """Leave out X.png beside X.jpg: the mask of an annotated photo."""
     stems = {os.path.splitext(name)[0] for name in names if suffix(name) != ".png"}
     kept = [name for name in names if suffix(name) != ".png" or os.path.splitext(name)[0] not in stems]
-    if masks := sorted(set(names) - set(kept)):
+    if (masks := sorted(set(names) - set(kept))) and not watched:
         log.warning(
             "%s: %d PNG file%s beside a photo of the same name taken as %s, not as %s: %s%s",
             folder, len(masks), *(("", "a mask", "a query") if len(masks) == 1 else ("s", "masks", "queries")),

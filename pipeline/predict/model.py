@@ -48,7 +48,7 @@ class ClassHead:
 
 
 @dataclass(frozen=True, eq=False)
-class FoundClass:
+class ClassAnswer:
     """One class in one photo."""
 
     mask: NDArray[np.bool_]
@@ -98,10 +98,10 @@ class Answering:
         with torch.inference_mode():
             return {one.name: one.fitted.answer(query) for one in self.classes}
 
-    def masks(self, answers: Mapping[str, Coarse], photo: Image.Image) -> dict[str, FoundClass]:
+    def masks(self, answers: Mapping[str, Coarse], photo: Image.Image) -> dict[str, ClassAnswer]:
         """Masks of a photo (RGB) at its own size, in the order of the classes."""
         size = (photo.height, photo.width)
-        found: dict[str, FoundClass] = {}
+        found: dict[str, ClassAnswer] = {}
         for one in self.classes:
             coarse = answers[one.name]
             score = None if one.presence is None else one.presence.score(coarse.presence)
@@ -113,7 +113,7 @@ class Answering:
                 mask = soft >= self.tau
             if score is not None and score < self.least_score:
                 mask = np.zeros(size, bool)
-            found[one.name] = FoundClass(mask, soft, score)
+            found[one.name] = ClassAnswer(mask, soft, score)
         return found if self.overlapping or len(found) == 1 else _apart(found)
 
     def to(self, device: torch.device | str) -> Answering:
@@ -121,7 +121,7 @@ class Answering:
         return replace(self, classes=tuple(replace(one, fitted=one.fitted.to(device)) for one in self.classes))
 
 
-def _apart(found: Mapping[str, FoundClass]) -> dict[str, FoundClass]:
+def _apart(found: Mapping[str, ClassAnswer]) -> dict[str, ClassAnswer]:
     """Every pixel to the class with the highest soft value of those whose mask has it, the first of equal ones."""
     best: Floats | None = None
     owner: NDArray[np.uint8] | None = None
@@ -226,7 +226,7 @@ class PhotoModel:
         """What every class's head says of a photo's features: small, see `Answering.masks`."""
         return self._on_device.answer(features)
 
-    def __call__(self, photo: Image.Image | NDArray[np.uint8]) -> dict[str, FoundClass]:
+    def __call__(self, photo: Image.Image | NDArray[np.uint8]) -> dict[str, ClassAnswer]:
         """Class -> its mask, soft map and score in a photo (RGB, Pillow's or (H, W, 3) uint8)."""
         image = as_photo(photo, "the photo")
         return self.answering.masks(self.answer(self.reader.read(image)), image)

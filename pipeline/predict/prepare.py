@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hsnet.errors import ConfigError
 from pipeline.bank.folder import Bank
-from pipeline.bank.heads import HSNET, STANDING, TUNE, Trained
+from pipeline.bank.heads import HSNET, STANDING, TUNE, WHOLE_PHOTOS, Trained
 from pipeline.bank.reading import Reader, Reading, default_size
 from pipeline.datasets.own_support import read_support
 from pipeline.features.backbones import new_recipe, same_reading
@@ -138,6 +138,8 @@ def prepare(
 def _reading(choices: Choices, bank: Bank | None, checkpoint: Checkpoint | None) -> tuple[Reading, Weights]:
     """The network, and how it reads photos."""
     if checkpoint is not None:
+        if choices.tile is not None:
+            raise ConfigError(WHOLE_PHOTOS)
         recipe = checkpoint.recipe
         for what, wanted, own in (
             ("--backbone", choices.backbone, recipe.backbone),
@@ -151,7 +153,7 @@ def _reading(choices: Choices, bank: Bank | None, checkpoint: Checkpoint | None)
         weights = checkpoint.backbone_weights() if inside else _weights(recipe.backbone, choices)
         offered = same_reading(recipe, weights)
         checkpoint.require(offered, f"the backbone {weights.backbone} ({weights.origin})")
-        return Reading(offered, choices.tile), weights
+        return Reading(offered), weights
     if bank is not None:
         recipe = bank.reading.recipe
         backbone = choices.backbone or recipe.backbone

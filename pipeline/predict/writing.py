@@ -16,8 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from hsnet.errors import DataError
-from pipeline.annotations.found import Found, Instance
-from pipeline.annotations.found import FoundClass as FoundMask
+from pipeline.annotations.found import Found, FoundClass, Instance
 from pipeline.bank.heads import Coarse, TrainedFit
 from pipeline.bank.kept import kept_features
 from pipeline.bank.reading import Reader, Reading
@@ -26,7 +25,7 @@ from pipeline.common.files import read_json, whole
 from pipeline.datasets.queries import clean_name
 from pipeline.features.weights import Weights
 from pipeline.predict.instances import find_instances
-from pipeline.predict.model import Answering, FoundClass, PhotoModel
+from pipeline.predict.model import Answering, ClassAnswer, PhotoModel
 from pipeline.predict.trust import Seen
 
 _MASK, _OVERLAY, _SOFT = "_mask.png", "_overlay.jpg", "_soft.png"
@@ -83,7 +82,7 @@ class Outputs:
 
     overlay: bool = True
     soft: bool = False
-    """`NAME_soft.png`, 0 to 255: `FoundClass.soft`; with several classes one for each."""
+    """`NAME_soft.png`, 0 to 255: `ClassAnswer.soft`; with several classes one for each."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +197,7 @@ class Work:
             seen[one.name] = Seen.of(found[one.name].mask, votes)
         return replace(self.write_found(task, photo, found), seen=seen)
 
-    def write_found(self, task: Task, photo: Image.Image, found: Mapping[str, FoundClass]) -> Result:
+    def write_found(self, task: Task, photo: Image.Image, found: Mapping[str, ClassAnswer]) -> Result:
         """The same of masks that somebody has corrected: of every class, in the order of the classes."""
         classes = {name: _said(one) for name, one in found.items()}
         anywhere = np.logical_or.reduce([one.mask for one in found.values()])
@@ -224,7 +223,7 @@ class Work:
             raise DataError(f"Cannot write the masks of {task.query}: {error}.") from error
         return Result(task, classes, share)
 
-    def _write_pictures(self, task: Task, photo: Image.Image, found: Mapping[str, FoundClass]) -> None:
+    def _write_pictures(self, task: Task, photo: Image.Image, found: Mapping[str, ClassAnswer]) -> None:
         if task.overlay is None:  # one of an earlier mask would tell another story
             (task.folder / f"{task.name}{_OVERLAY}").unlink(missing_ok=True)
         else:
@@ -242,7 +241,7 @@ class Work:
 
     def found(self, result: Result) -> Found:
         """What was written for a photo, for the formats of other tools. Raises DataError if it is gone."""
-        masks: dict[str, FoundMask] = {}
+        masks: dict[str, FoundClass] = {}
         numbers: dict[Path, NDArray[np.uint8]] = {}
         for number, (name, path) in enumerate(self.masks_of(result.task).items(), 1):
             if path not in numbers:
@@ -258,7 +257,7 @@ class Work:
             scored = (
                 Instance(one.mask, one.box, one.area, score) for one, score in zip(objects, said.instances, strict=True)
             )
-            masks[name] = FoundMask(mask, said.score, tuple(scored))
+            masks[name] = FoundClass(mask, said.score, tuple(scored))
         height, width = next(iter(numbers.values())).shape
         return Found(result.task.query, width, height, masks)
 
@@ -299,7 +298,7 @@ def _numbered(base: str, number: int) -> str:
     return base if number == 1 else f"{base}-{number}"
 
 
-def _said(one: FoundClass) -> Said:
+def _said(one: ClassAnswer) -> Said:
     objects = find_instances(one.mask, one.soft, _LEAST_AREA)
     scores = tuple(round(item.score or 0.0, _DIGITS) for item in objects)
     score = None if one.score is None else round(one.score, _DIGITS)
@@ -310,7 +309,7 @@ def _two_values(mask: NDArray[np.bool_]) -> Image.Image:
     return Image.fromarray(mask.astype(np.uint8) * np.uint8(255))
 
 
-def _numbers(found: Mapping[str, FoundClass]) -> Image.Image:
+def _numbers(found: Mapping[str, ClassAnswer]) -> Image.Image:
     """Every pixel the number of its class from 1, with colours for viewers."""
     layers = list(found.values())
     numbers = np.zeros(layers[0].mask.shape, np.uint8)

@@ -18,7 +18,7 @@ from pipeline.annotations.item import Annotation
 from pipeline.bank.folder import Added
 from pipeline.bank.reading import Features
 from pipeline.datasets.images import read_photo
-from pipeline.predict.model import FoundClass
+from pipeline.predict.model import ClassAnswer
 from pipeline.predict.prepare import Prepared
 from pipeline.review.folder import Photo, Reviewed
 from pipeline.serve.engine import Engine
@@ -216,7 +216,7 @@ class Loop:
         found = {}
         for name in prepared.work.answering.names:
             mask = photo.drawn.get(name, np.zeros(size, bool))
-            found[name] = FoundClass(mask, mask.astype(np.float32), float(mask.any()))
+            found[name] = ClassAnswer(mask, mask.astype(np.float32), float(mask.any()))
         self.reviewed.renew(photo, prepared.work.write_found(photo.task, picture, found))
         photo.drawn = None
 

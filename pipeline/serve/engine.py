@@ -15,7 +15,7 @@ from PIL import Image
 from hsnet.errors import HSNetError, StoreError
 from pipeline.annotations.item import Annotation
 from pipeline.bank.folder import BANK, ITEM, PHOTOS, Added, Bank
-from pipeline.predict.model import FoundClass
+from pipeline.predict.model import ClassAnswer
 from pipeline.predict.prepare import Choices, Prepared, prepare
 from pipeline.predict.writing import Outputs
 from pipeline.serve.uploads import Upload
@@ -89,7 +89,7 @@ class Engine:
         prepared = self.prepared()
         return "empty" if prepared is None else prepared.work.settings[:8]
 
-    def answer(self, photo: Image.Image) -> dict[str, FoundClass]:
+    def answer(self, photo: Image.Image) -> dict[str, ClassAnswer]:
         """Class -> what was found; nothing as long as the bank shows nothing."""
         with self.lock:
             prepared = self.prepared()

@@ -18,13 +18,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hsnet.errors import DataError
-from pipeline.annotations.found import Found
-from pipeline.annotations.found import FoundClass as FoundMask
+from pipeline.annotations.found import Found, FoundClass
 from pipeline.annotations.write import FORMATS, Writer
 from pipeline.common import render
 from pipeline.datasets.images import resize_label
 from pipeline.predict.instances import find_instances
-from pipeline.predict.model import FoundClass
+from pipeline.predict.model import ClassAnswer
 from pipeline.predict.writing import PALETTE
 from pipeline.serve.uploads import Upload
 
@@ -71,7 +70,7 @@ class Answer:
     """What was found in an uploaded photo."""
 
     upload: Upload
-    found: Mapping[str, FoundClass]
+    found: Mapping[str, ClassAnswer]
     id: str = field(default_factory=lambda: secrets.token_urlsafe(12))
 
     @cached_property
@@ -152,10 +151,10 @@ class Answers:
             return self._kept.get(name)
 
 
-def found_of(found: Mapping[str, FoundClass], photo: Path, size: tuple[int, int]) -> Found:
+def found_of(found: Mapping[str, ClassAnswer], photo: Path, size: tuple[int, int]) -> Found:
     """Masks of a photo of (H, W) pixels with their separate objects."""
     classes = {
-        name: FoundMask(one.mask, one.score, find_instances(one.mask, one.soft, LEAST_AREA))
+        name: FoundClass(one.mask, one.score, find_instances(one.mask, one.soft, LEAST_AREA))
         for name, one in found.items()
     }
     return Found(photo, size[1], size[0], classes)

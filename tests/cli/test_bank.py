@@ -164,6 +164,16 @@ def test_what_is_refused(photos: Path, own: Path, tmp_path: Path) -> None:
         (("predict", "--support", pair, "--head", "hsnet", *query), 1, "needs a trained one"),
         (("predict", "--support", pair, "--fusion", "vote", *query), 1, "give it with --checkpoint only"),
         (("predict", "--support", pair, "--format", "coco,svg", *query), 2, "'svg' is none of"),
+        (
+            ("predict", "--support", pair, "--query", photos / "new", "--out", photos / "new", "--watch"),
+            1,
+            "own folder",
+        ),
+        (
+            ("predict", "--support", pair, "--query", tmp_path / "gone", "--out", tmp_path / "out", "--watch"),
+            1,
+            "does not",
+        ),
         (("predict", "--bank", own, "--weights", "random:1", *query), 1, "other weights"),
         (("bank", "new", own), 1, "not empty"),
         (("bank", "add", own), 2, "give photos with masks"),

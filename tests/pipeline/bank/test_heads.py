@@ -141,6 +141,9 @@ def test_what_cannot_be_fitted_is_said(reader, examples, tiled, drawn, learner):
     cut = [Example(tiled.read(photo), mask) for photo, mask in drawn["class 0"][:1]]
     with pytest.raises(ConfigError, match="whole photos"):
         fit(HSNET, cut, Trained.of(learner, SIZE))
+    whole = fit(HSNET, examples[:1], Trained.of(learner, SIZE))
+    with pytest.raises(ConfigError, match="whole photos"):
+        whole.answer(cut[0].features)
 
 
 def test_shares_keep_an_object_of_one_pixel(reader):

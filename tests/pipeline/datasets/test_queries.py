@@ -74,3 +74,15 @@ def test_a_folder_of_other_files_says_what_is_there(folder, tmp_path):
     (tmp_path / "scans" / "1.pdf").touch()
     with pytest.raises(DataError, match=r"holds no photo.*left out 1 file that is no photo here: 1 \.pdf"):
         list_queries([tmp_path / "scans"])
+
+
+def test_a_watched_folder_may_be_empty_and_is_not_told_of(tmp_path, caplog):
+    caplog.set_level("INFO", logger="pipeline")
+    for name in ("a.jpg", "a.png", "notes.txt"):
+        (tmp_path / name).touch()
+    assert [path.name for path in list_queries([tmp_path], watched=True)] == ["a.jpg"]
+    (tmp_path / "none").mkdir()
+    assert len(list_queries([tmp_path / "none"], watched=True)) == 0
+    assert caplog.text == ""
+    with pytest.raises(DataError, match="does not exist"):
+        list_queries([tmp_path / "gone"], watched=True)
