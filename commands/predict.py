@@ -178,6 +178,7 @@ def predict(
     from pipeline.datasets.queries import list_queries
     from pipeline.heads.checkpoint import load_checkpoint
     from pipeline.predict import stage
+    from pipeline.predict.asked import Asked
     from pipeline.predict.prepare import Choices, prepare
     from pipeline.predict.watching import new_tasks
     from pipeline.predict.writing import Outputs
@@ -194,8 +195,9 @@ def predict(
     chosen = pick_device(device, address)
     outputs = Outputs("overlay" in formats and not no_overlay, "soft" in formats)
     started = time.monotonic()
+    asked = Choices(**choices, refine=not no_refine, device="cpu" if on_ray else chosen)
     prepared = prepare(
-        Choices(**choices, refine=not no_refine, device="cpu" if on_ray else chosen),
+        asked,
         bank=None if bank_path is None else Bank(bank_path),
         supports=pairs,
         checkpoint=None if checkpoint_path is None else load_checkpoint(checkpoint_path),
@@ -221,6 +223,7 @@ def predict(
             work,
             photos,
             out,
+            asked=Asked.of(asked, bank_path, checkpoint_path, keep_features),
             supports=prepared.supports,
             pipe=pipe,
             coming=coming,

@@ -50,19 +50,19 @@ allow_host_option = click.option(
 max_mb_option = click.option(
     "--max-mb", type=Whole(), default=64, show_default=True, help="Largest request that is taken, MB."
 )
-head_option = click.option(
+server_options = options(host_option, port_option, token_option, allow_host_option, max_mb_option)
+
+
+@click.command(short_help="A page and annotation tools' interfaces for a bank.")
+@click.argument("bank", type=ANY_PATH)
+@options(server_options, weights_option)
+@click.option(
     "--head",
     type=click.Choice(PHOTO_HEADS[:3]),
     default="auto",
     show_default=True,
     help="What answers. auto: the one that does best on annotated photos left out in turn.",
 )
-server_options = options(host_option, port_option, token_option, allow_host_option, max_mb_option)
-
-
-@click.command(short_help="A page and annotation tools' interfaces for a bank.")
-@click.argument("bank", type=ANY_PATH)
-@options(server_options, weights_option, head_option)
 @click.option("--label-studio", metavar="URL", help="Label Studio whose photos may be fetched, http(s)://host:port.")
 @click.option(
     "--label-studio-token",

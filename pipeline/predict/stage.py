@@ -23,6 +23,7 @@ from hsnet.errors import ConfigError, DataError, HSNetError
 from pipeline.common.runner import read_ahead
 from pipeline.datasets.images import read_photo
 from pipeline.datasets.queries import Queries, names_of
+from pipeline.predict.asked import ASKED, Asked
 from pipeline.predict.trust import Note, Watch
 from pipeline.predict.writing import Result, Said, Task, Work, decisions_in
 
@@ -121,6 +122,7 @@ def predict(
     supports: Mapping[str, Sequence[str]],
     pipe: Pipe = in_process,
     coming: Iterator[Task] | None = None,
+    asked: Asked | None = None,
     on_event: Callable[[int, int], None] | None = None,
     on_result: Callable[[Result], None] | None = None,
 ) -> PredictSummary:
@@ -138,6 +140,7 @@ def predict(
         supports: class -> names of the annotated photos that show it.
         pipe: does the work; in this process by default.
         coming: tasks as they come (`pipeline.predict.watching.new_tasks`), instead of those of `queries`.
+        asked: kept in the folder, so that `hsnet review` predicts as this call.
         on_event: called with (photos done, photos in all).
         on_result: called with every result, once its files are there.
 
@@ -153,6 +156,10 @@ def predict(
     _check_out_dir(out_dir, queries)
     out_dir.mkdir(parents=True, exist_ok=True)
     said = decisions_in(out_dir)
+    if asked is None:
+        (out_dir / ASKED).unlink(missing_ok=True)  # of another call
+    else:
+        asked.write(out_dir)
     work = replace(
         work, decided=frozenset(os.path.abspath(photo) for photo, word in said.items() if word != "rejected")
     )

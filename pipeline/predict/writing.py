@@ -19,7 +19,7 @@ from hsnet.errors import DataError
 from pipeline.annotations.found import Found, FoundClass, Instance
 from pipeline.bank.heads import Coarse, TrainedFit
 from pipeline.bank.kept import kept_features
-from pipeline.bank.reading import Reader, Reading
+from pipeline.bank.reading import Features, Reader, Reading
 from pipeline.common import render
 from pipeline.common.files import read_json, whole
 from pipeline.datasets.queries import clean_name
@@ -137,11 +137,13 @@ class Work:
         """Load the network."""
         return PhotoModel(Reader(self.reading, self.weights, self.device), self.answering)
 
+    def features(self, reader: Reader, path: Path, photo: Image.Image) -> Features:
+        """Of a photo: those that are kept, or by a pass of the network."""
+        return reader.read(photo) if self.keep is None else kept_features(self.keep, reader, path, photo)
+
     def look(self, model: PhotoModel, path: Path, photo: Image.Image) -> dict[str, Coarse]:
         """What the heads answer to a photo."""
-        if self.keep is None:
-            return model.answer(model.reader.read(photo))
-        return model.answer(kept_features(self.keep, model.reader, path, photo))
+        return model.answer(self.features(model.reader, path, photo))
 
     def names(self) -> dict[str, str]:
         """Class -> its part of file names: readable, never twice."""

@@ -197,7 +197,7 @@ class Loop:
         with self.engine.lock:
             if features is None:
                 assert picture is not None
-                features = prepared.model.reader.read(picture)
+                features = prepared.work.features(prepared.model.reader, photo.path, picture)
                 self._keep(number, features)
             if not write:
                 return

@@ -15,6 +15,7 @@ from PIL import Image
 from hsnet.errors import HSNetError, StoreError
 from pipeline.annotations.item import Annotation
 from pipeline.bank.folder import BANK, ITEM, PHOTOS, Added, Bank
+from pipeline.heads.checkpoint import Checkpoint
 from pipeline.predict.model import ClassAnswer
 from pipeline.predict.prepare import Choices, Prepared, prepare
 from pipeline.predict.writing import Outputs
@@ -31,14 +32,24 @@ class Engine:
     Args:
         root: the bank; may still be empty.
         choices: how to answer. Of its classes, or of all if it names none, those that a photo shows are looked for.
+        checkpoint: a trained head, among those that answer.
+        keep: where features of photos are kept, see `pipeline.bank.kept`; None keeps none.
 
     Raises:
         DataError, ConfigError: there is no bank, or it is damaged; see `pipeline.bank.folder.Bank`.
     """
 
-    def __init__(self, root: Path, choices: Choices, outputs: Outputs = Outputs()) -> None:  # noqa: B008
+    def __init__(
+        self,
+        root: Path,
+        choices: Choices,
+        outputs: Outputs = Outputs(),  # noqa: B008
+        *,
+        checkpoint: Checkpoint | None = None,
+        keep: Path | None = None,
+    ) -> None:
         Bank(root)
-        self.root, self._choices, self._outputs = root, choices, outputs
+        self.root, self._choices, self._outputs, self._checkpoint, self._keep = root, choices, outputs, checkpoint, keep
         self.classes = choices.classes
         self.lock = threading.RLock()
         """Held while anything is computed."""
@@ -76,7 +87,9 @@ class Engine:
                 shown = tuple(name for name in names if any(name in photo.item.masks for photo in photos))
                 if shown:
                     choices = dataclasses.replace(self._choices, classes=shown)
-                    self._prepared = prepare(choices, bank=bank, outputs=self._outputs)
+                    self._prepared = prepare(
+                        choices, bank=bank, checkpoint=self._checkpoint, outputs=self._outputs, keep=self._keep
+                    )
                     self._choices = dataclasses.replace(self._choices, weights=self._prepared.work.weights)
                 else:
                     self._prepared = None

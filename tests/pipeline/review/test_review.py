@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes import invoke
+from fakes import invoke, machine
 from PIL import Image
 from tiny_bank import NAME, drawn, make_bank, mask_of, numbers, photo_file
 
@@ -322,6 +322,36 @@ def test_folders_that_cannot_be_reviewed(folder):
     result = invoke("review", folder)
     assert result.exit_code == 1
     assert "hsnet predict --out" in result.stderr
+
+
+def test_the_command_predicts_as_the_folder_was_predicted(ready, folder, monkeypatch):
+    """Without an option of review: then `hsnet predict` finds all masks as it would have made them."""
+    out, bank = folder / "made", folder / "tiny.bank"
+    queries = [part for photo in sorted((ready / "photos").glob("photo-*")) for part in ("--query", photo)]
+    asked = ("--head", "contrast", "--tau", 0.35, "--no-refine", "--least-score", 0, "--tile", 64)
+    asked = ("--bank", bank, *queries, "--out", out, *asked, "--keep-features", folder / "kept")
+    assert invoke("predict", *asked).exit_code == 0
+    loops = []
+
+    def run(make_app, access, what, warm_up):
+        loops.append(warm_up.__self__)
+        if loops[-1].engine is None:
+            return
+        warm_up()
+        wait(loops[0])
+        number = numbers()[2]
+        photo = next(one for one in loops[0].reviewed.photos if one.path.stem == f"photo-{number}")
+        loops[0].correct(photo, {NAME: mask_of(number)})
+        wait(loops[0])
+
+    monkeypatch.setattr("commands.review.run", run)
+    result = invoke("review", out)
+    assert result.exit_code == 0, result.stderr
+    assert loops[0].engine.root == bank
+    assert machine("predict", *asked)["kept"] == 3
+    (out / "predict.json").unlink()
+    assert invoke("review", out).exit_code == 0
+    assert loops[1].engine is None, "nothing says which bank"
 
 
 def test_a_damaged_review_file(folder):
