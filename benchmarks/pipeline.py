@@ -113,6 +113,10 @@ def _bare(backbone: str, size: int, processes: int) -> Iterator[Callable[[int], 
         yield run
 
 
+_network: FrozenBackbone
+_pixels: torch.Tensor
+
+
 def _build_bare(backbone: str, size: int) -> None:
     global _network, _pixels
     torch.set_num_threads(1)

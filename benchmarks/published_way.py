@@ -16,6 +16,7 @@ published, query dimensions come before support dimensions.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -197,13 +198,13 @@ def _correlate(query: Tensor, support: Tensor) -> Tensor:
 
 
 def _vgg_taps(network: nn.Module, x: Tensor, nodes: set[str]) -> Iterator[Tensor]:
-    for number, layer in enumerate(network.features):
+    for number, layer in enumerate(network.get_submodule("features").children()):
         x = layer(x)
         if f"features.{number}" in nodes:
             yield x.clone()
 
 
-def _resnet_taps(network: nn.Module, x: Tensor, nodes: set[str]) -> Iterator[Tensor]:
+def _resnet_taps(network: Any, x: Tensor, nodes: set[str]) -> Iterator[Tensor]:
     x = network.maxpool(network.relu(network.bn1(network.conv1(x))))
     for stage in ("layer1", "layer2", "layer3", "layer4"):
         for number, block in enumerate(getattr(network, stage)):

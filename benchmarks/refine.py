@@ -2,7 +2,7 @@
 
     python -m benchmarks.refine --data NAME=KIND:ROOT[:SPLITS] ... --backbone NAME:SIZE[:WEIGHTS] ... [--sheet OUT.png]
 
-KIND is a reader (pascal, fss, folder). Jobs are those of `benchmarks.practice_jobs`: five annotated photos, head
+KIND is a reader (pascal, fss, folder). Jobs are those of `benchmarks.photo_jobs`: five annotated photos, head
 `tune`, masks at the photos' own size. The first classes drawn (`--tuned-on`) are left out: parameters were chosen on
 them.
 
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from benchmarks.practice_jobs import Answered, answers, draw_jobs, network, open_named
+from benchmarks.photo_jobs import Answered, answers, draw_jobs, new_reader, open_named
 from pipeline.common.render import TRUTH, Panel, masked_panel, sheet
 from pipeline.predict import refine as ours
 
@@ -152,7 +152,7 @@ def picture(answered: Sequence[Answered]) -> Image.Image:
     """Rows of photo, truth, resized and refined."""
     rows = []
     for one in answered:
-        ways = {"resized": bilinear, "refined": ours.refine}
+        ways: dict[str, Way] = {"resized": bilinear, "refined": ours.refine}
         panels = [Panel(one.photo, one.job.class_name), masked_panel(one.photo, one.truth, "truth", colour=TRUTH)]
         for name, way in ways.items():
             said = way(one.margin, one.photo) > 0
@@ -174,24 +174,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     columns, shown = {}, []
     for text in options.backbone:
-        name, size, weights = split_backbone(text)
-        through = network(name, size, weights)
+        name, reader = new_reader(text)
         for data in options.data:
             called, dataset = open_named(data)
             jobs = draw_jobs(called, dataset, options.classes, options.shots, options.queries)[options.tuned_on :]
-            found = [one for job in jobs for one in answers(job, dataset, through)]
-            columns[f"{called}, {name} {size} px"] = compare(found)
+            found = [one for job in jobs for one in answers(job, dataset, reader)]
+            columns[f"{called}, {name}"] = compare(found)
             shown += found[:: max(1, options.queries // 2)]
     print(table(columns))
     if options.sheet:
         picture(shown).save(options.sheet)
-
-
-def split_backbone(text: str) -> tuple[str, int, str | None]:
-    """ "timm:NAME:224:FILE" -> name, size, file or None."""
-    parts = text.split(":")
-    place = next(number for number, part in enumerate(parts) if part.isdecimal())
-    return ":".join(parts[:place]), int(parts[place]), ":".join(parts[place + 1 :]) or None
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from pipeline.heads.checkpoint import load_checkpoint
 from pipeline.predict.model import PhotoModel
 
 
-def main(run: str, classes: str, out: str, support: int = 1, queries: int = 3) -> None:
+def main(run: str, classes: str, out: str) -> None:
+    support, queries = 1, 3
     checkpoint = load_checkpoint(Path(run))
     size = checkpoint.recipe.image_size
     trained = Trained.of(checkpoint.learner(), size)

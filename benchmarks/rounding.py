@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -54,7 +55,7 @@ def ways() -> Iterator[tuple[str, Callable[[Sequence[Tensor]], Levels]]]:
     yield PLAIN, lambda levels: encode(levels, "int8")
     yield "int8", lambda levels: encode(levels, "int8")
     for dtype in ("float32", "float16"):
-        yield dtype, lambda levels, dtype=dtype: encode(levels, dtype)
+        yield dtype, partial(encode, precision=dtype)
         for bits in KEPT_BITS if dtype == "float32" else KEPT_BITS[:-1]:  # float16 has ten
             yield f"{dtype}, BitRound {bits}", _each(BitRound(keepbits=bits), dtype)
         for digits in DIGITS:

@@ -40,6 +40,7 @@ def main(backbone: str, size: int, repeats: int) -> None:
     print(f"{backbone}, {size} px, {torch.get_num_threads()} threads: seconds, median of {repeats} (CPU seconds)")
     with tempfile.TemporaryDirectory() as folder:
         way = Job(backbone, "eval1", size, Path(folder)).build("baseline")
+        assert isinstance(way, PublishedWay)
         runs = stages(way)
         for number in (1, 2):
             step = Job(backbone, f"train{number}", size, Path(folder)).build("baseline").run

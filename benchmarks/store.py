@@ -63,7 +63,8 @@ def measure(precision: str, backbone: str, size: int, images: int, repeats: int,
     store = make_store(scratch / f"{precision}.zarr", recipe, images)
     mapped = map_copy(store, scratch / f"{precision}.bin")
     group = zarr.open_group(str(store.root), mode="r")
-    arrays = [group[f"level{level}"] for level in range(len(recipe.level_shapes()))]
+    arrays: list[Any] = [group[f"level{level}"] for level in range(len(recipe.level_shapes()))]
+    labels: Any = group["label"]
     nbytes, rng = mapped.shape[1], np.random.default_rng(1)
     order: list[int] = []
 
@@ -96,7 +97,7 @@ def measure(precision: str, backbone: str, size: int, images: int, repeats: int,
         "store, a batch": lambda: store.features(batch),
         "mapped file, a batch": lambda: mapped[batch],
         "labels": lambda: store.labels(batch),
-        "labels, zarr": lambda: [group["label"][image] for image in batch],
+        "labels, zarr": lambda: [labels[image] for image in batch],
     }
     rounds: dict[str, list[float]] = {name: [] for name in singles}
     for number in range(-1, repeats):
@@ -104,16 +105,16 @@ def measure(precision: str, backbone: str, size: int, images: int, repeats: int,
         for name, times in timing.alternate(singles, 1, warmup=0).items():
             if number >= 0:
                 rounds[name].append(times.wall[0] / len(order))
-    times = {name: statistics.median(values) for name, values in rounds.items()}
+    seconds = {name: statistics.median(values) for name, values in rounds.items()}
     taken = timing.alternate(others, max(3, repeats // 4))
-    times |= {name: statistics.median(one.wall) / len(batch) for name, one in taken.items()}
+    seconds |= {name: statistics.median(one.wall) / len(batch) for name, one in taken.items()}
     result: dict[str, Any] = {"bytes_per_image": nbytes, "images": images, "batch_images": len(batch)}
-    result["ms_per_image"] = {name: 1000 * value for name, value in times.items()}
-    result["gb_per_s"] = {name: nbytes / value / 1e9 for name, value in times.items() if "labels" not in name}
-    plain = times["mapped file"]
-    result["share_of_mapped_file"] = {name: plain / times[name] for name in singles}
-    result["share_of_mapped_file_with_checksum"] = times["mapped file, checksum"] / times["store, given memory"]
-    result["share_of_mapped_file_batch"] = times["mapped file, a batch"] / times["store, a batch"]
+    result["ms_per_image"] = {name: 1000 * value for name, value in seconds.items()}
+    result["gb_per_s"] = {name: nbytes / value / 1e9 for name, value in seconds.items() if "labels" not in name}
+    plain = seconds["mapped file"]
+    result["share_of_mapped_file"] = {name: plain / seconds[name] for name in singles}
+    result["share_of_mapped_file_with_checksum"] = seconds["mapped file, checksum"] / seconds["store, given memory"]
+    result["share_of_mapped_file_batch"] = seconds["mapped file, a batch"] / seconds["store, a batch"]
     return result
 
 

@@ -195,7 +195,7 @@ def result_path(device: str = "cpu") -> Path:
 
 def record(run: dict[str, Any], measurement: dict[str, Any], path: Path) -> None:
     """Add a measurement to a result file: to the run of the same start time, or to a new one."""
-    stored = read(path) if path.exists() else {"schema": SCHEMA, "runs": []}
+    stored: dict[str, Any] = dict(read(path)) if path.exists() else {"schema": SCHEMA, "runs": []}
     for known in stored["runs"]:
         if known["date"] == run["date"]:
             known["measurements"].append(measurement)

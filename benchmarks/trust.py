@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from benchmarks.practice_jobs import Answered, answers, draw_jobs, network, open_named
-from benchmarks.refine import bilinear, iou, split_backbone
+from benchmarks.photo_jobs import Answered, answers, draw_jobs, new_reader, open_named
+from benchmarks.refine import bilinear, iou
 from pipeline.predict.trust import Agreement, Alike, sureness
 
 
@@ -82,14 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     rows = []
     for text in options.backbone:
-        name, size, weights = split_backbone(text)
-        through = network(name, size, weights)
+        name, reader = new_reader(text)
         for data in options.data:
             called, dataset = open_named(data)
             for job in draw_jobs(called, dataset, options.classes, 5, options.queries):
-                rows.append(
-                    measured(f"{name} {size} px, {called}, {job.class_name}", list(answers(job, dataset, through)))
-                )
+                rows.append(measured(f"{name}, {called}, {job.class_name}", list(answers(job, dataset, reader))))
     print("| Job | masks alike | truths alike | supports agree | sureness | IoU |\n|---|---|---|---|---|---|")
     print("\n".join(row.cells() for row in rows))
     for what, value in correlations(rows).items():

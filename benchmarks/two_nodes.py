@@ -18,8 +18,9 @@ import sysconfig
 import tempfile
 import time
 import venv
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -133,7 +134,7 @@ class Nodes:
 
     def add(self, cpus: int, **resources: int) -> int:
         """Start one more node; returns its number."""
-        said = self._ask({"add": {"num_cpus": cpus, "object_store_memory": 100 << 20, **resources}})
+        said: Any = self._ask({"add": {"num_cpus": cpus, "object_store_memory": 100 << 20, **resources}})
         self.address = said["address"]
         self._pids.append(said["pids"])
         self.ids.append(said["id"])
@@ -206,16 +207,16 @@ def _thin_environment(folder: Path) -> Path:
     return folder / "bin" / "python"
 
 
-def driver(nodes: Nodes, *words: object, **more: object) -> subprocess.Popen[str]:
+def driver(nodes: Nodes, *words: object, **more: Any) -> subprocess.Popen[str]:
     """`hsnet WORDS --address ...` as a process of its own, in the folder of the project."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT, **more}
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT, **more}
     extra = options.pop("env", {})
     command = [sys.executable, "cli.py", *map(str, words), "--address", nodes.address]
     return subprocess.Popen(command, env={**environment, **nodes.environment, **extra}, **options)
 
 
-def until(met, seconds: float, what: str, step: float = 0.05) -> float:
+def until(met: Callable[[], object], seconds: float, what: str, step: float = 0.05) -> float:
     """Wait for something to become true; seconds it took."""
     began = time.monotonic()
     while not met():

@@ -8,26 +8,19 @@ known.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
-from hsnet.similarity import object_shares, positions
+from pipeline.bank.heads import Example, TuneFit
+from pipeline.bank.reading import Reader, Reading
 from pipeline.common.philox import Draws
 from pipeline.datasets import Dataset, open_dataset
-from pipeline.datasets.images import resize_label
-from pipeline.features.backbones import new_recipe, open_backbone
-from pipeline.features.forward import PhotoNetwork
+from pipeline.features.backbones import new_recipe
 from pipeline.features.weights import load_weights
-from pipeline.heads.scene import Scene, grid_of
-from pipeline.heads.segmenters import Segmenter
-from pipeline.heads.tune import carried, distinct, fit_supports
-from pipeline.loading.batch import EpisodeBatch
 
 
 @dataclass(frozen=True)
@@ -51,8 +44,6 @@ class Answered:
     """(h, w) on the backbone's grid, object above 0."""
     ones: NDArray[np.float32]
     """(K, h, w): the same by each support alone."""
-    trained: NDArray[np.float32] | None
-    """(K, h', w'): margins of a trained head by each support, if one was given."""
     photo: Image.Image
     truth: NDArray[np.bool_]
     """(H, W), of the photo's size."""
@@ -65,10 +56,14 @@ def open_named(text: str) -> tuple[str, Dataset]:
     return name, open_dataset(kind, Path(root), Path(splits[0]) if splits else None)
 
 
-def network(backbone: str, image_size: int, weights: str | None) -> PhotoNetwork:
-    """A backbone of the project's by name, size and file of weights (None: the published ones)."""
-    found = load_weights(backbone, weights)
-    return PhotoNetwork(open_backbone(new_recipe(backbone, found, image_size, "float32"), found), image_size)
+def new_reader(text: str, tile: int | None = None) -> tuple[str, Reader]:
+    """ "timm:NAME:224:FILE", without FILE for the published weights -> the name and what reads photos."""
+    parts = text.split(":")
+    place = next(number for number, part in enumerate(parts) if part.isdecimal())
+    backbone, size, file = ":".join(parts[:place]), int(parts[place]), ":".join(parts[place + 1 :]) or None
+    weights = load_weights(backbone, file)
+    reading = Reading(new_recipe(backbone, weights, size, "float32"), tile)
+    return reading.text, Reader(reading, weights)
 
 
 def draw_jobs(
@@ -110,49 +105,14 @@ def _whole(label: NDArray[np.generic], class_id: int, ignore: int, least_share: 
     return not (label == ignore).any() and float((label == class_id + 1).mean()) >= least_share
 
 
-def answers(job: Job, dataset: Dataset, through: PhotoNetwork, head: Segmenter | None = None) -> Iterator[Answered]:
-    """Every query of a job, answered by head `tune` on all supports and on each alone, and by a trained head."""
-    size = (through.image_size, through.image_size)
-    masks = np.stack([resize_label(dataset.label(image) == job.class_id + 1, size) for image in job.supports])
-    with torch.inference_mode():
-        levels = through([dataset.image(image) for image in job.supports])
-        support = positions(levels)
-    shares = object_shares(torch.from_numpy(masks), (levels[-1].shape[2], levels[-1].shape[3]))
-    shots = len(job.supports)
-    batch = EpisodeBatch(levels, levels, torch.from_numpy(masks), torch.from_numpy(masks[:1]), None, shots)
-    scene = Scene(support[0], support, shares, batch)
-    together = _fitted(scene)
-    alone = [_fitted(scene.of([k])) if shares[k].any() else None for k in range(shots)]
+def answers(job: Job, dataset: Dataset, reader: Reader) -> Iterator[Answered]:
+    """Every query of a job, answered by head `tune` on all supports and on each alone."""
+    supports = [
+        Example(reader.read(dataset.image(image)), dataset.label(image) == job.class_id + 1) for image in job.supports
+    ]
+    together, alone = TuneFit.of(supports), [TuneFit.of([one]) for one in supports]
     for image in job.queries:
         photo, truth = dataset.image(image), dataset.label(image) == job.class_id + 1
-        with torch.inference_mode():
-            seen_levels = through([photo])
-            vectors = positions(seen_levels)[0]
-            seen = replace(scene, query=vectors)
-            grid = grid_of(batch)
-            margin = _margin(seen, together).unflatten(0, grid)
-            ones = [
-                (vectors.new_full((len(vectors),), -1.0) if one is None else _margin(seen, one)).unflatten(0, grid)
-                for one in alone
-            ]
-            trained = None
-            if head is not None:
-                logits = head.answer(replace(batch, query=seen_levels)).logits[:, 0]
-                trained = (logits[:, 1] - logits[:, 0]).numpy()
-        yield Answered(job, image, margin.numpy(), torch.stack(ones).numpy(), trained, photo, truth)
-
-
-Cut = tuple[Tensor, Tensor, float]
-
-
-def _fitted(scene: Scene) -> Cut:
-    """Direction, bias and threshold of head `tune`, as `TuneSegmenter.margin` has them."""
-    scene = distinct(scene)
-    fit = fit_supports(scene)
-    direction, bias = fit.solve(scene.support.flatten(0, 1), scene.shares.flatten())
-    return direction, bias, fit.offset
-
-
-def _margin(scene: Scene, cut: Cut) -> Tensor:
-    direction, bias, offset = cut
-    return carried(scene.query @ direction + bias, scene) - offset
+        features = reader.read(photo)
+        ones = np.stack([one.answer(features).maps for one in alone])
+        yield Answered(job, image, together.answer(features).maps, ones, photo, truth)
