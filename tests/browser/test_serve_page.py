@@ -208,6 +208,13 @@ def test_review_accept_correct_by_touch_and_predict_again(browser, folder):
                 """
             )
             assert heights[0] < heights[1], "many photos scroll in their own column"
+            browser.devtools(
+                "Emulation.setDeviceMetricsOverride", width=390, height=600, deviceScaleFactor=1, mobile=False
+            )
+            browser.open(Address(address))
+            until(browser, "return document.body.dataset.open")
+            assert browser.run("return [scrollY, document.documentElement.scrollWidth <= innerWidth]") == [0, True]
+            browser.devtools("Emulation.clearDeviceMetricsOverride")
 
             browser.press("#canvas", "a")
             second = int(

@@ -46,6 +46,13 @@ async function load() {
   list();
 }
 
+// Only the list scrolls: on a narrow screen it is far below the photo.
+function follow(chosen) {
+  if (!chosen) return;
+  const list = chosen.closest(".photos"), around = list.getBoundingClientRect(), own = chosen.getBoundingClientRect();
+  list.scrollTop += Math.min(0, own.top - around.top) + Math.max(0, own.bottom - around.bottom);
+}
+
 const open = attempt(async number => {
   const photo = state.photos[number];
   const start = `/api/photos/${number}`, stamp = `?${Date.now()}`;
@@ -59,7 +66,7 @@ const open = attempt(async number => {
     + (photo.decision ? ` · ${photo.decision}` : "");
   editor.open(picture_, layers);
   list();
-  document.querySelector(".photos .chosen")?.scrollIntoView({ block: "nearest" });
+  follow(document.querySelector(".photos .chosen"));
   for (const name of ["accept", "reject"]) id(name).setAttribute("aria-pressed", photo.decision === `${name}ed`);
   document.body.dataset.open = number;
 });
