@@ -12,7 +12,7 @@ correlation is their inner product as it is. To normalise again what was project
 
 `build_hypercorrelation` is the plain reading of the paper. The pipeline runs what equals it: `correlate_rows` on a
 CPU, which multiplies only the support positions inside the mask, about one in six for a typical object, and
-`correlate_all` on a GPU (both through `hsnet.fused`).
+`correlate_all` on a GPU (both through `hsnet.fused`), which multiplies int8 codes as they are.
 """
 
 from __future__ import annotations
@@ -25,9 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hsnet.errors import ShapeError
+from hsnet.numerics import code_products
 
 EPS = 1e-5
 """Added to every norm, as the published code does. Eq. 2 has none and would be NaN for a masked-out position."""
+
+_AT_ONCE = 1 << 26
+"""Elements of a level's correlations that are computed together in float32 before they are rounded: 268 MB."""
 
 
 def interpolate_mask(mask: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -161,12 +165,24 @@ def correlate_all(
     """`build_hypercorrelation` as one product of the whole batch, in a given precision.
 
     It multiplies every support position, and never asks how many lie inside the mask: on a GPU the answer would cost
-    more than the products.
+    more than the products. There int8 codes are multiplied as codes (`correlate_codes`).
+
+    Args:
+        query: (B, L, H, W, C) features.
+        support: (B K, L, U, V, C) features, unmasked: K supports of the first query, then those of the second, ...
+        mask: (B K, U, V) support masks in [0, 1] at the level's grid.
+        dtype: of the products and of the result. Codes are exact in any.
 
     Returns:
-        (B, L, U, V, H, W) of `dtype`; norms and masks are float32.
+        (B K, L, U, V, H, W) of `dtype`; norms and masks are float32.
+
+    Raises:
+        ShapeError: batch, layers or channels of the three do not fit.
     """
-    _check(query, support, mask)
+    shots = len(support) // max(1, len(query))
+    _check(query, support, mask, shots)
+    if not unit and _keeps_codes(query, support):
+        return correlate_codes(query, support, mask, dtype, eps)
     soft = mask[:, None, :, :, None].float()
     if unit:
         objects, scene = support * (soft > 0), query
@@ -174,9 +190,43 @@ def correlate_all(
         objects, scene = _real(support), _real(query)
         objects = objects * (soft / (soft * torch.linalg.vector_norm(objects, dim=-1, keepdim=True) + eps))
         scene = scene / (torch.linalg.vector_norm(scene, dim=-1, keepdim=True) + eps)
-    rows, columns = (side.to(dtype).flatten(0, 1).flatten(1, 2) for side in (objects, scene))
-    products = torch.bmm(rows, columns.transpose(1, 2)).clamp_(min=0)
-    return products.view(*query.shape[:2], *support.shape[2:4], *query.shape[2:4])
+    rows, columns = (side.to(dtype).flatten(2, 3) for side in (objects, scene))
+    columns = _for_each_support(columns, shots)
+    products = torch.bmm(rows.flatten(0, 1), columns.flatten(0, 1).transpose(1, 2)).clamp_(min=0)
+    return products.view(*support.shape[:4], *query.shape[2:4])
+
+
+def correlate_codes(query: Tensor, support: Tensor, mask: Tensor, dtype: torch.dtype, eps: float = EPS) -> Tensor:
+    """`correlate_all` of int8 codes, whose products are exact whatever `dtype` is; norms and masks come afterwards.
+
+    To normalise first and then round to bfloat16 would cost each of the C factors of a cosine 8 bits. The codes have no
+    more than 8 bits, so their products (`hsnet.numerics.code_products`) lose nothing, and only the finished cosine is
+    rounded to `dtype`. Arguments and result as for `correlate_all`.
+
+    Memory: beside the result, float32 products of `_AT_ONCE` elements, or of one query's supports if that is more.
+    """
+    shots = len(support) // max(1, len(query))
+    _check(query, support, mask, shots)
+    soft = mask[:, None, :, :].float().flatten(2)  # (B K, 1, U V)
+    layers, places = query.shape[1], (support.shape[2] * support.shape[3], query.shape[2] * query.shape[3])
+    result = torch.empty(len(support), layers, *places, dtype=dtype, device=query.device)
+    step = max(1, _AT_ONCE // max(1, shots * layers * places[0] * places[1]))
+    for first in range(0, len(query), step):
+        pairs = slice(first * shots, (first + step) * shots)
+        # bfloat16 holds every code, and half the bytes of float32 go through memory.
+        scenes = query[first : first + step].flatten(2, 3).to(torch.bfloat16)
+        objects = support[pairs].flatten(2, 3).to(torch.bfloat16)
+        scene_factor = 1 / (torch.linalg.vector_norm(scenes, dim=-1, dtype=torch.float32) + eps)
+        norms = torch.linalg.vector_norm(objects, dim=-1, dtype=torch.float32)
+        object_factor = soft[pairs] / (soft[pairs] * norms + eps)
+        scenes, scene_factor = (_for_each_support(part, shots) for part in (scenes, scene_factor))
+        products = code_products(objects.flatten(0, 1), scenes.flatten(0, 1).transpose(1, 2)).unflatten(0, (-1, layers))
+        cosines = products.mul_(object_factor[..., None]).mul_(scene_factor[:, :, None]).clamp_(min=0)
+        if len(cosines) == len(support) and dtype == cosines.dtype:
+            result = cosines
+        else:
+            result[pairs] = cosines
+    return result.view(*support.shape[:4], *query.shape[2:4])
 
 
 def build_pyramid(
@@ -209,18 +259,29 @@ def _real(features: Tensor) -> Tensor:
     return features if features.dtype == torch.float64 else features.float()
 
 
+def _keeps_codes(query: Tensor, support: Tensor) -> bool:
+    """Whether `correlate_all` multiplies codes: not on a CPU, which has `correlate_rows` for them, and whose float32
+    products are as exact."""
+    return query.dtype == support.dtype == torch.int8 and query.device.type != "cpu"
+
+
+def _for_each_support(queries: Tensor, shots: int) -> Tensor:
+    """(B, ...) of queries to (B K, ...), copied only where there are several supports."""
+    return queries if shots == 1 else queries.repeat_interleave(shots, 0)
+
+
 def _multiplies_codes(features: Tensor) -> bool:
     """Whether int8 products are exact and fast here. Older x86 processors add pairs of them in 16 bits and saturate."""
     return features.dtype == torch.int8 and features.device.type == "cpu" and torch.cpu._is_vnni_supported()
 
 
-def _check(query: Tensor, support: Tensor, mask: Tensor) -> None:
+def _check(query: Tensor, support: Tensor, mask: Tensor, shots: int = 1) -> None:
     if query.ndim != 5 or support.ndim != 5:
         raise ShapeError(
             f"Levels must be (B, L, H, W, C), got query {tuple(query.shape)} and support {tuple(support.shape)}."
         )
-    for name, axis in (("batch size", 0), ("layers", 1), ("channels", 4)):
-        if query.shape[axis] != support.shape[axis]:
+    for name, axis, times in (("batch size", 0, shots), ("layers", 1, 1), ("channels", 4, 1)):
+        if times * query.shape[axis] != support.shape[axis]:
             raise ShapeError(f"Query and support differ in {name}: {query.shape[axis]} and {support.shape[axis]}.")
     wanted = (support.shape[0], *support.shape[2:4])
     if mask.shape != wanted:

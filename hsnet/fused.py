@@ -143,13 +143,12 @@ class FusedHSNet(nn.Module):
     def _levels(
         self, query: Sequence[Tensor], support: Sequence[Tensor], mask: Tensor, unit: bool, leave_out: bool
     ) -> Iterator[SparseActivations | Tensor]:
-        shots = len(mask) // len(query[0])
         for scenes, objects in zip(reversed(query), reversed(support), strict=True):
             if leave_out:
                 yield _correlate(scenes, objects, mask, unit, ARITHMETIC[self.arithmetic])
             else:
                 masks = interpolate_mask(mask, (objects.shape[2], objects.shape[3]))
-                yield correlate_all(scenes.repeat_interleave(shots, 0), objects, masks, self._dtype, unit=unit)
+                yield correlate_all(scenes, objects, masks, self._dtype, unit=unit)
 
     def _sparse(self, levels: Iterable[Any], pairs: int) -> Tensor:
         squeezed = [_run(block, rows) for block, rows in zip(self.model.squeeze, levels, strict=True)]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hsnet.correlation import (
@@ -11,11 +11,13 @@ from hsnet.correlation import (
     build_hypercorrelation,
     build_pyramid,
     correlate_all,
+    correlate_codes,
     correlate_rows,
     interpolate_mask,
     prepare_query,
 )
 from hsnet.errors import ShapeError
+from hsnet.numerics import EXACT_CHANNELS, LARGEST_CODE, code_products, sums_in_float32
 
 SIDES = {"res": (9, 5, 3), "vgg": (8, 4, 2), "tiny": (6, 3, 2)}
 
@@ -143,6 +145,133 @@ def test_integer_codes_are_accepted():
     codes = [(x / x.abs().amax(-1, keepdim=True) * 127).round().to(torch.int8) for x in (query, support)]
     exact = build_hypercorrelation(query, support, (mask > 0).double()).float()
     torch.testing.assert_close(correlate_objects(*codes, (mask > 0).float()), exact, rtol=0, atol=0.02)
+
+
+def draw_codes(queries, shots, layers, query, support, seed, channels=5):
+    """Codes as a store has them, the largest of every vector 127; all shots of the first query first."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def codes(count, grid):
+        values = torch.randn(count, layers, *grid, channels, generator=generator)
+        return (values / values.abs().amax(-1, keepdim=True) * 127).round().to(torch.int8)
+
+    mask = torch.rand(queries * shots, *support, generator=generator)
+    mask = mask * (torch.rand(mask.shape, generator=generator) < 0.6)
+    return codes(queries, query), codes(queries * shots, support), mask
+
+
+def in_float64(query, support, mask):
+    shots = len(support) // len(query)
+    return build_hypercorrelation(query.repeat_interleave(shots, 0).double(), support.double(), mask.double())
+
+
+@pytest.fixture(params=["float32 products", "bfloat16 products"])
+def products(request, monkeypatch):
+    """Both ways to multiply codes. A CPU has one of them: the other's operands are what is special about it."""
+    plain = torch.bmm
+
+    def bmm(left, right, out_dtype=None):
+        assert out_dtype is None or left.dtype == right.dtype == torch.bfloat16
+        return plain(left, right) if out_dtype is None else plain(left.to(out_dtype), right.to(out_dtype))
+
+    if request.param == "bfloat16 products":
+        monkeypatch.setattr("hsnet.numerics.sums_in_float32", lambda device: True)
+        monkeypatch.setattr("torch.bmm", bmm)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 3), episodes)
+def test_codes_of_every_position_give_the_plain_result(products, shots, episode):
+    episode = {**episode, "queries": episode["batch"], "shots": shots}
+    del episode["batch"]
+    query, support, mask = draw_codes(**episode)
+    ours = correlate_codes(query, support, mask, torch.float32)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), in_float64(query, support, mask), rtol=0, atol=1e-6)
+
+
+def test_products_of_codes_are_exact_and_only_the_cosine_is_rounded(products):
+    """Errors against float64 at 1,024 channels, beside those of normalising first and rounding each factor."""
+    query, support, mask = draw_codes(2, 2, 2, (5, 5), (4, 4), seed=4, channels=1024)
+    exact = in_float64(query, support, mask)
+    in_float32 = correlate_codes(query, support, mask, torch.float32).double()
+    in_bfloat16 = correlate_codes(query, support, mask, torch.bfloat16)
+    rounded_first = correlate_all(query, support, mask, torch.bfloat16).double()
+    assert in_bfloat16.dtype == torch.bfloat16
+    error, error_first = float((in_float32 - exact).abs().max()), float((rounded_first - exact).abs().max())
+    assert error < 1e-6
+    assert error_first > 1e-4, "what there is to gain"
+    # Half a unit in the last of eight binary digits, of a value that was exact before.
+    assert bool(((in_bfloat16.double() - exact).abs() <= 2**-8 * exact + 1e-6).all())
+    assert float((in_bfloat16.double() - exact).abs().mean()) < 0.5 * float((rounded_first - exact).abs().mean())
+
+
+def test_codes_are_whole_numbers_up_to_the_bound():
+    """The largest sum there can be; one channel more and float32 may lose a bit."""
+    assert EXACT_CHANNELS * LARGEST_CODE**2 <= 2**24 < (EXACT_CHANNELS + 1) * LARGEST_CODE**2
+    largest = torch.full((1, 1, EXACT_CHANNELS), LARGEST_CODE, dtype=torch.int8)
+    assert int(code_products(largest, largest.transpose(1, 2))) == EXACT_CHANNELS * LARGEST_CODE**2
+
+
+def test_codes_are_multiplied_in_parts_that_change_nothing(monkeypatch):
+    query, support, mask = draw_codes(5, 3, 2, (3, 4), (2, 3), seed=5)
+    whole = correlate_codes(query, support, mask, torch.bfloat16)
+    monkeypatch.setattr("hsnet.correlation._AT_ONCE", 2 * 3 * 2 * 12 * 6)  # two queries with three supports each
+    assert torch.equal(correlate_codes(query, support, mask, torch.bfloat16), whole)
+    monkeypatch.setattr("hsnet.correlation._AT_ONCE", 1)
+    assert torch.equal(correlate_codes(query, support, mask, torch.bfloat16), whole)
+    alone = correlate_codes(query[1:2], support[3:6], mask[3:6], torch.bfloat16)
+    assert torch.equal(alone, whole[3:6])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", [torch.float32, torch.int8])
+def test_a_query_of_several_supports_is_that_query_again(dtype, kind):
+    """To the bit: it is normalised once now."""
+    query, support, mask = draw_codes(2, 3, 2, (3, 3), (2, 4), seed=6)
+    query, support = query.to(kind), support.to(kind)
+    for unit in (False, True):
+        shared = correlate_all(query, support, mask, dtype, unit=unit)
+        assert torch.equal(shared, correlate_all(query.repeat_interleave(3, 0), support, mask, dtype, unit=unit))
+
+
+def test_a_gpu_multiplies_codes_and_a_cpu_what_it_did(monkeypatch):
+    query, support, mask = draw_codes(1, 1, 1, (3, 3), (3, 3), seed=7)
+    called = []
+    monkeypatch.setattr("hsnet.correlation.correlate_codes", lambda *given: called.append(given[0].device.type))
+    correlate_all(query, support, mask, torch.float32)
+    assert called == []
+    on_device = [tensor.to("meta") for tensor in (query, support, mask)]
+    correlate_all(*on_device, torch.bfloat16)
+    assert called == ["meta"]
+    assert correlate_all(*on_device, torch.bfloat16, unit=True).shape == (1, 1, 3, 3, 3, 3)
+    assert correlate_all(on_device[0].float(), on_device[1].float(), on_device[2], torch.float32).is_meta
+    assert called == ["meta"], "unit features and floats are no codes"
+
+
+def test_an_empty_mask_has_no_codes(products):
+    query, support, mask = draw_codes(2, 1, 1, (3, 3), (3, 3), seed=2)
+    assert correlate_codes(query, support, torch.zeros_like(mask), torch.bfloat16).count_nonzero() == 0
+
+
+def test_float32_sums_are_found_by_trying(monkeypatch):
+    """A probe, not a version: torch without the product, a device without it, and one that rounds the sums."""
+    cpu, plain = torch.device("cpu"), torch.bmm
+    probe = sums_in_float32.__wrapped__
+    assert not probe(torch.device("meta")), "nothing can be seen of its numbers"
+
+    def missing(left, right):
+        return plain(left, right)
+
+    def wide(left, right, out_dtype):
+        return plain(left.to(out_dtype), right.to(out_dtype))
+
+    def rounding(left, right, out_dtype):
+        return plain(left.float(), right.float()).bfloat16().to(out_dtype)
+
+    for bmm, answer in ((missing, False), (wide, True), (rounding, False)):
+        monkeypatch.setattr("torch.bmm", bmm)
+        assert probe(cpu) is answer
 
 
 @pytest.mark.parametrize(

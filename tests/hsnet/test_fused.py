@@ -1,5 +1,6 @@
 """The fast path against the plain one that explains the model: logits and gradients."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -82,6 +83,30 @@ def test_stored_precisions_equal_the_plain_path_on_the_same_codes(dtype):
         fast, slow = FusedHSNet(net)(query, support, mask), plain(net, query, support, mask)
         exact = plain(net.double(), *([level.double() for level in side] for side in (query, support)), mask)
     assert float((fast - exact).abs().max()) < 3 * float((slow - exact).abs().max()) < 1e-3
+
+
+@pytest.mark.parametrize("arithmetic", ["float32", "bfloat16"])
+def test_codes_of_all_positions_as_a_gpu_multiplies_them(arithmetic, monkeypatch):
+    """Two shots per query: as near to float64 as the plain path; in bfloat16 nearer than what is rounded first."""
+    net = learner(torch.float32)
+    arguments = levels(2, 1, torch.int8), levels(4, 2, torch.int8), masks("disc", "thin", "corner", "disc")
+    with torch.no_grad():
+        before = FusedHSNet(net, arithmetic, sparse=False)(*arguments)
+    monkeypatch.setattr("hsnet.correlation._keeps_codes", lambda query, support: query.dtype == torch.int8)
+    fast = FusedHSNet(net, arithmetic, sparse=False)(*arguments)
+    slow = plain(net, *arguments)
+    with torch.no_grad():
+        precise = [[level.double() for level in side] for side in arguments[:2]]
+        exact = plain(copy.deepcopy(net).double(), *precise, arguments[2])
+    off = float((fast - exact).detach().abs().max())
+    if arithmetic == "float32":
+        assert off < 3 * float((slow - exact).detach().abs().max()) < 1e-3
+        ours, theirs = (torch.cat([part.flatten() for part in gradients(net, logits)]) for logits in (fast, slow))
+        assert float((ours - theirs).norm()) < 1e-4 * float(theirs.norm())
+    else:
+        # What is left is the learner's own rounding, of every layer.
+        assert 0 < float((fast - exact).detach().abs().mean()) < 1.1 * float((before - exact).abs().mean())
+        assert fast.dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
