@@ -95,6 +95,12 @@ def total(kind: str) -> int:
     return int(sum(node["Resources"].get(kind, 0) for node in alive()))
 
 
+def accelerators() -> set[str]:
+    """Kinds of GPUs in the cluster, as far as Ray could name them, such as "A100" and "T4"."""
+    prefix = "accelerator_type:"
+    return {kind.removeprefix(prefix) for node in alive() for kind in node["Resources"] if kind.startswith(prefix)}
+
+
 def places(each: Mapping[str, float]) -> int:
     """Workers that the living machines have room for, if nobody else uses them; `each` takes so much of a resource."""
     return sum(

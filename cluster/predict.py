@@ -14,6 +14,7 @@ import numpy as np
 from ray import cloudpickle
 
 from hsnet.errors import ClusterError, HSNetError
+from hsnet.numerics import set_numerics
 from pipeline.common.runner import one_torch_thread
 from pipeline.datasets.images import read_photo
 from pipeline.predict.writing import Result, Task, Work
@@ -142,6 +143,7 @@ class _Model:
     """The model on its actor: adds what the heads answer, at their own size."""
 
     def __init__(self, references: list[Any]) -> None:
+        set_numerics()
         self.model = _work(references).open()
 
     def __call__(self, batch: Packed) -> Packed:

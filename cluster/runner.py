@@ -14,6 +14,7 @@ from ray import cloudpickle
 
 from cluster.crew import Actors, Crew, Tasks
 from hsnet.errors import ClusterError, HSNetError
+from hsnet.numerics import set_numerics
 from pipeline.common.runner import Failed, failure, free_gpu
 
 T = TypeVar("T")
@@ -104,6 +105,7 @@ def _run(key: str, packed: list[Any], item: Any) -> tuple[bool, Any]:
         if key not in _workers:
             _workers.clear()  # one map at a time: let the previous one's backbone go
             torch.set_num_threads(1)
+            set_numerics()
             _workers[key] = cloudpickle.loads(ray.get(packed[0]))()
         return True, _workers[key](item)
     except HSNetError as error:

@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import shutil
+import socket
 import threading
 import time
 import uuid
@@ -20,6 +21,7 @@ import torch
 from cluster import nodes
 from cluster.session import session
 from hsnet.errors import ClusterError, HSNetError, StoreError
+from hsnet.numerics import has_bfloat16, set_numerics
 from pipeline.common.lock import sole_writer
 from pipeline.common.process_group import Distributed
 from pipeline.heads.config import RunConfig
@@ -400,6 +402,7 @@ def _worker_loop(given: dict[str, Any]) -> None:
     if ray.get(mailbox.failed.remote()):
         return
     torch.set_num_threads(given["threads"])
+    set_numerics()
     ranks = Distributed()
     ray.get(mailbox.join.remote(ranks.rank, ranks.world_size, ray.get_runtime_context().get_node_id()))
     asked, wanted = 0.0, False
@@ -412,6 +415,7 @@ def _worker_loop(given: dict[str, Any]) -> None:
         return wanted
 
     try:
+        _require_bfloat16(given["config"], device)
         summary = fit(
             given["config"],
             given["make_source"](),
@@ -427,3 +431,12 @@ def _worker_loop(given: dict[str, Any]) -> None:
         raise
     if ranks.rank == 0:
         ray.get(mailbox.finish.remote(summary))
+
+
+def _require_bfloat16(config: RunConfig, device: torch.device) -> None:
+    """Refuse what this rank's GPU would only imitate. The driver may not have seen it."""
+    if config.arithmetic == "bfloat16" and device.type == "cuda" and not has_bfloat16(str(device)):
+        raise ClusterError(
+            f"The run calculates in bfloat16, which the {torch.cuda.get_device_name(device)} of "
+            f"{socket.gethostname()} cannot. Begin a run with --arithmetic float32, or train on other GPUs."
+        )

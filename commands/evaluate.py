@@ -35,7 +35,7 @@ from commands.options import (
     ways_option,
     workers_option,
 )
-from commands.steps import emit, open_runner, parse_data_options, pick_device, store_source
+from commands.steps import emit, open_runner, parse_data_options, pick_arithmetic, pick_device, store_source
 from commands.terminal import Progress, fact_lines, plain, set_up_logging, table
 from commands.way_tables import EXPLAINED, background_text, ways_text
 from pipeline.common.text import printable
@@ -192,6 +192,8 @@ def evaluate(
     # A store that grew since still has the lists the manifest was made for.
     make_source = store_source(store, stored.data if stored else None)
     source = make_source()
+    device = pick_device(device, address)
+    tested["arithmetic"] = pick_arithmetic(tested["arithmetic"], device, address)
     plans = [
         plan_evaluation(
             make_source,
@@ -204,7 +206,7 @@ def evaluate(
             fusions=named,
             fusion=dict(choices).get("fusion") or (named[0] if len(named) == 1 else None),
             data_options=parse_data_options(data_options),
-            device=pick_device(device, address),
+            device=device,
             **tested,
         )
         for checkpoint in checkpoints or (None,)

@@ -277,10 +277,11 @@ absent_option = click.option(
 )
 arithmetic_option = click.option(
     "--arithmetic",
-    type=click.Choice(("float32", "bfloat16")),
-    default="float32",
+    type=click.Choice(("auto", "float32", "bfloat16")),
+    default="auto",
     show_default=True,
-    help="Precision of the head's activations; bfloat16 is faster where the processor has it.",
+    help="Precision of the head's activations; bfloat16 is faster where the processor has it. auto: what a run began "
+    "with, else bfloat16 on a GPU that has it, float32 elsewhere.",
 )
 resident_option = click.option(
     "--resident",

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+WITHOUT_BFLOAT16 = frozenset(("K80", "P4", "P100", "V100", "T4"))
+"""NVIDIA's GPUs from before Ampere, as Ray calls them."""
+
 
 def emit(result: Any, text: str, as_json: bool) -> Any:
     """Print a result on stdout, as JSON for machines or as text for people; returns it as JSON values."""
@@ -80,12 +83,15 @@ def _number(text: str) -> int | float | str:
 
 
 def pick_device(name: str, address: str | None = None) -> str:
-    """'auto' becomes the best there is; a device that is not there is an error.
+    """'auto' becomes the best there is; a device that is not there is an error. Decides how it calculates, too.
 
     A cluster's machines may have what this one lacks: with an address, 'auto' is what the cluster has, and said.
     """
     import torch
 
+    from hsnet.numerics import set_numerics
+
+    set_numerics()
     if name == "auto" and address is not None:
         from cluster import nodes
         from cluster.session import session
@@ -100,10 +106,54 @@ def pick_device(name: str, address: str | None = None) -> str:
     if name.startswith("cuda") and address is None:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if int(name[5:] or 0) >= count:
-            raise ConfigError(f"--device {name}: torch sees {count} GPUs here; `hsnet doctor` says why. Use cpu.")
+            there = ", ".join(["cpu", *(f"cuda:{index}" for index in range(count))])
+            build = "" if torch.version.cuda or torch.version.hip else ", a build for CPUs"
+            raise ConfigError(
+                f"--device {name}: torch {torch.__version__}{build}, sees {count} GPUs here; `hsnet doctor` says why. "
+                f"There is: {there}. Nothing was computed."
+            )
     if name == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("--device mps: not available on this machine. Use cpu.")
     return name
+
+
+def pick_arithmetic(name: str, device: str, address: str | None = None, stored: str | None = None) -> str:
+    """'auto' becomes what a run began with (`stored`), or else bfloat16 on a GPU that has it, and is said.
+
+    Raises:
+        ConfigError: the run began in bfloat16, and this GPU has none.
+    """
+    chosen = (stored if name == "auto" else name) or "auto"
+    if chosen == "float32" or not device.startswith("cuda"):
+        return "float32" if chosen == "auto" else chosen
+    lacks = _without_bfloat16(device, address)
+    if lacks and stored == chosen == "bfloat16":
+        raise ConfigError(
+            f"The run began with --arithmetic bfloat16, which {lacks} cannot do. Go on with it on another GPU or with "
+            "--device cpu, or begin another run with --arithmetic float32. Nothing was changed."
+        )
+    if lacks:
+        say = log.info if chosen == "auto" else log.warning
+        say("Arithmetic: float32, because %s has no bfloat16", lacks)
+        return "float32"
+    if chosen == "auto":
+        log.info("Arithmetic: bfloat16, which this GPU has (--arithmetic float32 for the exact and slower one)")
+    return "bfloat16"
+
+
+def _without_bfloat16(device: str, address: str | None) -> str:
+    """The GPU that cannot calculate in bfloat16, "" if none is known; of a cluster by the names that Ray has."""
+    import torch
+
+    from hsnet.numerics import has_bfloat16
+
+    if address is None:
+        return "" if has_bfloat16(device) else torch.cuda.get_device_name(device)
+    from cluster import nodes
+    from cluster.session import session
+
+    with session(address, check=False):
+        return ", ".join(nodes.accelerators() & WITHOUT_BFLOAT16)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from commands.options import (
     store_option,
     workers_option,
 )
-from commands.steps import emit, open_runner, pick_device, store_source
+from commands.steps import emit, open_runner, pick_arithmetic, pick_device, store_source
 from commands.terminal import Progress, set_up_logging, table
 from pipeline.common.text import printable
 
@@ -67,7 +67,7 @@ def supports(
     device = pick_device(device, address)
     make_source = store_source(store)
     source = make_source()
-    method = trained(checkpoint_path, source, device, arithmetic)
+    method = trained(checkpoint_path, source, device, pick_arithmetic(arithmetic, device, address))
     fold = (method.held_out or 0) if fold is None else fold
     with open_runner(workers, address, device) as runner, Progress("supports", "queries", quiet) as progress:
         choice = choose_supports(

@@ -41,6 +41,7 @@ from commands.steps import (
     image_size_for,
     online_source,
     open_data,
+    pick_arithmetic,
     pick_device,
     require_ray,
     stop_on_interrupt,
@@ -212,6 +213,8 @@ def train(
     learner = learner_arguments(source.recipe, **{name: choices.pop(name) for name in LEARNER_CHOICES})
     stored = stored_config(run_dir)
     choices |= training_choices(training_recipe, stored, **given)
+    begun_with = stored.arithmetic if stored else None
+    choices["arithmetic"] = pick_arithmetic(choices["arithmetic"], device, address, begun_with)
     for name in VALIDATION:
         if choices[name] is None:
             del choices[name]

@@ -1,4 +1,8 @@
-"""What a device can calculate exactly."""
+"""How a device calculates: what torch may round without being asked, and what a device can do.
+
+torch's own defaults differ between operations: on a GPU convolutions may round their inputs to TensorFloat-32 (10 bits
+of fraction), matrix products may not. `set_numerics` is the one place where that is decided, `facts` tells it.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,56 @@ from functools import cache
 import torch
 from torch import Tensor
 
+BENCHMARK = False
+"""Whether cuDNN tries its kernels and keeps the fastest. Then the clock chooses how sums are ordered, and the same
+extraction could give other last bits the next time; what it would gain was never measured."""
+
 LARGEST_CODE = 127
 """Of int8 features: their scale is chosen so that -128 never comes up."""
 EXACT_CHANNELS = 2**24 // LARGEST_CODE**2
 """Up to so many channels (1,040) any sum of products of two codes is a whole number below 2^24, which float32 holds."""
+
+
+def set_numerics(benchmark: bool = BENCHMARK) -> None:
+    """Decide, for this process, how torch's products round on a GPU. To be called before a device is used.
+
+    float32 means float32: no TensorFloat-32 in matrix products or convolutions. Every GPU that has TensorFloat-32 has
+    bfloat16, which is faster still and is asked for by its own name (`--arithmetic`). Sums of bfloat16 products are
+    float32 throughout. Nothing of this touches a CPU.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cudnn.benchmark = benchmark
+
+
+def facts() -> dict[str, str]:
+    """Name -> what is true of this process's GPUs now; empty without one."""
+    if not torch.cuda.is_available():
+        return {}
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    settings = {
+        "TF32 in matrix products": torch.backends.cuda.matmul.allow_tf32,
+        "TF32 in convolutions": torch.backends.cudnn.allow_tf32,
+        "sums of bfloat16 products in bfloat16": torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        "cuDNN benchmark": torch.backends.cudnn.benchmark,
+    }
+    return {
+        "GPU": ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names)),
+        "CUDA": str(torch.version.cuda),
+        "cuDNN": str(torch.backends.cudnn.version()),
+        "float32 matrix products": torch.get_float32_matmul_precision(),
+        **{name: "on" if value else "off" for name, value in settings.items()},
+    }
+
+
+def has_bfloat16(device: str) -> bool:
+    """Whether a device calculates in bfloat16 itself: NVIDIA's since Ampere. torch imitates it on others, slowly."""
+    if not device.startswith("cuda"):
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def code_products(left: Tensor, right: Tensor) -> Tensor:

@@ -15,7 +15,10 @@ PROC, GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def environment() -> dict[str, str]:
-    """Name -> version or description, of the program, the packages that it calculates with, and this machine."""
+    """Name -> version or description, of the program, the packages that it calculates with, and this machine.
+
+    Of its GPUs too, and how they calculate (`hsnet.numerics.facts`), in a process that has loaded torch.
+    """
     facts = {"Python": f"{platform.python_version()} ({sys.implementation.name})"}
     for name in (DISTRIBUTION, *PACKAGES):
         try:
@@ -24,6 +27,10 @@ def environment() -> dict[str, str]:
             facts[name] = "not installed"
     facts["system"] = f"{platform.system()} {platform.release()}, {platform.machine()}"
     facts["processor"] = f"{_processor()}, {os.cpu_count()} cores"
+    if "torch" in sys.modules:  # it takes seconds to load, and who has not done so has calculated nothing
+        from hsnet import numerics
+
+        facts |= numerics.facts()
     return facts
 
 

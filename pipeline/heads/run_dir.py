@@ -2,6 +2,7 @@
 
 run/
 ├── config.json            what the run is (`RunConfig`)
+├── environment.json       what it was last worked on with: versions, processor, GPU and how that rounds
 ├── resume.safetensors     weights, Adam's moments, the weights' average if the run has one, and the position:
 │                          all that an exact continuation needs
 ├── last.safetensors       checkpoint of the last save: the average, or the weights where there is none; the backbone's
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from hsnet.errors import CheckpointError, ConfigError
 from hsnet.finetune import FinetunedHSNet
 from pipeline.common.files import PARTIAL, replace_text
+from pipeline.common.machine import environment
 from pipeline.features.recipe import difference_lines
 from pipeline.features.weights import weights_of
 from pipeline.heads.checkpoint import (
@@ -46,6 +48,7 @@ log = logging.getLogger(__name__)
 RESUME = "resume.safetensors"
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
+ENVIRONMENT = "environment.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -86,6 +89,7 @@ class RunDir:
             try:
                 path.mkdir(parents=True, exist_ok=True)
                 replace_text(self._config_file, json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n")
+                replace_text(path / ENVIRONMENT, json.dumps(environment(), indent=1) + "\n")
             except OSError as error:
                 raise CheckpointError(f"Cannot write the run directory {path}: {error.strerror}.") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import inspect
 import json
@@ -285,5 +286,57 @@ def test_a_gpu_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert steps.pick_device("auto") == "cpu"
-    with pytest.raises(ConfigError, match="torch sees 0 GPUs"):
+    with pytest.raises(ConfigError, match=r"sees 0 GPUs here; `hsnet doctor`.*There is: cpu\. Nothing was"):
         steps.pick_device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert steps.pick_device("cuda:1") == "cuda:1"
+    with pytest.raises(ConfigError, match=r"sees 2 GPUs here.*There is: cpu, cuda:0, cuda:1\."):
+        steps.pick_device("cuda:2")
+
+
+def fake_gpu(monkeypatch: pytest.MonkeyPatch, bfloat16: bool) -> None:
+    monkeypatch.setattr("hsnet.numerics.has_bfloat16", lambda device: bfloat16)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "Fake 2080")
+
+
+def test_arithmetic_is_bfloat16_on_a_gpu_that_has_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    assert steps.pick_arithmetic("auto", "cpu") == "float32"
+    assert steps.pick_arithmetic("bfloat16", "cpu") == "bfloat16"
+    assert not caplog.messages
+    fake_gpu(monkeypatch, bfloat16=True)
+    assert steps.pick_arithmetic("auto", "cuda:1") == "bfloat16"
+    assert "Arithmetic: bfloat16, which this GPU has (--arithmetic float32 for" in caplog.text
+    assert steps.pick_arithmetic("float32", "cuda") == "float32"
+    # A run keeps its own, on any device; what is asked for by name is left to the run to refuse.
+    for device in ("cuda", "cpu"):
+        assert steps.pick_arithmetic("auto", device, stored="float32") == "float32"
+        assert steps.pick_arithmetic("auto", device, stored="bfloat16") == "bfloat16"
+        assert steps.pick_arithmetic("float32", device, stored="bfloat16") == "float32"
+
+
+def test_a_gpu_without_bfloat16_falls_back_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    fake_gpu(monkeypatch, bfloat16=False)
+    for name in ("auto", "bfloat16"):
+        caplog.clear()
+        assert steps.pick_arithmetic(name, "cuda") == "float32"
+        assert caplog.messages == ["Arithmetic: float32, because Fake 2080 has no bfloat16"]
+    assert caplog.records[0].levelname == "WARNING", "asked for by name"
+    with pytest.raises(ConfigError, match=r"began with --arithmetic bfloat16, which Fake 2080 cannot.*Nothing was"):
+        steps.pick_arithmetic("auto", "cuda", stored="bfloat16")
+
+
+def test_the_gpus_of_a_cluster_are_known_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cluster import nodes
+
+    monkeypatch.setattr("cluster.session.session", lambda address, check: contextlib.nullcontext())
+    for kinds, chosen in ((["A100", "L4"], "bfloat16"), (["A100", "T4"], "float32"), ([], "bfloat16")):
+        there = [{"Alive": True, "Resources": {"GPU": 1, f"accelerator_type:{kind}": 1}} for kind in kinds]
+        monkeypatch.setattr(nodes, "alive", lambda there=there: there)
+        assert steps.pick_arithmetic("auto", "cuda", "head:6379") == chosen

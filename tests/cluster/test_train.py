@@ -3,12 +3,14 @@
 import functools
 import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from cluster import nodes
-from cluster.train import Size, _reason, _Watch, fit_on_ray
+from cluster.train import Size, _reason, _require_bfloat16, _Watch, fit_on_ray
 from hsnet.backbone import FrozenBackbone
 from hsnet.errors import ClusterError, ConfigError, DataError
 from pipeline.datasets.shapes import Shapes
@@ -171,3 +173,13 @@ def test_the_reason_of_a_failure_is_the_line_that_names_it():
     assert _reason(GroupError("Training failed due to worker errors:")) == "RuntimeError: out of memory."
     assert _reason(ValueError("one\ntwo")) == "two."
     assert _reason(None) == "it ended without a result."
+
+
+def test_a_rank_refuses_a_gpu_that_would_imitate_bfloat16(config, monkeypatch):
+    monkeypatch.setattr("cluster.train.has_bfloat16", lambda device: False)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "Fake 2080")
+    half = replace(config, arithmetic="bfloat16")
+    with pytest.raises(ClusterError, match=r"bfloat16, which the Fake 2080 of .* cannot.*--arithmetic float32"):
+        _require_bfloat16(half, torch.device("cuda:0"))
+    for given, device in ((config, "cuda:0"), (half, "cpu")):
+        _require_bfloat16(given, torch.device(device))

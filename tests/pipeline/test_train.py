@@ -16,6 +16,7 @@ from hsnet.errors import CheckpointError, ConfigError, HSNetError, ShapeError, S
 from hsnet.fused import FusedHSNet
 from hsnet.loss import episode_losses
 from hsnet.model import HSNet, resize_logits
+from pipeline.common.machine import environment
 from pipeline.common.process_group import Distributed
 from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.datasets.shapes import Shapes
@@ -77,6 +78,7 @@ def test_a_run_leaves_checkpoints_metrics_and_its_configuration(whole_run, tiny_
     assert best.info.scores["miou"] == summary.best_miou
     assert any(path.joinpath("tensorboard").iterdir())
     assert json.loads((path / "config.json").read_text())["batch_size"] == 4
+    assert json.loads((path / "environment.json").read_text()) == environment()
 
 
 @pytest.mark.slow

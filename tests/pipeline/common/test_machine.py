@@ -1,6 +1,7 @@
 """What a process may use: of a machine and of the containers around it, by files as the kernel shows them."""
 
 import os
+import sys
 
 import pytest
 
@@ -94,3 +95,11 @@ def test_this_machine_is_plausible():
     free, total = machine.memory()
     assert 1 << 28 < free <= total < 1 << 46
     assert machine.cores() > 0
+
+
+def test_an_environment_says_how_the_gpu_rounds(monkeypatch):
+    monkeypatch.setattr("hsnet.numerics.facts", lambda: {"TF32 in convolutions": "off"})
+    assert machine.environment()["TF32 in convolutions"] == "off"
+    assert "system" in machine.environment()
+    monkeypatch.delitem(sys.modules, "torch")
+    assert "TF32 in convolutions" not in machine.environment(), "nothing was calculated"
