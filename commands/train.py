@@ -186,13 +186,14 @@ def train(
             "Nothing was changed."
         )
     from pipeline.episodes.scenes import novel_photos
+    from pipeline.episodes.stream import steps_per_epoch
     from pipeline.features.backbones import Reading, new_recipe
     from pipeline.features.weights import load_weights
     from pipeline.heads.config import VALIDATION, RunConfig
     from pipeline.heads.learner import LEARNER_CHOICES, learner_arguments
     from pipeline.heads.run_dir import run_data, stored_config
     from pipeline.heads.training import PUBLISHED, training_choices
-    from pipeline.train import Event, Validated, fit, steps_per_epoch, training_stream
+    from pipeline.train import Event, Validated, fit, training_stream
 
     device = pick_device(device, address)
     make_source: Callable[[], FeatureSource]

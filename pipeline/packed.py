@@ -215,7 +215,8 @@ def _learn(trainer: Trainer, step: int, batch: EpisodeBatch, correlations: Corre
 
 def _finish(trainer: Trainer, step: int, total: Tensor, seconds: float, waited: float) -> None:
     before = time.perf_counter()
-    trainer.book(trainer.finish(step, total, lambda: seconds + time.perf_counter() - before, waited))
+    trainer.finish(step, total, lambda: seconds + time.perf_counter() - before, waited)
+    trainer.book()
 
 
 def _load(

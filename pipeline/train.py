@@ -6,7 +6,6 @@ micro-batch or how often it was interrupted: a run is its configuration.
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -24,10 +23,11 @@ from hsnet.fused import Correlations, FusedHSNet
 from hsnet.loss import episode_losses
 from hsnet.metrics import foreground_background_iou, mean_iou, sum_by_class
 from hsnet.model import HSNet
+from pipeline.common.figures import READ_STEPS, Unread
 from pipeline.common.files import clear_partials
 from pipeline.common.lock import sole_writer
 from pipeline.common.process_group import Alone, Ranks
-from pipeline.episodes.stream import Episode, EpisodeStream
+from pipeline.episodes.stream import Episode, EpisodeStream, batch_numbers
 from pipeline.features.recipe import difference_lines
 from pipeline.heads.config import RunConfig, features_of
 from pipeline.heads.run_dir import Position, RunDir
@@ -98,6 +98,7 @@ def fit(
     micro_batch: int | None = None,
     prefetch_depth: int = 2,
     resident: str = "off",
+    read_every: int | None = None,
     stop: Callable[[], bool] = lambda: False,
     on_event: Callable[[Event], None] | None = None,
 ) -> FitSummary:
@@ -111,15 +112,18 @@ def fit(
             steps up to rounding.
         prefetch_depth: micro-batches read ahead on a background thread; 0 reads in line.
         resident: keep the images of the run in memory, see `pipeline.loading.resident.keep`. Changes no step.
-        stop: asked before every step; True on any rank saves and returns.
-        on_event: called on rank 0 with `StepDone` and `Validated`.
+        read_every: steps whose losses are read together, and told then; by default each on a CPU and `READ_STEPS` on
+            other devices, which would wait. Whatever it is, they are read before a validation and before a save, so
+            that weights that are not numbers are never kept. Changes no step.
+        stop: asked before every step; True on any rank saves and returns, in a group at the next reading.
+        on_event: called on rank 0 with `StepDone` and `Validated`, in order.
 
     Raises:
         ConfigError: another run is in `run_dir`; no such fold; a class with one image; features of another recipe.
         StoreError: another process is training in `run_dir`.
     """
     ranks = ranks or Alone()
-    with opened_trainer(config, source, run_dir, ranks, device, micro_batch, on_event, resident) as trainer:
+    with opened_trainer(config, source, run_dir, ranks, device, micro_batch, on_event, resident, read_every) as trainer:
         started = time.monotonic()
         finished = trainer.run_steps(stop, prefetch_depth)
     return trainer.summary(finished, time.monotonic() - started)
@@ -135,6 +139,7 @@ def opened_trainer(
     micro_batch: int | None,
     on_event: Callable[[Event], None] | None,
     resident: str = "off",
+    read_every: int | None = None,
 ) -> Iterator[Trainer]:
     """A run where it stands, held for writing inside the block. Arguments and errors are those of `fit`."""
     stream, selection = check_run(config, source)
@@ -169,6 +174,7 @@ def opened_trainer(
             device=device,
             micro_batch=max(1, (micro_batch or config.batch_size) // config.directions),
             on_event=on_event,
+            read_every=read_every or (1 if device == "cpu" else READ_STEPS),
         )
         with trainer:
             yield trainer
@@ -198,25 +204,6 @@ def make_model(config: RunConfig, source: FeatureSource) -> HSNet:
         return HSNet(**config.learner_arguments)
     backbone = FinetunedBackbone(config.recipe.backbone, source.backbone.weights())
     return FinetunedHSNet(backbone, **config.learner_arguments)
-
-
-def batch_numbers(step: int, batch_size: int, epoch_length: int) -> range:
-    """Episode numbers of an optimiser step, counted from 0.
-
-    Every epoch is one pass over the training list; its last batch is shorter, as in the published code
-    (14 episodes for PASCAL fold 0).
-
-    >>> [list(batch_numbers(step, 2, 5)) for step in range(4)]
-    [[0, 1], [2, 3], [4], [5, 6]]
-    """
-    epoch, number = divmod(step, steps_per_epoch(batch_size, epoch_length))
-    first = epoch * epoch_length
-    return range(first + number * batch_size, min(first + (number + 1) * batch_size, first + epoch_length))
-
-
-def steps_per_epoch(batch_size: int, epoch_length: int) -> int:
-    """Optimiser steps of one pass over the training list."""
-    return -(-epoch_length // batch_size)
 
 
 def training_stream(config: RunConfig, source: FeatureSource) -> EpisodeStream:
@@ -268,10 +255,12 @@ class Trainer:
     micro_batch: int
     """Episodes per forward pass."""
     on_event: Callable[[Event], None] | None
+    read_every: int
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
 
     def __post_init__(self) -> None:
-        self.resumed_at = self.position.step
+        self.resumed_at = self.made = self.position.step
+        self.unread = Unread(self.ranks)
         arithmetic, model = self.config.arithmetic, self.model
         if isinstance(model, FinetunedHSNet):
             self.fused: FusedHSNet = FusedFinetunedHSNet(model, arithmetic, self.config.both_directions)
@@ -326,26 +315,52 @@ class Trainer:
         parts = (part for step in remaining for part in self.parts(step))
         with closing(prefetch(self.source, parts, prefetch_depth, self.novel)) as loaded:
             self._saved = time.monotonic()
+            wanted = bool(self.ranks.sum(torch.tensor(int(stop()))) > 0)
             for step in remaining:
-                if self._any_rank(stop()):
+                if wanted:
                     self.save()
                     return False
-                self.book(self._step(step, loaded))
+                self._step(step, loaded)
+                wanted = self.book(stop)
         return True
 
-    def book(self, done: StepDone) -> None:
-        """Note a step that was made; validate and save when it is time."""
-        config, position = self.config, self.position
-        position.step = done.step
-        self.losses.append(done.loss)
-        self._report(done)
-        last = position.step == config.steps
-        validate = self.selection is not None and (last or position.step % config.validate_every == 0)
-        if validate:
-            self._validate()
-        if validate or last or time.monotonic() - self._saved > SAVE_SECONDS:
-            self.save()
-            self._saved = time.monotonic()
+    def book(self, stop: Callable[[], bool] = lambda: False) -> bool:
+        """After a step: read, validate and save when it is time. Whether it is known that a rank wants to stop."""
+        config, wanted, alone = self.config, False, self.ranks.world_size == 1
+        last = self.made == config.steps
+        validate = self.selection is not None and (last or self.made % config.validate_every == 0)
+        # The same steps on every rank: they read together.
+        if validate or last or self.made % self.read_every == 0:
+            wanted = self.read(not alone and stop())
+            if validate:
+                self._validate()
+            if validate or last or time.monotonic() - self._saved > SAVE_SECONDS:
+                self.save()
+                self._saved = time.monotonic()
+        return stop() if alone else wanted
+
+    def read(self, stop: bool = False) -> bool:
+        """Tell what the steps since the last reading came to; whether any rank wants to stop.
+
+        Raises:
+            HSNetError: a loss or a gradient was not a number, and the weights are not since. The last save has none.
+        """
+        if not self.unread:
+            return stop
+        figures, wanted = self.unread.read(stop)
+        for each in figures:
+            if not each.finite:  # all ranks see the same and stop together
+                raise HSNetError(
+                    f"Loss or gradient of step {each.step} is not a number. The last save is unharmed; try a lower "
+                    f"--lr."
+                )
+            numbers = batch_numbers(each.step - 1, self.config.episodes_per_step, self.stream.epoch_length)
+            loss = each.loss / (len(numbers) * self.config.directions)
+            self.position.step = each.step
+            self.losses.append(loss)
+            rate = rate_at(self.config, each.step - 1)
+            self._report(StepDone(each.step, self.config.steps, loss, each.seconds, each.waited, rate, each.gradient))
+        return wanted
 
     def _mine(self, step: int) -> tuple[list[Episode], int]:
         """This rank's episodes of a step, and how many all ranks have together."""
@@ -361,7 +376,7 @@ class Trainer:
         for start in range(0, len(mine), self.micro_batch):
             yield mine[start : start + self.micro_batch]
 
-    def _step(self, step: int, loaded: Iterator) -> StepDone:
+    def _step(self, step: int, loaded: Iterator) -> None:
         started, waited = time.perf_counter(), 0.0
         mine, _ = self._mine(step)
         total = self.begin()
@@ -372,7 +387,7 @@ class Trainer:
             batch = self.placed(batch)
             waited += time.perf_counter() - before
             total += self.learn(step, batch, sync=number == count - 1)
-        return self.finish(step, total, lambda: time.perf_counter() - started, waited)
+        self.finish(step, total, lambda: time.perf_counter() - started, waited)
 
     def placed(self, batch: EpisodeBatch) -> EpisodeBatch:
         """A batch on the device, decoded, in both directions if the run wants them."""
@@ -382,7 +397,8 @@ class Trainer:
     def begin(self) -> Tensor:
         """Forget the last step's gradients; a sum of losses to add to."""
         self.optimiser.zero_grad(set_to_none=True)
-        return torch.zeros((), dtype=torch.float64)
+        kind = torch.float32 if self.device.startswith("mps") else torch.float64  # which it has not
+        return torch.zeros((), dtype=kind, device=self.device)
 
     def learn(
         self, step: int, batch: EpisodeBatch, sync: bool = True, correlations: Correlations | None = None
@@ -402,40 +418,20 @@ class Trainer:
             novel = batch.novel if self._ignores_novel else None
             losses = episode_losses(logits, batch.target, batch.ignore, self.config.boundary, novel)
             (losses.sum() * weight).backward()
-        total = torch.zeros((), dtype=torch.float64)
-        return total + losses.detach().sum().double().cpu() if mine else total
+        return losses.detach().sum() if mine else losses.new_zeros(())
 
-    def finish(self, step: int, total: Tensor, seconds: Callable[[], float], waited: float) -> StepDone:
-        """Update the weights; `total` is the sum of the step's losses here.
-
-        Raises:
-            HSNetError: the loss or the gradient is not a number; the weights are as they were.
-        """
-        _, episodes = self._mine(step)
-        loss = float(self.ranks.sum(total)) / (episodes * self.config.directions)
+    def finish(self, step: int, total: Tensor, seconds: Callable[[], float], waited: float) -> None:
+        """Update the weights; `total` is the sum of the step's losses here. Looks at no number (`read` does)."""
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-        # Before the update: weights that are not numbers would be saved. All ranks see the same and stop together.
-        if not math.isfinite(loss) or not torch.isfinite(norm):
-            raise HSNetError(
-                f"Loss or gradient of step {step + 1} is not a number. The last save is unharmed; try a lower --lr."
-            )
         if self.config.clip:
             nn.utils.clip_grads_with_norm_(parameters, self.config.clip, norm)
-        rate = rate_at(self.config, step)
-        set_rate(self.optimiser, rate)
+        set_rate(self.optimiser, rate_at(self.config, step))
         self.optimiser.step()
         if self.average:
             self.average.update(self.model, step + 1)
-        return StepDone(
-            step=step + 1,
-            steps=self.config.steps,
-            loss=loss,
-            seconds=seconds(),
-            waited=waited,
-            learning_rate=rate,
-            gradient=float(norm),
-        )
+        self.made = step + 1
+        self.unread.add(self.made, total, norm, seconds(), waited)
 
     def _validate(self) -> None:
         assert self.selection is not None
@@ -445,16 +441,16 @@ class Trainer:
         size = self.config.batch_size
         episodes = [self.selection[number] for number in numbers]
         class_ids = self.selection.class_ids
-        totals = torch.zeros(len(class_ids), 2, 2, dtype=torch.int64)
+        counted = [torch.zeros(0, 2, 2, dtype=torch.int64, device=self.device)]
         segmenter = LearnedSegmenter(judged, self.config.arithmetic)
         groups = (episodes[start : start + size] for start in range(0, len(episodes), size))
-        for drawn, batch in prefetch(self.source, groups, 1):
+        for _, batch in prefetch(self.source, groups, 1):
             batch = batch.to(self.device)
             if isinstance(judged, FinetunedHSNet):
                 batch = batch.read_by(judged.backbone)
-            counts = segmenter.answer(batch).count(batch)
-            totals += sum_by_class(counts.cpu(), [episode.class_id for episode in drawn], class_ids)
-        totals = self.ranks.sum(totals)
+            counted.append(segmenter.answer(batch).count(batch))
+        mine = sum_by_class(torch.cat(counted).cpu(), [episode.class_id for episode in episodes], class_ids)
+        totals = self.ranks.sum(mine)
         self.model.train()
         miou, fb_iou = mean_iou(totals), foreground_background_iou(totals)
         position, better = self.position, miou > self.position.best_miou
@@ -466,11 +462,10 @@ class Trainer:
         self._report(Validated(position.step, miou, fb_iou, better))
 
     def save(self) -> None:
+        """Save, after a look at whether the weights are fit to be."""
+        self.read()
         if self.ranks.rank == 0:
             self.run.save(self.model, self.optimiser, self.position, self.average.model if self.average else None)
-
-    def _any_rank(self, flag: bool) -> bool:
-        return bool(self.ranks.sum(torch.tensor(int(flag))) > 0)
 
     def _report(self, event: Event) -> None:
         if self.ranks.rank != 0:

@@ -273,3 +273,22 @@ def _require_groups(index: DatasetIndex, where: str, pools: dict[int, tuple[int,
                 f"of other groups. Use fewer shots, add photos of other groups, or take `groups` out of dataset.yaml. "
                 f"Nothing was computed."
             )
+
+
+def batch_numbers(step: int, batch_size: int, epoch_length: int) -> range:
+    """Episode numbers of an optimiser step, counted from 0.
+
+    Every epoch is one pass over the training list; its last batch is shorter, as in the published code
+    (14 episodes for PASCAL fold 0).
+
+    >>> [list(batch_numbers(step, 2, 5)) for step in range(4)]
+    [[0, 1], [2, 3], [4], [5, 6]]
+    """
+    epoch, number = divmod(step, steps_per_epoch(batch_size, epoch_length))
+    first = epoch * epoch_length
+    return range(first + number * batch_size, min(first + (number + 1) * batch_size, first + epoch_length))
+
+
+def steps_per_epoch(batch_size: int, epoch_length: int) -> int:
+    """Optimiser steps of one pass over the training list."""
+    return -(-epoch_length // batch_size)

@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import signal
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -17,9 +18,10 @@ from hsnet.fused import FusedHSNet
 from hsnet.loss import episode_losses
 from hsnet.model import HSNet, resize_logits
 from pipeline.common.machine import environment
-from pipeline.common.process_group import Distributed
+from pipeline.common.process_group import Alone, Distributed
 from pipeline.datasets.index import DatasetIndex, Split
 from pipeline.datasets.shapes import Shapes
+from pipeline.episodes.stream import batch_numbers, steps_per_epoch
 from pipeline.heads.checkpoint import load_checkpoint, read_tensors
 from pipeline.heads.config import TRAINING, RunConfig, skipped_digest
 from pipeline.heads.segmenters import LearnedSegmenter
@@ -28,11 +30,11 @@ from pipeline.loading.batch import load_batch
 from pipeline.loading.source import OnlineSource
 from pipeline.train import (
     StepDone,
+    Trainer,
     Validated,
-    batch_numbers,
     fit,
+    opened_trainer,
     selection_stream,
-    steps_per_epoch,
     training_stream,
 )
 
@@ -155,7 +157,7 @@ def test_prefetch_changes_nothing(whole_run, tiny_config, tiny_source, tmp_path)
     assert_same_run(whole_run[0], tmp_path / "run", atol=0)
 
 
-def gloo_rank(rank, world_size, file, config, recipe, shapes, state_dict, path, stops=(100,)):
+def gloo_rank(rank, world_size, file, config, recipe, shapes, state_dict, path, stops=(100,), read_every=None):
     """One process of a group, which begins the run once for each of `stops`: the number of events to stop after."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world_size)
@@ -163,7 +165,8 @@ def gloo_rank(rank, world_size, file, config, recipe, shapes, state_dict, path, 
     for stop_after in stops:
         events = []
         stop = lambda events=events, n=stop_after: len(events) >= n  # noqa: E731
-        fit(config, source, path, ranks=Distributed(), micro_batch=2, stop=stop, on_event=events.append)
+        ranks = Distributed()
+        fit(config, source, path, ranks=ranks, micro_batch=2, read_every=read_every, stop=stop, on_event=events.append)
     torch.distributed.destroy_process_group()
 
 
@@ -543,9 +546,11 @@ def test_micro_batches_keep_the_batch_in_both_directions(stable_run, tiny_config
 def test_two_ranks_average_the_same_weights(
     stable_run, tiny_config, tiny_source, tiny_recipe, tiny_shapes, squeezenet, tmp_path
 ):
-    """Two gloo processes, stopped after two steps and started again: as in one process, up to rounding."""
-    config, two = tiny_config(steps=6, **STABLE), tmp_path / "two"
-    run_group(tmp_path / "group", config, tiny_recipe, tiny_shapes, squeezenet.state_dict, two, (3, 100))
+    """Two gloo processes that read two or three steps together, stopped and started again: as in one process, up to
+    rounding. They validate after four steps and after the last."""
+    config, two = replace(tiny_config(steps=6, **STABLE), validate_every=4), tmp_path / "two"
+    run_group(tmp_path / "group", config, tiny_recipe, tiny_shapes, squeezenet.state_dict, two, (2, 100), 3)
+    assert len(losses(two)) == 6
     np.testing.assert_allclose(losses(two), losses(stable_run[0]), rtol=0, atol=2e-4)
     for name, value in weights(stable_run[0]).items():
         torch.testing.assert_close(weights(two)[name], value, rtol=0, atol=2e-3, msg=name)
@@ -571,3 +576,93 @@ def test_a_run_of_an_earlier_version_goes_on(whole_run, tiny_config, tiny_source
         fit(tiny_config(steps=6, average=0.9), tiny_source, path)
     assert fit(tiny_config(steps=6), tiny_source, path).resumed_at == 2
     assert_same_run(whole_run[0], path, atol=0)
+
+
+class Counting(Alone):
+    """Alone, with a count of what a group would send."""
+
+    def __init__(self, world_size=1):
+        self.world_size, self.sums = world_size, 0
+
+    def sum(self, tensor):
+        self.sums += 1
+        return tensor
+
+
+@pytest.mark.parametrize("every", [2, 5, 100])
+def test_losses_that_are_read_seldom_are_those_of_every_step(
+    stable_run, tiny_config, tiny_source, tmp_path, every, monkeypatch
+):
+    """The same losses, weights and validations to the bit; events in order; one message for several steps.
+
+    Validations are at steps 2, 4 and 6, before which everything is read.
+    """
+    monkeypatch.setattr("pipeline.train.SAVE_SECONDS", 0.0)  # a save whenever there may be one
+    events, ranks, config = [], Counting(), tiny_config(steps=6, **STABLE)
+    fit(config, tiny_source, tmp_path / "run", ranks=ranks, read_every=every, on_event=events.append)
+    assert_same_run(stable_run[0], tmp_path / "run", atol=0)
+    mine, theirs = resume_file(tmp_path / "run"), resume_file(stable_run[0])
+    assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+    names = [(type(event).__name__, event.step) for event in events]
+    step, validated = "StepDone", "Validated"
+    assert names == [(step, 1), (step, 2), (validated, 2), (step, 3), (step, 4), (validated, 4), *names[6:]]
+    assert names[6:] == [(step, 5), (step, 6), (validated, 6)]
+    assert [event.loss for event in events if isinstance(event, StepDone)] == losses(stable_run[0])
+    assert [e.gradient for e in events if isinstance(e, StepDone)] == [e.gradient for e in stable_run[1]]
+    reads = {2: 3, 5: 4, 100: 3}[every]  # those of validations; every five, step 5 as well
+    assert ranks.sums == reads + 3 + 2, "validations, the position at the start and the wish to stop"
+
+
+def test_a_stop_reads_what_was_not_read_and_the_run_goes_on_to_the_bit(stable_run, tiny_config, tiny_source, tmp_path):
+    config, path = replace(tiny_config(steps=6, **STABLE), validate_every=6), tmp_path / "run"
+    for stop_at, read_every in ((1, 5), (2, 100)):
+        asked, events = iter(range(100)), []
+        summary = fit(
+            config, tiny_source, path, read_every=read_every, on_event=events.append,
+            stop=lambda asked=asked, n=stop_at: next(asked) >= n,
+        )  # fmt: skip
+        assert len(events) == stop_at, "told before it is saved"
+    assert (summary.resumed_at, summary.steps) == (1, 3)
+    assert fit(config, tiny_source, path, read_every=4).resumed_at == 3
+    np.testing.assert_array_equal(losses(path), losses(stable_run[0]))
+    assert all(torch.equal(value, weights(stable_run[0])[name]) for name, value in weights(path).items())
+
+
+@pytest.mark.parametrize("way", ["end", "validation", "stop"])
+def test_weights_that_are_no_numbers_are_never_saved(tiny_config, tiny_source, tmp_path, way, monkeypatch):
+    """The loss of step 3 is none, and nobody looks at it until something is to be kept."""
+    config = tiny_config(steps=5, validate_every=4 if way == "validation" else 100, validate_episodes=1)
+    path, taken = tmp_path / "run", Trainer.learn
+    fit(replace(config, steps=1), tiny_source, path)
+    saved = {file.name: file.read_bytes() for file in path.glob("*.safetensors")}
+
+    def learn(self, step, *arguments, **named):
+        return taken(self, step, *arguments, **named) * (float("nan") if step == 2 else 1)
+
+    monkeypatch.setattr(Trainer, "learn", learn)
+    events, asked = [], iter(range(100))
+    stop = (lambda: next(asked) == 3) if way == "stop" else lambda: False
+    with pytest.raises(HSNetError, match=r"step 3 is not a number. The last save is unharmed"):
+        fit(config, tiny_source, path, read_every=100, stop=stop, on_event=events.append)
+    assert [event.step for event in events] == [2], "those before it are told"
+    assert {file.name: file.read_bytes() for file in path.glob("*.safetensors")} == saved
+
+
+def test_a_step_on_a_device_looks_at_no_number(tiny_config, tiny_source, tmp_path, monkeypatch):
+    """Tensors of the device "meta" have none: whoever asks for one gets an error, as `read` does."""
+    monkeypatch.setattr(FusedHSNet, "_autocast", lambda self, device: nullcontext())
+    config = tiny_config(steps=4, select_on="none", **{**STABLE, "clip": 0.5})
+    stream = training_stream(config, tiny_source)
+    given = {"ranks": Alone(), "device": "meta", "micro_batch": 4, "on_event": None, "read_every": 20}
+    monkeypatch.setattr("pipeline.train.keep", lambda source, *_: source)
+    with opened_trainer(config, tiny_source, tmp_path / "run", **given) as trainer:
+        batch = trainer.placed(load_batch(tiny_source, [stream[0], stream[1]]))
+        for step in range(3):
+            total = trainer.begin()
+            total += trainer.learn(step, batch)
+            trainer.finish(step, total, lambda: 0.0, 0.0)
+            assert not trainer.book()
+        assert len(trainer.unread) == 3
+        assert all(parameter.is_meta for parameter in trainer.model.parameters())
+        with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+            trainer.read()
