@@ -154,6 +154,7 @@ def opened_trainer(
             held.enter_context(sole_writer(run_dir))
             clear_partials(run_dir)
         source = keep(source, images_of(config, source), resident, device, ranks.rank, ranks.world_size)
+        ranks.sum(torch.tensor(0))  # waits: the first rank may still be writing what it was stopped at
         position = run.load(model, optimiser, average.model if average else None)
         if int(ranks.sum(torch.tensor(position.step))) != position.step * ranks.world_size:
             raise CheckpointError(

@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import signal
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -24,6 +25,7 @@ from pipeline.datasets.shapes import Shapes
 from pipeline.episodes.stream import batch_numbers, steps_per_epoch
 from pipeline.heads.checkpoint import load_checkpoint, read_tensors
 from pipeline.heads.config import TRAINING, RunConfig, skipped_digest
+from pipeline.heads.run_dir import RunDir
 from pipeline.heads.segmenters import LearnedSegmenter
 from pipeline.heads.training import rate_at
 from pipeline.loading.batch import load_batch
@@ -162,6 +164,9 @@ def gloo_rank(rank, world_size, file, config, recipe, shapes, state_dict, path, 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world_size)
     source = OnlineSource(shapes, FrozenBackbone("squeezenet1_1", state_dict), recipe)
+    save = RunDir.save
+    # A slow disk: whoever goes on at once must not find what was there before.
+    RunDir.save = lambda *given: (time.sleep(0.5), save(*given))
     for stop_after in stops:
         events = []
         stop = lambda events=events, n=stop_after: len(events) >= n  # noqa: E731
