@@ -7,7 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, overload
+
+import torch
+from torch import Tensor
 
 from hsnet.errors import ConfigError, DataError
 from pipeline.common.machine import environment
@@ -22,6 +25,9 @@ from pipeline.heads.scene import require_background
 from pipeline.heads.segmenters import Segmenter
 from pipeline.loading.resident import keep
 from pipeline.loading.source import FeatureSource, StoreSource
+
+if TYPE_CHECKING:
+    from pipeline.datasets import Dataset
 
 BLOCK = 25
 """Episodes that are planned together; a worker gets several blocks if they are quick."""
@@ -125,6 +131,45 @@ T = TypeVar("T")
 R = TypeVar("R")
 L = TypeVar("L", bound=Loaded)
 Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class WithMasks(Generic[L]):
+    """Episodes as tensors, with what the data set says of their queries at their own size."""
+
+    batch: L
+    labels: tuple[Tensor, ...] | None
+    """Label map (H, W) int32 of every query, as `Dataset.label` gives it; None: answers are scored at network size."""
+
+    def to(self, device: str) -> WithMasks[L]:
+        """All of it on a device."""
+        labels = None if self.labels is None else tuple(label.to(device, non_blocking=True) for label in self.labels)
+        return WithMasks(self.batch.to(device), labels)
+
+
+def with_masks(
+    source: FeatureSource,
+    episodes: Sequence[Episode],
+    *,
+    load: Callable[[FeatureSource, Sequence[Episode]], L],
+    dataset: Dataset | None,
+) -> WithMasks[L]:
+    """Read episodes, and decode the masks of their queries: on the thread that reads ahead, not beside the head."""
+    batch = load(source, episodes)
+    if dataset is None:
+        return WithMasks(batch, None)
+    decoded = (dataset.label(episode.query).astype("int32") for episode in episodes)
+    return WithMasks(batch, tuple(torch.from_numpy(label) for label in decoded))
+
+
+@dataclass(frozen=True)
+class PartRows:
+    """Rows of episodes that were answered together, before anybody has looked at their numbers."""
+
+    figures: Tensor
+    """(n,) int64 on the device that answered."""
+    rows: Callable[[Tensor], Rows]
+    """The rows, from the figures on the host; numbers their episodes from 0."""
 
 
 def index_of(plan: EvaluationPlan) -> DatasetIndex:
@@ -235,7 +280,7 @@ def answered(
     plan: EvaluationPlan,
     blocks: Blocks,
     load: Callable[[FeatureSource, Sequence[Episode]], L],
-    part_rows: Callable[[Segmenter, L, Sequence[Episode], Block, DatasetIndex], Rows],
+    part_rows: Callable[[Segmenter, L, Sequence[Episode], Block, DatasetIndex], PartRows],
     keep_rows: Callable[[Sequence[Block], Rows], R],
     runner: Runner | None = None,
     on_event: Callable[[int, int], None] | None = None,
@@ -245,7 +290,7 @@ def answered(
 
     Args:
         load: reads episodes that are answered together; `part_rows` answers them, once they are on the plan's device,
-            and numbers its rows' episodes from 0; `keep_rows` is called where that was done with blocks that follow
+            without waiting for its numbers; `keep_rows` is called where that was done with blocks that follow
             each other in one test, and what it returns is yielded. All must be picklable for Ray.
         runner: where; in this process by default.
         on_event: called with (episodes done, episodes in all).
@@ -296,7 +341,7 @@ def _rows(
     source: FeatureSource,
     blocks: Sequence[Block],
     load: Callable[[FeatureSource, Sequence[Episode]], L],
-    part_rows: Callable[[Segmenter, L, Sequence[Episode], Block, DatasetIndex], Rows],
+    part_rows: Callable[[Segmenter, L, Sequence[Episode], Block, DatasetIndex], PartRows],
     device: str,
 ) -> tuple[list[Rows], float]:
     """(rows of each block, seconds per block); the next episodes are read while these are predicted."""
@@ -305,11 +350,25 @@ def _rows(
     parts = [(place, start) for place, b in enumerate(blocks) for start in range(0, len(b.episodes), step(b))]
     reads = (blocks[place].episodes[start : start + step(blocks[place])] for place, start in parts)
     rows: list[Rows] = [[] for _ in blocks]
+    waiting: list[tuple[int, PartRows]] = []
+    spent = 0.0
     with closing(read_ahead(partial(load, source), reads, READ_AHEAD, "prefetch")) as loaded:
         for (place, start), (episodes, batch) in zip(parts, loaded, strict=True):
             block, began = blocks[place], time.monotonic()
-            part = part_rows(segmenter, batch.to(device), episodes, block, source.index)
-            seconds = (time.monotonic() - began) / len(episodes)
-            for row in part:
-                rows[place].append({**row, "episode": block.first + start + row["episode"], "seconds": seconds})
+            waiting.append((start, part_rows(segmenter, batch.to(device), episodes, block, source.index)))
+            last = start + len(episodes) == len(block.episodes)
+            found = _looked_at([part.figures for _, part in waiting]) if last else []
+            spent += time.monotonic() - began
+            if not last:
+                continue
+            seconds = spent / len(block.episodes)
+            for (first, part), figures in zip(waiting, found, strict=True):
+                for row in part.rows(figures):
+                    rows[place].append({**row, "episode": block.first + first + row["episode"], "seconds": seconds})
+            waiting, spent = [], 0.0
     return rows, (time.monotonic() - started) / len(blocks)
+
+
+def _looked_at(figures: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Figures of several parts on the host, in one copy: a device works ahead until somebody asks for a number."""
+    return torch.cat(list(figures)).cpu().split([len(part) for part in figures])

@@ -17,7 +17,7 @@ from pipeline.common.runner import Runner
 from pipeline.datasets.index import DatasetIndex
 from pipeline.episodes.protocols import Policy
 from pipeline.episodes.stream import Episode
-from pipeline.evaluate.blocks import BLOCK, Block, Blocks, Drawn, L, Rows, answered
+from pipeline.evaluate.blocks import BLOCK, Block, Blocks, Drawn, L, PartRows, Rows, answered
 from pipeline.evaluate.parts import Part, PartFolder, PartWriter
 from pipeline.evaluate.plan import EvaluationPlan
 from pipeline.heads.segmenters import Segmenter
@@ -103,7 +103,7 @@ def keep_answers(
     plan: EvaluationPlan,
     tests: Sequence[Drawn],
     load: Callable[[FeatureSource, Sequence[Episode]], L],
-    part_rows: Callable[[Segmenter, L, Sequence[Episode], Block, DatasetIndex], Rows],
+    part_rows: Callable[[Segmenter, L, Sequence[Episode], Block, DatasetIndex], PartRows],
     keeping: Keeping,
     *,
     folder: PartFolder | None = None,

@@ -30,7 +30,9 @@ from pipeline.episodes.stream import Episode
 from pipeline.evaluate.blocks import (
     Block,
     Blocks,
+    PartRows,
     Rows,
+    WithMasks,
     answered,
     asked_of,
     drawn,
@@ -38,11 +40,12 @@ from pipeline.evaluate.blocks import (
     fusions_of,
     index_of,
     skipped_in,
+    with_masks,
 )
 from pipeline.evaluate.keeping import Keeping, decided_by, keep_answers, same_in_all
 from pipeline.evaluate.parts import Part, PartFolder, in_order, part_folder, require_own_rows, write_rows
 from pipeline.evaluate.plan import EvaluationPlan, require_ways
-from pipeline.evaluate.stage import Rules, combined
+from pipeline.evaluate.stage import Rules, combined, joined, originals_of
 from pipeline.heads.segmenters import Answers, Segmenter
 from pipeline.loading.batch import WaysBatch, load_ways
 from pipeline.scores.rows import METADATA
@@ -116,7 +119,7 @@ def evaluate_ways(
         chosen = fit_background(plan, runner=runner, on_event=on_event and (lambda done, _: on_event(done, total)))
     else:
         chosen = Background(float(background or 0.0))
-    rules = Rules(plan.fold, fusions, protocol, plan.dataset, plan.device)
+    rules = Rules(plan.fold, fusions, protocol, plan.dataset)
     make_rows = partial(_part_rows, rules=rules, background=chosen.score)
     event = on_event and (lambda done, _: on_event(extra + done, total))
     facts = {
@@ -126,10 +129,12 @@ def evaluate_ways(
     }
     columns = schema().with_metadata({METADATA: json.dumps(facts, sort_keys=True)})
 
+    load = partial(with_masks, load=load_ways, dataset=plan.dataset)
+
     def run(folder: PartFolder | None) -> list[Part]:
         keeping = Keeping(schema(), same_in_all(facts), folder.writer if folder else None, True, None)
         return keep_answers(
-            plan, tests, load_ways, make_rows, keeping, folder=folder, runner=runner, on_event=event
+            plan, tests, load, make_rows, keeping, folder=folder, runner=runner, on_event=event
         )  # fmt: skip
 
     if out is None:
@@ -189,14 +194,18 @@ def _fit_rows(
     block: Block,
     index: DatasetIndex,
     places: Mapping[int, int],
-) -> Rows:
+) -> PartRows:
     size = (batch.truth.shape[1], batch.truth.shape[2])
     answers = [segmenter.answer(batch.of_class(place)) for place in range(batch.ways)]
     margins = torch.stack([_margin(answer.logits[0], size) for answer in answers], 1)
     device = margins.device
     rows = torch.tensor([[places[c] for c, _ in episode.classes] for episode in episodes], device=device)
     counts = tried_counts(margins, _order(episodes, device), batch.truth, rows, len(places), batch.batch.ignore)
-    return [{"episode": 0, "counts": counts.cpu()}]
+    return PartRows(counts.flatten(), partial(_fit_row, shape=counts.shape))
+
+
+def _fit_row(figures: Tensor, shape: torch.Size) -> Rows:
+    return [{"episode": 0, "counts": figures.view(shape)}]
 
 
 def _summed(blocks: Sequence[Block], rows: Rows) -> Tensor:
@@ -205,42 +214,61 @@ def _summed(blocks: Sequence[Block], rows: Rows) -> Tensor:
 
 def _part_rows(
     segmenter: Segmenter,
-    batch: WaysBatch,
+    loaded: WithMasks[WaysBatch],
     episodes: Sequence[Episode],
     block: Block,
     index: DatasetIndex,
     rules: Rules,
     background: float,
-) -> Rows:
-    """Rows of episodes that are predicted together, numbered from 0."""
+) -> PartRows:
+    """Rows of episodes that are predicted together."""
+    batch = loaded.batch
     size = (batch.truth.shape[1], batch.truth.shape[2])
     asked = asked_of(block.shots, rules.fusions)
     answers = [_lowered(segmenter.answer(batch.of_class(place), *asked), background) for place in range(batch.ways)]
     order = _order(episodes, batch.truth.device)
     ways, ignore = batch.ways, batch.batch.ignore
-    cases = [(shots, fusion) for shots in block.shots for fusion in rules.fusions]
-    counts = {}
-    for case in cases:
+    counts: dict[tuple[int, str], dict[Policy, Tensor]] = {}
+    originals = originals_of(loaded.labels, episodes, rules, _truth)
+    for case in ((shots, fusion) for shots in block.shots for fusion in rules.fusions):
         labels = _labels(answers, slice(None), size, case, order, rules)
         counts[case] = _counts("network", labels, batch.truth, ways, ignore)
-    pixels = torch.stack([(batch.truth == place + 1).flatten(1).sum(1) for place in range(ways)], 1).tolist()
+        there = []
+        for number, (truth, left_out) in enumerate(originals):
+            own = slice(number, number + 1)
+            labels = _labels(answers, own, (truth.shape[1], truth.shape[2]), case, order[own], rules)
+            there.append(_counts("original", labels, truth, ways, left_out))
+        counts[case] |= joined(there)
+    pixels = torch.stack([(batch.truth == place + 1).flatten(1).sum(1) for place in range(ways)], 1)
+    return PartRows(
+        torch.cat([pixels.flatten(), *(cells.flatten() for some in counts.values() for cells in some.values())]),
+        partial(_rows, kinds={case: tuple(policies) for case, policies in counts.items()}, ways=ways,
+                episodes=episodes, block=block, index=index, fold=rules.fold),
+    )  # fmt: skip
+
+
+def _rows(
+    figures: Tensor,
+    kinds: Mapping[tuple[int, str], Sequence[Policy]],
+    ways: int,
+    episodes: Sequence[Episode],
+    block: Block,
+    index: DatasetIndex,
+    fold: int,
+) -> Rows:
+    """Rows from the object pixels of every episode and class, and its confusions of every kind."""
+    size = len(episodes)
+    pixels = figures[: size * ways].view(size, ways).tolist()
+    confusions = iter(figures[size * ways :].view(-1, size, (ways + 1) ** 2).tolist())
+    by_case = {case: {policy: next(confusions) for policy in policies} for case, policies in kinds.items()}
     rows = []
     for number, episode in enumerate(episodes):
         classes = [class_id for class_id, _ in episode.classes]
-        original = _original(episode, rules)
-        for case in cases:
-            shots, fusion = case
-            values = {policy: cells[number] for policy, cells in counts[case].items()}
-            if original is not None:
-                truth, left_out = original
-                own = slice(number, number + 1)
-                labels = _labels(answers, own, (truth.shape[1], truth.shape[2]), case, order[own], rules)
-                cells = _counts("original", labels, truth, ways, left_out)
-                values |= {policy: found[0] for policy, found in cells.items()}
+        for (shots, fusion), values in by_case.items():
             rows.append(
                 {
                     "episode": number,
-                    "fold": rules.fold,
+                    "fold": fold,
                     "seed": block.seed,
                     "shots": shots,
                     "fusion": fusion,
@@ -251,7 +279,7 @@ def _part_rows(
                     "absent": episode.absent,
                     "object_pixels": pixels[number],
                     "manifest": block.manifests[shots],
-                    **{counts_column(policy): cells.flatten().tolist() for policy, cells in values.items()},
+                    **{counts_column(policy): cells[number] for policy, cells in values.items()},
                 }
             )
     return rows
@@ -305,18 +333,14 @@ def _order(episodes: Sequence[Episode], device: torch.device) -> Tensor:
 
 
 def _counts(resolution: str, labels: Tensor, truth: Tensor, ways: int, ignore: Tensor | None) -> dict[Policy, Tensor]:
-    everything = confusion(labels, truth, ways).cpu()
-    kept = everything if ignore is None else confusion(labels, truth, ways, ignore).cpu()
+    everything = confusion(labels, truth, ways)
+    kept = everything if ignore is None else confusion(labels, truth, ways, ignore)
     return {Policy(resolution, ignore=True): kept, Policy(resolution, ignore=False): everything}
 
 
-def _original(episode: Episode, rules: Rules) -> tuple[Tensor, Tensor | None] | None:
-    """(truth, ignore) of the query at its own size, each (1, H, W)."""
-    if rules.dataset is None:
-        return None
-    index = rules.dataset.index
-    label = torch.from_numpy(rules.dataset.label(episode.query).astype("int64"))[None].to(rules.device)
-    truth = torch.zeros_like(label)
+def _truth(label: Tensor, episode: Episode) -> Tensor:
+    """0, or n + 1 where a label map shows the class at place n of the episode."""
+    truth = torch.zeros_like(label, dtype=torch.int64)
     for place, (class_id, _) in enumerate(episode.classes):
-        truth[label == class_id + 1] = place + 1
-    return truth, label == index.ignore_label if index.has_ignore else None
+        truth.masked_fill_(label == class_id + 1, place + 1)
+    return truth

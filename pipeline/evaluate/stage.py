@@ -31,7 +31,20 @@ from pipeline.episodes.drawing import of_protocol
 from pipeline.episodes.manifest import MANIFEST_FORMAT
 from pipeline.episodes.protocols import Policy, Protocol
 from pipeline.episodes.stream import Episode
-from pipeline.evaluate.blocks import Block, Drawn, asked_of, drawn, facts_of, fusions_of, index_of, skipped_in
+from pipeline.evaluate.blocks import (
+    Block,
+    Drawn,
+    PartRows,
+    Rows,
+    WithMasks,
+    asked_of,
+    drawn,
+    facts_of,
+    fusions_of,
+    index_of,
+    skipped_in,
+    with_masks,
+)
 from pipeline.evaluate.keeping import Keeping, Tally, decided_by, keep_answers, same_in_all
 from pipeline.evaluate.parts import Part, PartFolder, in_order, part_folder, require_own_rows, write_rows
 from pipeline.evaluate.plan import EvaluationPlan
@@ -94,7 +107,6 @@ class Rules:
     protocol: Protocol
     dataset: Dataset | None
     """Gives full-size masks; None scores at network size only."""
-    device: str
 
 
 def evaluate(
@@ -196,13 +208,13 @@ class _Work:
         in_memory: bool = False,
     ) -> list[Part]:
         plan, protocol = self.plan, self.plan.protocol
-        rules = Rules(plan.fold, self.fusions, protocol, plan.dataset, plan.device)
+        rules = Rules(plan.fold, self.fusions, protocol, plan.dataset)
         headline = protocol.policy, protocol.fusion
         keeping = Keeping(schema(), same_in_all(self.facts), folder.writer if folder else None, in_memory, headline)
         return keep_answers(
             plan,
             self.tests,
-            load_batch,
+            partial(with_masks, load=load_batch, dataset=plan.dataset),
             partial(_part_rows, rules=rules),
             keeping,
             folder=folder,
@@ -250,39 +262,59 @@ def _scores(
 
 def _part_rows(
     segmenter: Segmenter,
-    batch: EpisodeBatch,
+    loaded: WithMasks[EpisodeBatch],
     episodes: Sequence[Episode],
     block: Block,
     index: DatasetIndex,
     rules: Rules,
-) -> list[dict[str, Any]]:
-    """Rows of episodes that are predicted together, numbered from 0."""
+) -> PartRows:
+    """Rows of episodes that are predicted together."""
+    batch = loaded.batch
     size = (batch.target.shape[1], batch.target.shape[2])
     answers = segmenter.answer(batch, *asked_of(block.shots, rules.fusions))
-    counts = {}
+    counts: dict[tuple[int, str], dict[Policy, Tensor]] = {}
+    originals = originals_of(loaded.labels, episodes, rules, _truth)
     for shots, fusion in itertools.product(block.shots, rules.fusions):
         masks = combined(answers, slice(None), size, shots, fusion, rules)
         counts[shots, fusion] = _counts("network", masks, batch.target, batch.ignore)
-    pixels = batch.target.flatten(1).sum(1).tolist()
+        own = []
+        for number, (target, ignore) in enumerate(originals):
+            size_there = (target.shape[1], target.shape[2])
+            mask = combined(answers, slice(number, number + 1), size_there, shots, fusion, rules)
+            own.append(_counts("original", mask, target, ignore))
+        counts[shots, fusion] |= joined(own)
+    pixels = batch.target.flatten(1).sum(1)
+    return PartRows(
+        torch.cat([pixels, *(four.flatten() for policies in counts.values() for four in policies.values())]),
+        partial(_rows, kinds={case: tuple(policies) for case, policies in counts.items()},
+                episodes=episodes, block=block, index=index, fold=rules.fold),
+    )  # fmt: skip
+
+
+def _rows(
+    figures: Tensor,
+    kinds: Mapping[tuple[int, str], Sequence[Policy]],
+    episodes: Sequence[Episode],
+    block: Block,
+    index: DatasetIndex,
+    fold: int,
+) -> Rows:
+    """Rows from the object pixels of every episode, and its four counts of every kind."""
+    pixels = figures[: len(episodes)].tolist()
+    counts = iter(figures[len(episodes) :].view(-1, len(episodes), 4).tolist())
+    by_case = {case: {policy: next(counts) for policy in policies} for case, policies in kinds.items()}
     rows = []
     for number, episode in enumerate(episodes):
-        original = _original(episode, rules)
-        for (shots, fusion), policies in counts.items():
-            values = {policy: four[number] for policy, four in policies.items()}
-            if original is not None:
-                target, ignore = original
-                size = (target.shape[1], target.shape[2])
-                mask = combined(answers, slice(number, number + 1), size, shots, fusion, rules)
-                values |= {policy: four[0] for policy, four in _counts("original", mask, target, ignore).items()}
+        for (shots, fusion), policies in by_case.items():
             columns = {
                 name: value
-                for policy, four in values.items()
-                for name, value in zip(count_columns(policy), four.flatten().tolist(), strict=True)
+                for policy, fours in policies.items()
+                for name, value in zip(count_columns(policy), fours[number], strict=True)
             }
             rows.append(
                 {
                     "episode": number,
-                    "fold": rules.fold,
+                    "fold": fold,
                     "seed": block.seed,
                     "shots": shots,
                     "fusion": fusion,
@@ -299,10 +331,35 @@ def _part_rows(
 
 
 def _counts(resolution: str, masks: Tensor, target: Tensor, ignore: Tensor | None) -> dict[Policy, Tensor]:
-    """Counts (B, 2, 2) int64 by both policies of a resolution; masks and target (B, H, W)."""
-    everything = count(masks, target).cpu()
-    kept = everything if ignore is None else count(masks, target, ignore).cpu()
+    """Counts (B, 2, 2) int64 by both policies of a resolution, on their device; masks and target (B, H, W)."""
+    everything = count(masks, target)
+    kept = everything if ignore is None else count(masks, target, ignore)
     return {Policy(resolution, ignore=True): kept, Policy(resolution, ignore=False): everything}
+
+
+def joined(counts: Sequence[Mapping[Policy, Tensor]]) -> dict[Policy, Tensor]:
+    """Counts of single episodes, (1, ...) each, as those of all of them; nothing of none."""
+    return {policy: torch.cat([some[policy] for some in counts]) for policy in (counts[0] if counts else ())}
+
+
+def originals_of(
+    labels: Sequence[Tensor] | None,
+    episodes: Sequence[Episode],
+    rules: Rules,
+    truth: Callable[[Tensor, Episode], Tensor],
+) -> list[tuple[Tensor, Tensor | None]]:
+    """(truth, ignore) of every query at its own size, each (1, H, W); none where no labels were read."""
+    if labels is None or rules.dataset is None:
+        return []
+    index = rules.dataset.index
+    return [
+        (truth(label, episode)[None], (label == index.ignore_label)[None] if index.has_ignore else None)
+        for label, episode in zip(labels, episodes, strict=True)
+    ]
+
+
+def _truth(label: Tensor, episode: Episode) -> Tensor:
+    return label == episode.class_id + 1
 
 
 def combined(answers: Answers, chosen: slice, size: tuple[int, int], shots: int, fusion: str, rules: Rules) -> Tensor:
@@ -313,12 +370,3 @@ def combined(answers: Answers, chosen: slice, size: tuple[int, int], shots: int,
         logits = answers.joint[shots] if shots > 1 else answers.logits[0]
         return foreground(resize_logits(logits[chosen], size), tau, strict)
     return fuse(answers.logits[:shots, chosen], size, fusion, tau, strict, rules.protocol.normalise)
-
-
-def _original(episode: Episode, rules: Rules) -> tuple[Tensor, Tensor | None] | None:
-    """(target, ignore) of the query at its own size, each (1, H, W) bool."""
-    if rules.dataset is None:
-        return None
-    index = rules.dataset.index
-    label = torch.from_numpy(rules.dataset.label(episode.query).astype("int32"))[None].to(rules.device)
-    return label == episode.class_id + 1, label == index.ignore_label if index.has_ignore else None

@@ -1,5 +1,8 @@
 """One pass gives every policy, fewer shots and every fusion; a protocol says which is the headline."""
 
+import threading
+import time
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,8 +18,9 @@ from pipeline.datasets.unseen import unseen_classes
 from pipeline.episodes.drawing import PlannedTest, make, of_protocol
 from pipeline.episodes.manifest import episodes_in
 from pipeline.episodes.protocols import FUSIONS, POLICIES, Policy, resolve
+from pipeline.evaluate import blocks
 from pipeline.evaluate.plan import EvaluationPlan
-from pipeline.evaluate.stage import evaluate, score
+from pipeline.evaluate.stage import Rules, _part_rows, evaluate, score
 from pipeline.heads.catalogue import Method
 from pipeline.heads.cosine import CosineSegmenter
 from pipeline.heads.segmenters import LearnedSegmenter
@@ -235,3 +239,63 @@ def test_other_episodes_in_a_pass_hardly_matter(tiny_source, monkeypatch, step):
         assert {name: mine[name] for name in ("episode", "query", "supports", "object_pixels", "manifest")} == {
             name: other[name] for name in ("episode", "query", "supports", "object_pixels", "manifest")
         }
+
+
+def test_masks_are_decoded_ahead_and_each_once(with_ignore, monkeypatch):
+    """On the thread that reads, in the episodes' order, and not all of them before the first answer."""
+    monkeypatch.setattr(blocks, "BLOCK", 4)
+    decoded, at_first_answer = [], []
+
+    class Listening(Stretched):
+        def label(self, image):
+            decoded.append((image, threading.current_thread()))
+            return super().label(image)
+
+    class Waiting:
+        def __init__(self):
+            self.inner = learner()
+
+        def answer(self, batch, joint=(), alone=None):
+            time.sleep(0.05)  # whoever reads may run ahead as far as it can
+            at_first_answer.append(len(decoded))
+            return self.inner.answer(batch, joint)
+
+    rows = run(with_ignore, Waiting, dataset=Listening(with_ignore), episodes=40).rows.to_pylist()
+    names = [with_ignore.index.images[image] for image, _ in decoded]
+    assert sorted(names) == sorted(row["query"] for row in rows)
+    assert threading.main_thread() not in {thread for _, thread in decoded}
+    assert at_first_answer[0] <= 4 * (1 + blocks.READ_AHEAD) + 4, "a block in use, one ahead, one being read"
+    assert rows == [
+        row | {"seconds": rows[number]["seconds"]}
+        for number, row in enumerate(run(with_ignore, dataset=Stretched(with_ignore), episodes=40).rows.to_pylist())
+    ]
+
+
+def test_a_block_is_looked_at_once_when_it_is_done(with_ignore, monkeypatch):
+    """Three parts of a block, two sizes, two fusions: one copy to the host."""
+    looked, taken = [], blocks._looked_at
+
+    def counting(figures):
+        looked.append(len(figures))
+        return taken(figures)
+
+    monkeypatch.setattr(blocks, "_looked_at", counting)
+    monkeypatch.setattr(blocks, "step", lambda block: 5)
+    rows = run(with_ignore, dataset=Stretched(with_ignore), fusions=("logits",), shots=(1, 2), episodes=30).rows
+    assert rows.num_rows == 30 * 2 * 2
+    assert looked == [5, 1], "25 episodes by five, and the five that are left"
+
+
+def test_answers_are_counted_without_looking_at_a_number(with_ignore, monkeypatch):
+    """Tensors of the device "meta" have no numbers: whoever asks for one gets an error."""
+    monkeypatch.setattr(FusedHSNet, "_autocast", lambda self, device: nullcontext())
+    protocol = resolve(shots=(1, 3), episodes=4)
+    episodes = tuple(episodes_in(of_protocol(protocol, with_ignore.index, 0)[0].manifest, with_ignore.index))
+    block = blocks.Block(0, episodes, (1, 3), 0, {1: "a", 3: "b"})
+    data = Stretched(with_ignore)
+    loaded = blocks.with_masks(with_ignore, episodes, load=load_batch, dataset=data).to("meta")
+    head = LearnedSegmenter(learner().model.to("meta"))
+    part = _part_rows(head, loaded, episodes, block, with_ignore.index, Rules(0, FUSIONS, protocol, data))
+    assert part.figures.is_meta
+    # Object pixels; for two numbers of shots, every fusion and four policies the four counts.
+    assert part.figures.shape == (4 + 2 * len(FUSIONS) * 4 * 4 * 4,)
