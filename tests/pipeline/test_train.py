@@ -615,7 +615,7 @@ def test_losses_that_are_read_seldom_are_those_of_every_step(
     assert [event.loss for event in events if isinstance(event, StepDone)] == losses(stable_run[0])
     assert [e.gradient for e in events if isinstance(e, StepDone)] == [e.gradient for e in stable_run[1]]
     reads = {2: 3, 5: 4, 100: 3}[every]  # those of validations; every five, step 5 as well
-    assert ranks.sums == reads + 3 + 2, "validations, the position at the start and the wish to stop"
+    assert ranks.sums == reads + 3 + 3, "validations; at the start waiting, the position and the wish to stop"
 
 
 def test_a_stop_reads_what_was_not_read_and_the_run_goes_on_to_the_bit(stable_run, tiny_config, tiny_source, tmp_path):
