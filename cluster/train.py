@@ -106,6 +106,7 @@ def fit_on_ray(
     device: str = "cpu",
     micro_batch: int | None = None,
     resident: str = "off",
+    baseline: bool = False,
     allow_mixed: bool = False,
     stop: Callable[[], bool] = lambda: False,
     on_event: Callable[[Event], None] | None = None,
@@ -122,6 +123,7 @@ def fit_on_ray(
         address: a Ray cluster; None starts one on this machine for the length of the call.
         device: "cpu" (gloo) or "cuda" (nccl).
         allow_mixed: as in `cluster.session.session`.
+        baseline: as in `fit`.
         resident: as in `fit`; with "device" every process keeps a copy, with "host" a machine one for all.
         stop: asked about twice a second; True makes the group save and end.
 
@@ -132,7 +134,7 @@ def fit_on_ray(
     check_run(config, make_source())
     run_dir = run_dir.absolute()
     RunDir(run_dir, config)
-    options = {"micro_batch": micro_batch, "resident": resident}
+    options = {"micro_batch": micro_batch, "resident": resident, "baseline": baseline}
     given = {"config": config, "make_source": make_source, "run_dir": run_dir, "options": options}
     surely = workers if isinstance(workers, int) else workers[0]
     with session(address or "local", num_cpus=max(surely, os.cpu_count() or 1), allow_mixed=allow_mixed):

@@ -193,7 +193,7 @@ def train(
     from pipeline.heads.learner import LEARNER_CHOICES, learner_arguments
     from pipeline.heads.run_dir import run_data, stored_config
     from pipeline.heads.training import PUBLISHED, training_choices
-    from pipeline.train import Event, Validated, fit, training_stream
+    from pipeline.train import Baseline, Event, Validated, fit, training_stream
 
     device = pick_device(device, address)
     make_source: Callable[[], FeatureSource]
@@ -245,6 +245,8 @@ def train(
             if isinstance(event, Validated):
                 best = ", the best so far" if event.is_best else ""
                 progress.say(f"step {event.step}: validation mIoU {event.miou:.1f}, FB-IoU {event.fb_iou:.1f}{best}")
+            elif isinstance(event, Baseline):
+                progress.say(f"  without training (head contrast): mIoU {event.miou:.1f}, FB-IoU {event.fb_iou:.1f}")
             else:
                 smooth = event.loss if smooth is None else 0.95 * smooth + 0.05 * event.loss
                 progress.update(event.step, event.steps, f"loss {smooth:.3f}")
@@ -253,6 +255,7 @@ def train(
             "device": device,
             "micro_batch": micro_batch,
             "resident": resident,
+            "baseline": True,
             "stop": stop,
             "on_event": show,
         }
@@ -268,7 +271,9 @@ def train(
     done = f"{summary.steps} of {max(summary.steps, config.steps)} steps"
     lines = [f"{printable(run_dir)}: {done}, {time_text(summary.seconds)}{loss}"]
     if summary.best_miou is not None:
-        lines.append(f"best validation mIoU {summary.best_miou:.1f} at step {summary.best_step}")
+        untrained = summary.baseline_miou
+        beside = "" if untrained is None else f"; without training (head contrast) {untrained:.1f}"
+        lines.append(f"best validation mIoU {summary.best_miou:.1f} at step {summary.best_step}{beside}")
     result = emit({**plain(summary), "novel_photos": novel}, "\n".join(lines), as_json)
     if not summary.finished:
         click.echo("Interrupted. The run is saved: give the same command again to go on.", err=True)

@@ -30,62 +30,17 @@ from pipeline.common.process_group import Alone, Ranks
 from pipeline.episodes.stream import Episode, EpisodeStream, batch_numbers
 from pipeline.features.recipe import difference_lines
 from pipeline.heads.config import RunConfig, features_of
+from pipeline.heads.contrast import ContrastSegmenter
+from pipeline.heads.events import RECENT_STEPS, Baseline, Event, FitSummary, StepDone, Validated
 from pipeline.heads.run_dir import Position, RunDir
-from pipeline.heads.segmenters import LearnedSegmenter
+from pipeline.heads.segmenters import LearnedSegmenter, Segmenter
 from pipeline.heads.training import WeightAverage, make_optimiser, rate_at, set_rate
 from pipeline.loading.batch import EpisodeBatch, prefetch
 from pipeline.loading.resident import keep
 from pipeline.loading.source import FeatureSource, PhotoSource
 
-RECENT_STEPS = 20
-"""Steps whose mean loss a summary tells."""
-
 SAVE_SECONDS = 60
 """A killed run loses at most about this much work; an interrupted one nothing."""
-
-
-@dataclass(frozen=True)
-class StepDone:
-    """One optimiser step: mean loss of its batch, seconds it took, and how many of them were spent waiting for data.
-
-    `gradient` is the norm of the gradient over all parameters, before it was clipped.
-    """
-
-    step: int
-    steps: int
-    loss: float
-    seconds: float
-    waited: float
-    learning_rate: float
-    gradient: float
-
-
-@dataclass(frozen=True)
-class Validated:
-    """A validation: scores in percent on the selection episodes."""
-
-    step: int
-    miou: float
-    fb_iou: float
-    is_best: bool
-
-
-Event = StepDone | Validated
-
-
-@dataclass(frozen=True)
-class FitSummary:
-    """What a run came to. `loss` is the mean over the last `RECENT_STEPS` of this call."""
-
-    steps: int
-    resumed_at: int
-    finished: bool
-    """False if it was asked to stop before its last step."""
-    loss: float
-    best_miou: float | None
-    best_step: int | None
-    seconds: float
-    run_dir: Path
 
 
 def fit(
@@ -99,6 +54,7 @@ def fit(
     prefetch_depth: int = 2,
     resident: str = "off",
     read_every: int | None = None,
+    baseline: bool = False,
     stop: Callable[[], bool] = lambda: False,
     on_event: Callable[[Event], None] | None = None,
 ) -> FitSummary:
@@ -115,8 +71,9 @@ def fit(
         read_every: steps whose losses are read together, and told then; by default each on a CPU and `READ_STEPS` on
             other devices, which would wait. Whatever it is, they are read before a validation and before a save, so
             that weights that are not numbers are never kept. Changes no step.
+        baseline: with the first validation of this call, tell a `Baseline` once. Changes no step.
         stop: asked before every step; True on any rank saves and returns, in a group at the next reading.
-        on_event: called on rank 0 with `StepDone` and `Validated`, in order.
+        on_event: called on rank 0 with every `Event`, in order.
 
     Raises:
         ConfigError: another run is in `run_dir`; no such fold; a class with one image; features of another recipe.
@@ -124,6 +81,7 @@ def fit(
     """
     ranks = ranks or Alone()
     with opened_trainer(config, source, run_dir, ranks, device, micro_batch, on_event, resident, read_every) as trainer:
+        trainer.baseline_wanted = baseline
         started = time.monotonic()
         finished = trainer.run_steps(stop, prefetch_depth)
     return trainer.summary(finished, time.monotonic() - started)
@@ -258,6 +216,8 @@ class Trainer:
     on_event: Callable[[Event], None] | None
     read_every: int
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
+    baseline_wanted: bool = False
+    baseline: Baseline | None = None
 
     def __post_init__(self) -> None:
         self.resumed_at = self.made = self.position.step
@@ -306,6 +266,7 @@ class Trainer:
             loss=self.recent_loss,
             best_miou=position.best_miou if position.best_step >= 0 else None,
             best_step=position.best_step if position.best_step >= 0 else None,
+            baseline_miou=self.baseline.miou if self.baseline else None,
             seconds=seconds,
             run_dir=self.run.path,
         )
@@ -442,18 +403,21 @@ class Trainer:
         size = self.config.batch_size
         episodes = [self.selection[number] for number in numbers]
         class_ids = self.selection.class_ids
-        counted = [torch.zeros(0, 2, 2, dtype=torch.int64, device=self.device)]
-        segmenter = LearnedSegmenter(judged, self.config.arithmetic)
+        segmenters: list[Segmenter] = [LearnedSegmenter(judged, self.config.arithmetic)]
+        if self.baseline_wanted and self.baseline is None:
+            segmenters.append(ContrastSegmenter())
+        counted = [[torch.zeros(0, 2, 2, dtype=torch.int64, device=self.device)] for _ in segmenters]
         groups = (episodes[start : start + size] for start in range(0, len(episodes), size))
         for _, batch in prefetch(self.source, groups, 1):
             batch = batch.to(self.device)
             if isinstance(judged, FinetunedHSNet):
                 batch = batch.read_by(judged.backbone)
-            counted.append(segmenter.answer(batch).count(batch))
-        mine = sum_by_class(torch.cat(counted).cpu(), [episode.class_id for episode in episodes], class_ids)
-        totals = self.ranks.sum(mine)
+            for counts, segmenter in zip(counted, segmenters, strict=True):
+                counts.append(segmenter.answer(batch).count(batch))
+        asked = [episode.class_id for episode in episodes]
+        totals = [self.ranks.sum(sum_by_class(torch.cat(counts).cpu(), asked, class_ids)) for counts in counted]
         self.model.train()
-        miou, fb_iou = mean_iou(totals), foreground_background_iou(totals)
+        (miou, fb_iou), *others = [(mean_iou(total), foreground_background_iou(total)) for total in totals]
         position, better = self.position, miou > self.position.best_miou
         if better:
             position.best_miou, position.best_step = miou, position.step
@@ -461,6 +425,10 @@ class Trainer:
             if self.ranks.rank == 0:
                 self.run.save_best(judged, position.step, {"miou": miou, "fb_iou": fb_iou})
         self._report(Validated(position.step, miou, fb_iou, better))
+        if others:
+            self.baseline = Baseline(position.step, *others[0])
+            if self.ranks.rank == 0 and self.on_event:  # of the run, not of a step: not in its metrics
+                self.on_event(self.baseline)
 
     def save(self) -> None:
         """Save, after a look at whether the weights are fit to be."""

@@ -17,6 +17,7 @@ from hsnet.backbone import FrozenBackbone
 from hsnet.errors import CheckpointError, ConfigError, HSNetError, ShapeError, StoreError
 from hsnet.fused import FusedHSNet
 from hsnet.loss import episode_losses
+from hsnet.metrics import mean_iou, sum_by_class
 from hsnet.model import HSNet, resize_logits
 from pipeline.common.machine import environment
 from pipeline.common.process_group import Alone, Distributed
@@ -25,12 +26,14 @@ from pipeline.datasets.shapes import Shapes
 from pipeline.episodes.stream import batch_numbers, steps_per_epoch
 from pipeline.heads.checkpoint import load_checkpoint, read_tensors
 from pipeline.heads.config import TRAINING, RunConfig, skipped_digest
+from pipeline.heads.contrast import ContrastSegmenter
 from pipeline.heads.run_dir import RunDir
 from pipeline.heads.segmenters import LearnedSegmenter
 from pipeline.heads.training import rate_at
 from pipeline.loading.batch import load_batch
 from pipeline.loading.source import OnlineSource
 from pipeline.train import (
+    Baseline,
     StepDone,
     Trainer,
     Validated,
@@ -83,6 +86,23 @@ def test_a_run_leaves_checkpoints_metrics_and_its_configuration(whole_run, tiny_
     assert any(path.joinpath("tensorboard").iterdir())
     assert json.loads((path / "config.json").read_text())["batch_size"] == 4
     assert json.loads((path / "environment.json").read_text()) == environment()
+
+
+def test_what_needs_no_training_is_told_beside_the_first_validation(whole_run, tiny_config, tiny_source, tmp_path):
+    """The same run, and a score of head `contrast` as `evaluate` has it on those episodes."""
+    events, config = [], tiny_config(steps=6)
+    summary = fit(config, tiny_source, tmp_path / "run", baseline=True, on_event=events.append)
+    assert_same_run(whole_run[0], tmp_path / "run", atol=0)
+    (place,) = [number for number, event in enumerate(events) if isinstance(event, Baseline)]
+    assert isinstance(events[place - 1], Validated)
+    assert events[place].step == events[place - 1].step == 2
+    stream = selection_stream(config, tiny_source)
+    episodes = [stream[number] for number in range(config.validate_episodes)]
+    batch = load_batch(tiny_source, episodes)
+    counts = ContrastSegmenter().answer(batch).count(batch)
+    totals = sum_by_class(counts, [episode.class_id for episode in episodes], stream.class_ids)
+    assert events[place].miou == summary.baseline_miou == mean_iou(totals)
+    assert whole_run[1].baseline_miou is None
 
 
 @pytest.mark.slow
