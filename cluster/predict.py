@@ -15,8 +15,10 @@ from ray import cloudpickle
 
 from hsnet.errors import ClusterError, HSNetError
 from hsnet.numerics import set_numerics
+from pipeline.common.out_of_memory import memory_told
 from pipeline.common.runner import one_torch_thread
 from pipeline.datasets.images import read_photo
+from pipeline.predict.stage import KEPT, LESS_MEMORY
 from pipeline.predict.writing import Result, Task, Work
 
 GROUP = 16
@@ -144,14 +146,15 @@ class _Model:
 
     def __init__(self, references: list[Any]) -> None:
         set_numerics()
-        self.model = _work(references).open()
+        with memory_told(LESS_MEMORY, KEPT):
+            self.model = _work(references).open()
 
     def __call__(self, batch: Packed) -> Packed:
         return {"data": np.array([pickle.dumps(self._answers(pickle.loads(data))) for data in batch["data"]], object)}
 
     def _answers(self, found: list[Any]) -> list[Any]:
         left = [one for one in found if not isinstance(one, Result)]
-        with one_torch_thread():
+        with one_torch_thread(), memory_told(LESS_MEMORY, KEPT):
             read = self.model.reader.read_squashed([photo for _, photo, _ in left], [size for _, _, size in left])
             answers = [(task, self.model.answer(features)) for (task, _, _), features in zip(left, read, strict=True)]
         new = iter(answers)

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,17 +54,26 @@ class Mailbox:
         self._events: list[Event] = []
         self._outcome: FitSummary | HSNetError | None = None
         self._stop = False
-        self._places: dict[int, str] = {}
+        self._places: dict[int, tuple[str, str]] = {}
         self._group: tuple[int, int] | None = None
 
-    def join(self, rank: int, world_size: int, node: str) -> None:
-        """A rank is about to train; when all are there, the driver is told of the group once."""
+    def join(self, rank: int, world_size: int, node: str, gpu: str = "") -> tuple[int, ...]:
+        """A rank is about to train; when all are there, the driver is told of the group once.
+
+        Args:
+            gpu: identity of its GPU; "" if it has none.
+
+        Returns:
+            All ranks that are on this GPU, if they are several: NCCL cannot serve two.
+        """
         if rank in self._places:  # the group was started again
             self._places.clear()
-        self._places[rank] = node
+        self._places[rank] = node, gpu
+        sharing = tuple(sorted(other for other, place in self._places.items() if gpu and place == (node, gpu)))
         if len(self._places) == world_size:
-            self._group = world_size, len(set(self._places.values()))
+            self._group = world_size, len({node for node, _ in self._places.values()})
             self._places.clear()
+        return sharing if len(sharing) > 1 else ()
 
     def group(self) -> tuple[int, int] | None:
         """Workers and nodes of a group that began since the last call."""
@@ -406,7 +415,10 @@ def _worker_loop(given: dict[str, Any]) -> None:
     torch.set_num_threads(given["threads"])
     set_numerics()
     ranks = Distributed()
-    ray.get(mailbox.join.remote(ranks.rank, ranks.world_size, ray.get_runtime_context().get_node_id()))
+    node, gpu = ray.get_runtime_context().get_node_id(), ""
+    if device.type == "cuda":
+        gpu = str(torch.cuda.get_device_properties(device).uuid)
+    sharing = ray.get(mailbox.join.remote(ranks.rank, ranks.world_size, node, gpu))
     asked, wanted = 0.0, False
 
     def stop() -> bool:
@@ -417,6 +429,7 @@ def _worker_loop(given: dict[str, Any]) -> None:
         return wanted
 
     try:
+        _require_own_gpu(sharing, ranks.world_size, gpu)
         _require_bfloat16(given["config"], device)
         summary = fit(
             given["config"],
@@ -441,4 +454,14 @@ def _require_bfloat16(config: RunConfig, device: torch.device) -> None:
         raise ClusterError(
             f"The run calculates in bfloat16, which the {torch.cuda.get_device_name(device)} of "
             f"{socket.gethostname()} cannot. Begin a run with --arithmetic float32, or train on other GPUs."
+        )
+
+
+def _require_own_gpu(sharing: Sequence[int], ranks: int, gpu: str) -> None:
+    """Refuse a GPU that several ranks were given, before NCCL waits for it or ends in words of its own."""
+    if sharing:
+        raise ClusterError(
+            f"Ranks {' and '.join(map(str, sharing))} of {ranks} were given one GPU, {gpu} of {socket.gethostname()}: "
+            f"{len(sharing)} ranks, 1 GPU. Every rank needs its own. Use fewer --workers, or start Ray's nodes with "
+            "the --num-gpus that they have, and without RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES."
         )

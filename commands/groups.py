@@ -68,8 +68,8 @@ class Commands(OrderedGroup):
             if type(error).__name__ != "OutOfMemoryError":  # torch's, which must not be imported for its name
                 raise
             raise Failure(
-                f"The GPU ran out of memory ({str(error).splitlines()[0]}). Use a smaller --batch-size with "
-                "--micro-batch, or --device cpu."
+                f"The GPU ran out of memory ({str(error).splitlines()[0]}). Use a smaller --image-size or "
+                "--micro-batch where the command has them, or --device cpu."
             ) from error
 
 

@@ -11,6 +11,7 @@
     ├── StoreError            a feature store cannot be read or written
     │   ├── StoreMismatch         ... holds features of another recipe
     │   └── StoreIncomplete       ... is only partly extracted
+    ├── DeviceMemoryError     a GPU, or this machine, had too little memory
     └── ClusterError          Ray could not be reached or lost the work
 
 The command line catches `HSNetError`, prints it without a traceback and exits with 1. Anything else that
@@ -98,6 +99,10 @@ class StoreIncomplete(StoreError):
     def __init__(self, message: str, missing: Sequence[int]) -> None:
         super().__init__(message)
         self.missing = tuple(missing)
+
+
+class DeviceMemoryError(HSNetError):
+    """A GPU, or this machine, had too little memory for what was asked; says what takes less."""
 
 
 class ClusterError(HSNetError):

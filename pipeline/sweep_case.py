@@ -14,9 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from hsnet.errors import CheckpointMismatch, ConfigError, DataError, HSNetError
+from hsnet.errors import CheckpointMismatch, ConfigError, DataError, DeviceMemoryError, HSNetError
+from pipeline.common.out_of_memory import lacked_memory
 from pipeline.common.runner import Failed, failure, free_gpu
 from pipeline.episodes.protocols import Protocol
 from pipeline.evaluate.plan import EvaluationPlan, plan_evaluation
@@ -193,13 +192,15 @@ def _run(job: Job, case: Case, fitted: FitSummary | Exception | None) -> CaseDon
         done = _trained_and_tested(job, case, fitted)
     except _Interrupted:
         return CaseDone(case, run_dir, None, 0, False, INTERRUPTED, kind="interrupted")
-    except HSNetError as error:
-        return CaseDone(case, run_dir, None, 0, False, str(error), kind="refused")
     except Exception as error:
+        if isinstance(error, HSNetError) and not isinstance(error, DeviceMemoryError):
+            return CaseDone(case, run_dir, None, 0, False, str(error), kind="refused")
+        if isinstance(error, DeviceMemoryError) and isinstance(error.__cause__, Exception):
+            error = error.__cause__  # with its traceback; a sweep has its own word on memory
         told = failure(error)
         traceback.clear_frames(error.__traceback__)
         free_gpu()
-        kind: Failure = "out of memory" if _lacked_memory(error) else "bug"
+        kind: Failure = "out of memory" if lacked_memory(error) else "bug"
         return CaseDone(case, run_dir, None, 0, False, told.reason, kind=kind, log=_written(log, told.detail))
     if done.rows is not None:
         log.unlink(missing_ok=True)
@@ -262,10 +263,6 @@ def lost(job: Job, cases: Sequence[Case], why: Failed) -> tuple[CaseDone, ...]:
         log, run_dir = _written(log_of(job.out, case), text), job.out / case.name if case.is_trained else None
         found.append(CaseDone(case, run_dir, None, 0, False, why.reason, kind="dead process", log=log))
     return tuple(found)
-
-
-def _lacked_memory(error: Exception) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def _written(log: Path, text: str) -> Path | None:

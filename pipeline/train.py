@@ -26,6 +26,7 @@ from hsnet.model import HSNet
 from pipeline.common.figures import READ_STEPS, Unread
 from pipeline.common.files import clear_partials
 from pipeline.common.lock import sole_writer
+from pipeline.common.out_of_memory import memory_told
 from pipeline.common.process_group import Alone, Ranks
 from pipeline.episodes.stream import Episode, EpisodeStream, batch_numbers
 from pipeline.features.recipe import difference_lines
@@ -34,7 +35,7 @@ from pipeline.heads.contrast import ContrastSegmenter
 from pipeline.heads.events import RECENT_STEPS, Baseline, Event, FitSummary, StepDone, Validated
 from pipeline.heads.run_dir import Position, RunDir
 from pipeline.heads.segmenters import LearnedSegmenter, Segmenter
-from pipeline.heads.training import WeightAverage, make_optimiser, rate_at, set_rate
+from pipeline.heads.training import WeightAverage, less_memory, make_optimiser, rate_at, set_rate
 from pipeline.loading.batch import EpisodeBatch, prefetch
 from pipeline.loading.resident import keep
 from pipeline.loading.source import FeatureSource, PhotoSource
@@ -78,9 +79,12 @@ def fit(
     Raises:
         ConfigError: another run is in `run_dir`; no such fold; a class with one image; features of another recipe.
         StoreError: another process is training in `run_dir`.
+        DeviceMemoryError: a step takes more memory than there is; names the option, the run is as it was saved last.
     """
     ranks = ranks or Alone()
-    with opened_trainer(config, source, run_dir, ranks, device, micro_batch, on_event, resident, read_every) as trainer:
+    given = config, source, run_dir, ranks, device, micro_batch, on_event, resident, read_every
+    kept = f"{run_dir} is as it was saved last, and goes on from there."
+    with memory_told(less_memory(config, micro_batch, resident), kept), opened_trainer(*given) as trainer:
         trainer.baseline_wanted = baseline
         started = time.monotonic()
         finished = trainer.run_steps(stop, prefetch_depth)

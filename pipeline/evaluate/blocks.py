@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hsnet.errors import ConfigError, DataError
 from pipeline.common.machine import environment
+from pipeline.common.out_of_memory import memory_told
 from pipeline.common.runner import Runner, SerialRunner, in_groups, read_ahead
 from pipeline.datasets.index import DatasetIndex
 from pipeline.episodes.drawing import PlannedTest
@@ -34,6 +35,9 @@ BLOCK = 25
 
 TASK_SECONDS = 5.0
 """About how long a worker is busy with the blocks it is given at a time: it reads one while it computes another."""
+
+LESS_MEMORY = "Use --resident off, fewer --shots, a store of a smaller --image-size, or --device cpu."
+KEPT = "With --out, what was answered is kept: the same command goes on from there."
 
 READ_AHEAD = 1
 """Groups of episodes read while one is predicted; 0 reads in line."""
@@ -298,6 +302,7 @@ def answered(
 
     Raises:
         DataError: the head compares with a support's background, and a support shows none.
+        DeviceMemoryError: episodes that are answered together take more memory than there is.
     """
     source, done = plan.source, before
     if (head := plan.method.head) is not None and head.background:
@@ -311,10 +316,12 @@ def answered(
     resident, device = plan.resident, plan.device
 
     def make_worker() -> Callable[[Sequence[Block]], tuple[list[R], float]]:
-        segmenter, source = make_segmenter(), keep(make_source(), images, resident, device)
+        with memory_told(LESS_MEMORY, KEPT):
+            segmenter, source = make_segmenter(), keep(make_source(), images, resident, device)
 
         def work(blocks: Sequence[Block]) -> tuple[list[R], float]:
-            rows, seconds = _rows(segmenter, source, blocks, load, part_rows, device)
+            with memory_told(LESS_MEMORY, KEPT):
+                rows, seconds = _rows(segmenter, source, blocks, load, part_rows, device)
             kept = [
                 keep_rows([blocks[place] for place in run], [row for place in run for row in rows[place]])
                 for run in runs_of(blocks)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hsnet.backbone import pack_levels
 from hsnet.errors import DataError, StoreError
+from pipeline.common.out_of_memory import memory_told
 from pipeline.common.runner import read_ahead
 from pipeline.datasets.images import Size, object_pixels, resize_label, same_aspect
 from pipeline.features.backbones import open_backbone
@@ -32,6 +33,9 @@ from pipeline.store.feature_store import FeatureStore
 if TYPE_CHECKING:
     from pipeline.datasets import Dataset
     from pipeline.features.weights import Weights
+
+LESS_MEMORY = "Free the GPU of other programs, or use --device cpu; a smaller --image-size makes another store."
+KEPT = "Complete shards stay: the same command goes on from there."
 
 READ_AHEAD = 4
 """Photos read and brought to network size before they are needed, or a batch if that is more: 2 MB each at 400 px."""
@@ -104,7 +108,8 @@ class ShardWorker:
         self.dataset = dataset
         self.token = token
         self.skip_errors = on_error == "skip"
-        self.network = PhotoNetwork(open_backbone(recipe, weights), recipe.image_size, device)
+        with memory_told(LESS_MEMORY, KEPT):
+            self.network = PhotoNetwork(open_backbone(recipe, weights), recipe.image_size, device)
         self.store = FeatureStore.open(path, recipe, require_complete=False, index_digest=dataset.index.digest)
         self._packed: list[Tensor] | None = None  # the encoding thread's, used again for the next features
 
@@ -112,9 +117,13 @@ class ShardWorker:
         """Make shards; a repeated call finds them done and only reports them.
 
         After an error every shard before the one that failed is complete.
+
+        Raises:
+            DeviceMemoryError: the network's forward pass takes more memory than there is.
         """
         start = time.monotonic()
-        self._make([shard for shard in shards if not self.store.is_done(shard)])
+        with memory_told(LESS_MEMORY, KEPT):
+            self._make([shard for shard in shards if not self.store.is_done(shard)])
         seconds = (time.monotonic() - start) / len(shards)
         reports = []
         for shard in shards:

@@ -104,6 +104,16 @@ def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["share"]
 
 
+def less_memory(config: RunConfig, micro_batch: int | None, resident: str) -> str:
+    """What to ask for less of where a training step does not fit."""
+    now, least = micro_batch or config.batch_size, config.directions
+    if now > least:
+        first = f"Use --micro-batch {max(least, now // 2)} (it is {now}; the steps are the same up to rounding)"
+    else:
+        first = "Use a store of a smaller --image-size: a step computes one episode at a time already"
+    return f"{first}{'' if resident == 'off' else ', or --resident off'}."
+
+
 class WeightAverage:
     """Exponential moving average of a model's parameters: `model`, a copy that is never trained itself.
 

@@ -20,6 +20,7 @@ from typing import Any
 from PIL import Image
 
 from hsnet.errors import ConfigError, DataError, HSNetError
+from pipeline.common.out_of_memory import memory_told
 from pipeline.common.runner import read_ahead
 from pipeline.datasets.images import read_photo
 from pipeline.datasets.queries import Queries, names_of
@@ -32,6 +33,9 @@ log = logging.getLogger(__name__)
 PER_FOLDER = 10_000
 """Photos whose outputs lie in one folder; with more they are spread over subfolders, at most so many files in each."""
 RESULTS = "results.jsonl"
+
+LESS_MEMORY = "Use a smaller --image-size or --tile, or --device cpu."
+KEPT = "Masks written so far are whole: the same command goes on from there."
 
 _READ_AHEAD = 2
 
@@ -149,6 +153,7 @@ def predict(
     Raises:
         DataError: there is no query.
         ConfigError: out_dir is a file, or the folder that a query lies in.
+        DeviceMemoryError: a photo takes more memory than there is; the masks before it are whole.
     """
     started = time.monotonic()
     if not queries and coming is None:
@@ -181,7 +186,8 @@ def predict(
 
     tasks = tasks_of(queries, out_dir, work.outputs.overlay) if coming is None else coming
     found = watched(pipe(work, tasks))
-    kept, unusable = write_results(found, out_dir / RESULTS, len(queries), on_event)
+    with memory_told(LESS_MEMORY, KEPT):
+        kept, unusable = write_results(found, out_dir / RESULTS, len(queries), on_event)
     return PredictSummary(
         out_dir / RESULTS,
         done,

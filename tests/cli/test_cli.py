@@ -295,6 +295,20 @@ def test_a_gpu_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) ->
         steps.pick_device("cuda:2")
 
 
+def test_a_gpu_that_is_full_is_told_by_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages say more; this is for what none of them foresaw."""
+    import torch
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
+
+    monkeypatch.setattr("pipeline.doctor.examine", full)
+    message = failure("doctor")
+    assert message.startswith("Error: The GPU ran out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.)")
+    assert "--device cpu" in message
+    assert "See documentation" not in message
+
+
 def fake_gpu(monkeypatch: pytest.MonkeyPatch, bfloat16: bool) -> None:
     monkeypatch.setattr("hsnet.numerics.has_bfloat16", lambda device: bfloat16)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "Fake 2080")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cluster import nodes
-from cluster.train import Size, _reason, _require_bfloat16, _Watch, fit_on_ray
+from cluster.train import Mailbox, Size, _reason, _require_bfloat16, _require_own_gpu, _Watch, fit_on_ray
 from hsnet.backbone import FrozenBackbone
 from hsnet.errors import ClusterError, ConfigError, DataError
 from pipeline.datasets.shapes import Shapes
@@ -183,3 +183,19 @@ def test_a_rank_refuses_a_gpu_that_would_imitate_bfloat16(config, monkeypatch):
         _require_bfloat16(half, torch.device("cuda:0"))
     for given, device in ((config, "cuda:0"), (half, "cpu")):
         _require_bfloat16(given, torch.device(device))
+
+
+def test_two_ranks_on_one_gpu_are_refused_with_both_figures():
+    """Before NCCL is asked for anything. The same GPU number on another node is another GPU."""
+    mailbox = Mailbox()
+    assert mailbox.join(0, 4, "node a", "GPU-1") == ()
+    assert mailbox.join(1, 4, "node b", "GPU-1") == ()
+    sharing = mailbox.join(3, 4, "node a", "GPU-1")
+    assert sharing == (0, 3)
+    with pytest.raises(ClusterError, match=r"Ranks 0 and 3 of 4 were given one GPU, GPU-1 of .*: 2 ranks, 1 GPU\."):
+        _require_own_gpu(sharing, 4, "GPU-1")
+    _require_own_gpu((), 4, "GPU-1")
+    # The group starts again, with a GPU each.
+    assert [mailbox.join(rank, 2, "node a", f"GPU-{rank}") for rank in range(2)] == [(), ()]
+    assert mailbox.group() == (2, 1)
+    assert [mailbox.join(rank, 2, "node a") for rank in range(2)] == [(), ()], "CPUs may be shared"

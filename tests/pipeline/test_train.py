@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from hsnet.backbone import FrozenBackbone
-from hsnet.errors import CheckpointError, ConfigError, HSNetError, ShapeError, StoreError
+from hsnet.errors import CheckpointError, ConfigError, DeviceMemoryError, HSNetError, ShapeError, StoreError
 from hsnet.fused import FusedHSNet
 from hsnet.loss import episode_losses
 from hsnet.metrics import mean_iou, sum_by_class
@@ -691,3 +691,26 @@ def test_a_step_on_a_device_looks_at_no_number(tiny_config, tiny_source, tmp_pat
         assert all(parameter.is_meta for parameter in trainer.model.parameters())
         with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
             trainer.read()
+
+
+@pytest.mark.parametrize(("micro_batch", "resident", "less"), [
+    (None, "auto", r"Use --micro-batch 2 \(it is 4; the steps are the same up to rounding\), or --resident off\."),
+    (2, "off", r"Use --micro-batch 1 \(it is 2; the steps are the same up to rounding\)\."),
+    (1, "off", r"Use a store of a smaller --image-size: a step computes one episode at a time already\."),
+])  # fmt: skip
+def test_a_lack_of_memory_names_the_option_and_loses_nothing(
+    tiny_config, tiny_source, tmp_path, monkeypatch, micro_batch, resident, less
+):
+    config, path, taken = tiny_config(steps=4, validate_every=2, validate_episodes=1), tmp_path / "run", Trainer.learn
+
+    def learn(self, step, *arguments, **named):
+        if step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.")
+        return taken(self, step, *arguments, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "learn", learn)
+        said = rf"Out of memory \(CUDA out of memory\. Tried .* 20 MiB\)\. {less} .*run is as it was saved last"
+        with pytest.raises(DeviceMemoryError, match=said):
+            fit(config, tiny_source, path, micro_batch=micro_batch, resident=resident)
+    assert fit(config, tiny_source, path, micro_batch=1).resumed_at == 2

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import pipeline.evaluate.blocks as blocks_module
-from hsnet.errors import DataError
+from hsnet.errors import DataError, DeviceMemoryError
 from pipeline.common.lock import sole_writer
 from pipeline.episodes.protocols import resolve
 from pipeline.evaluate.blocks import Blocks
@@ -282,3 +282,24 @@ def test_no_row_stays_in_memory(tiny_source, tmp_path, monkeypatch):
     assert len(rows) == 11
     assert max(rows) <= 4 * 25, "rows of one block: two shots, two fusions"
     assert max(arrow[6:]) <= 1.5 * max(arrow[:6]) + 10_000
+
+
+def test_a_lack_of_memory_names_the_options_and_keeps_what_was_answered(tiny_source, expected, tmp_path, monkeypatch):
+    out, answered = tmp_path / "rows.parquet", []
+
+    def answer(self, batch, joint=(), alone=None):
+        answered.append(batch.size)
+        if sum(answered) > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return taken(self, batch, joint, alone)
+
+    taken = CosineSegmenter.answer
+    with monkeypatch.context() as patched:
+        patched.setattr(CosineSegmenter, "answer", answer)
+        with pytest.raises(DeviceMemoryError, match=r"Out of memory \(CUDA.*\)\. Use --resident off, fewer"):
+            evaluate_to(plan(tiny_source), out)
+    assert parts_of(out)
+    seen = []
+    evaluate_to(plan(tiny_source), out, on_event=lambda *event: seen.append(event))
+    assert seen[0][0] > 0, "what was answered is not answered again"
+    assert same(out, expected.rows)

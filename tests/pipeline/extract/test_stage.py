@@ -18,7 +18,7 @@ import pipeline.extract.stage as extract_module
 import pipeline.extract.worker as worker_module
 import pipeline.store.shard_writer as store_module
 from hsnet.backbone import FrozenBackbone
-from hsnet.errors import ConfigError, DataError, StoreError, StoreMismatch
+from hsnet.errors import ConfigError, DataError, DeviceMemoryError, StoreError, StoreMismatch
 from pipeline.common.lock import OWNER
 from pipeline.datasets.images import network_image, resize_label
 from pipeline.extract.plan import ExtractionPlan, plan_extraction
@@ -201,6 +201,25 @@ def test_a_run_that_was_cut_short_is_finished_reading_only_what_is_missing(tmp_p
     assert photos.read == list(range(8, 21))
     assert (summary.written_shards, summary.reused_shards, summary.written_images) == (2, 1, 13)
     assert events[0].images_done == 8
+    run(Photos(), weights, tmp_path / "undisturbed.zarr")
+    assert fingerprints(tmp_path / "s.zarr") == fingerprints(tmp_path / "undisturbed.zarr")
+
+
+def test_a_lack_of_memory_is_told_and_complete_shards_stay(tmp_path, weights, monkeypatch):
+    taken, passes = forward.PhotoNetwork.taps, []
+
+    def taps(self, pixels):
+        passes.append(len(pixels))
+        if sum(passes) > SHARD:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return taken(self, pixels)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(forward.PhotoNetwork, "taps", taps)
+        with pytest.raises(DeviceMemoryError, match=r"Out of memory \(CUDA.*--image-size makes.*shards stay: the same"):
+            run(Photos(), weights, tmp_path / "s.zarr")
+    assert FeatureStore.open(tmp_path / "s.zarr", require_complete=False).missing_shards() == (1, 2)
+    run(Photos(), weights, tmp_path / "s.zarr")
     run(Photos(), weights, tmp_path / "undisturbed.zarr")
     assert fingerprints(tmp_path / "s.zarr") == fingerprints(tmp_path / "undisturbed.zarr")
 

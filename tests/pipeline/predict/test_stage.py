@@ -20,7 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from hsnet.backbone import BACKBONES, FrozenBackbone
 from hsnet.correlation import build_pyramid
-from hsnet.errors import CheckpointMismatch, ConfigError, DataError
+from hsnet.errors import CheckpointMismatch, ConfigError, DataError, DeviceMemoryError
 from hsnet.fusion import vote
 from hsnet.model import HSNet, predict_mask, resize_logits
 from pipeline.bank.reading import Reader
@@ -306,6 +306,26 @@ def test_what_is_there_is_kept_and_the_rest_made(
     fresh = run(checkpoint, weights, photos, tmp_path / "fresh")
     assert [item.object_share for item in summary.written] == [item.object_share for item in fresh.written]
     assert run(checkpoint, weights, photos, tmp_path).kept == 2
+
+
+def test_a_lack_of_memory_is_told_and_the_masks_before_it_stay(
+    checkpoint: Checkpoint, weights: Weights, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no photo that cannot be used: the next one would find no more memory."""
+    taken = Work.look
+
+    def look(self: Work, model: Any, path: Path, photo: Image.Image) -> Any:
+        if path.name == "c.jpg":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return taken(self, model, path, photo)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Work, "look", look)
+        with pytest.raises(DeviceMemoryError, match=r"smaller --image-size or --tile, or .*written so far are whole"):
+            run(checkpoint, weights, photos, tmp_path)
+    assert set(masks_in(tmp_path)) == {"b_mask.png", "b_overlay.jpg"}
+    summary = run(checkpoint, weights, photos, tmp_path)
+    assert (summary.photos, summary.kept, summary.unusable) == (2, 1, 0)
 
 
 def test_masks_of_other_settings_are_made_anew(
