@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hsnet.correlation import EPS, correlate_rows, interpolate_mask, prepare_query
+from hsnet.correlation import EPS, correlate_rows, interpolate_mask, keeps_codes, prepare_query
 from hsnet.errors import ShapeError
+from hsnet.numerics import code_products
 
 MAPS = 3
 """Of every layer: similarity to the object, to the background, and the first minus the second."""
@@ -48,8 +49,9 @@ def contrast_maps(
     that kind is 0; so is a negative one, as in every correlation here.
 
     On a CPU the rows of each kind are multiplied by themselves, one pair at a time, and codes as codes where that is
-    exact (`correlate_rows`). Elsewhere, and where features have gradients, all positions are multiplied and then told
-    apart; one layer's cosines of some pairs are written down at a time.
+    exact (`correlate_rows`). Elsewhere, and where features have gradients, all positions are multiplied, codes as codes
+    there too (`hsnet.numerics.code_products`), and then told apart; one layer's cosines of some pairs are written down
+    at a time.
     """
     finest = (query[0].shape[2], query[0].shape[3])
     maps = []
@@ -89,9 +91,15 @@ def _nearest_by_rows(query: Tensor, support: Tensor, kinds: Kinds, unit: bool, e
 def _nearest(query: Tensor, support: Tensor, kinds: Kinds, unit: bool, dtype: torch.dtype | None, eps: float) -> Tensor:
     """`_nearest_by_rows`, by products of all positions in a given precision."""
     shots = len(support) // len(query)
-    scenes, others = (_unit_vectors(features, unit, eps) for features in (query, support))
-    exact = scenes.dtype
-    scenes, others = (features.to(dtype or exact) for features in (scenes, others))
+    codes = not unit and keeps_codes(query, support)
+    if codes:
+        scenes, others = (features.flatten(2, 3).to(torch.bfloat16) for features in (query, support))
+        scene_factors, other_factors = (1 / (_norms(features) + eps) for features in (scenes, others))
+        exact = torch.float32
+    else:
+        scenes, others = (_unit_vectors(features, unit, eps) for features in (query, support))
+        exact = scenes.dtype
+        scenes, others = (features.to(dtype or exact) for features in (scenes, others))
     step = max(1, _AT_ONCE // (scenes.shape[2] * others.shape[2]))
     chunks = []
     for first in range(0, len(support), step):
@@ -99,11 +107,20 @@ def _nearest(query: Tensor, support: Tensor, kinds: Kinds, unit: bool, dtype: to
         numbers = torch.arange(first, min(first + step, len(support)), device=query.device) // shots
         largest = []
         for layer in range(query.shape[1]):
-            cosines = torch.bmm(others[pairs, layer], scenes[numbers, layer].transpose(1, 2))  # (n, U V, H W)
+            multiply = code_products if codes else torch.bmm
+            cosines = multiply(others[pairs, layer], scenes[numbers, layer].transpose(1, 2))  # (n, U V, H W)
+            if codes:
+                cosines *= other_factors[pairs, layer, :, None]
             # Positions of the other kind count as 0, and so does a kind without any.
-            largest += [(cosines * kind[pairs].flatten(1)[:, :, None]).amax(1).clamp(min=0) for kind in kinds]
+            found = [(cosines * kind[pairs].flatten(1)[:, :, None]).amax(1).clamp(min=0) for kind in kinds]
+            # A query position's own norm does not decide which support position is the nearest.
+            largest += [one * scene_factors[numbers, layer] for one in found] if codes else found
         chunks.append(torch.stack(largest, 1))
     return torch.cat(chunks).to(exact).unflatten(1, (-1, 2)).unflatten(3, (query.shape[2], query.shape[3]))
+
+
+def _norms(features: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(features, dim=-1, dtype=torch.float32)
 
 
 def _unit_vectors(features: Tensor, unit: bool, eps: float) -> Tensor:

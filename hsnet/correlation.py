@@ -181,7 +181,7 @@ def correlate_all(
     """
     shots = len(support) // max(1, len(query))
     _check(query, support, mask, shots)
-    if not unit and _keeps_codes(query, support):
+    if not unit and keeps_codes(query, support):
         return correlate_codes(query, support, mask, dtype, eps)
     soft = mask[:, None, :, :, None].float()
     if unit:
@@ -259,9 +259,11 @@ def _real(features: Tensor) -> Tensor:
     return features if features.dtype == torch.float64 else features.float()
 
 
-def _keeps_codes(query: Tensor, support: Tensor) -> bool:
-    """Whether `correlate_all` multiplies codes: not on a CPU, which has `correlate_rows` for them, and whose float32
-    products are as exact."""
+def keeps_codes(query: Tensor, support: Tensor) -> bool:
+    """Whether codes are multiplied as they are where all positions are.
+
+    Not on a CPU, which has `correlate_rows` for them, and whose float32 products are as exact.
+    """
     return query.dtype == support.dtype == torch.int8 and query.device.type != "cpu"
 
 

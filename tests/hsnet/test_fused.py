@@ -92,7 +92,7 @@ def test_codes_of_all_positions_as_a_gpu_multiplies_them(arithmetic, monkeypatch
     arguments = levels(2, 1, torch.int8), levels(4, 2, torch.int8), masks("disc", "thin", "corner", "disc")
     with torch.no_grad():
         before = FusedHSNet(net, arithmetic, sparse=False)(*arguments)
-    monkeypatch.setattr("hsnet.correlation._keeps_codes", lambda query, support: query.dtype == torch.int8)
+    monkeypatch.setattr("hsnet.correlation.keeps_codes", lambda query, support: query.dtype == torch.int8)
     fast = FusedHSNet(net, arithmetic, sparse=False)(*arguments)
     slow = plain(net, *arguments)
     with torch.no_grad():

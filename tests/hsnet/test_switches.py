@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsnet.contrast import contrast_maps
-from hsnet.correlation import build_hypercorrelation, interpolate_mask
+from hsnet.contrast import _nearest, contrast_maps
+from hsnet.correlation import EPS, build_hypercorrelation, interpolate_mask
 from hsnet.errors import ConfigError, ShapeError
 from hsnet.fused import FusedHSNet
 from hsnet.model import HSNet
@@ -274,6 +274,27 @@ def test_every_way_to_the_maps_is_the_same(way, unit, monkeypatch):
             strict=True,
         ):
             torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("at_once", [1, 10**9])
+def test_contrast_of_codes_is_exact_on_a_gpu(at_once, monkeypatch):
+    """What a GPU computes, on a CPU, against float64; before, factors were rounded to bfloat16."""
+    monkeypatch.setattr("hsnet.contrast._AT_ONCE", at_once)
+    generator = torch.Generator().manual_seed(0)
+    query, support = (
+        torch.randint(-127, 128, (count, 2, 5, 6, 300), generator=generator, dtype=torch.int8) for count in (2, 4)
+    )
+    inside = torch.rand(4, 5, 6, generator=generator) < torch.tensor([0.3, 0.0, 1.0, 0.5])[:, None, None]
+    kinds = inside, ~inside
+    exact = _nearest(query.double(), support.double(), kinds, False, None, EPS)
+    rounded = _nearest(query, support, kinds, False, torch.bfloat16, EPS)
+    monkeypatch.setattr("hsnet.contrast.keeps_codes", lambda query, support: query.dtype == torch.int8)
+    ours = _nearest(query, support, kinds, False, torch.bfloat16, EPS)
+    assert ours.dtype == torch.float32
+    assert float((ours - exact).abs().max()) < 1e-6
+    assert float((rounded - exact).abs().max()) > 1e-4
+    assert torch.equal(ours[1, :, 0], torch.zeros_like(ours[1, :, 0])), "no object"
+    assert torch.equal(ours[2, :, 1], torch.zeros_like(ours[2, :, 1])), "no background"
 
 
 @pytest.mark.parametrize(
