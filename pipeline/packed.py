@@ -26,7 +26,7 @@ from pipeline.common.process_group import Alone
 from pipeline.common.runner import read_ahead
 from pipeline.episodes.stream import Episode
 from pipeline.heads.config import RunConfig
-from pipeline.loading.batch import EpisodeBatch, load_batch
+from pipeline.loading.batch import EpisodeBatch, read_kinds
 from pipeline.loading.resident import keep
 from pipeline.loading.source import FeatureSource
 from pipeline.train import Event, FitSummary, Trainer, check_run, images_of, opened_trainer
@@ -224,26 +224,5 @@ def _load(
 ) -> Loaded:
     """Batches of a plan; a photo that is in several is read once. Marks the `novel` classes where a head wants that."""
     _, kinds = plan
-    if len(kinds) > 1:
-        source = _ReadOnce(source, [episode for episodes in kinds.values() for episode in episodes])
-    return {seen: load_batch(source, episodes, novel.get(seen, ())) for seen, episodes in kinds.items()}
-
-
-class _ReadOnce:
-    """A source that holds the photos of some episodes, each read once."""
-
-    def __init__(self, source: FeatureSource, episodes: Sequence[Episode]) -> None:
-        self.index, self.recipe, self.skipped, self.codec = source.index, source.recipe, source.skipped, source.codec
-        self.classes_present = source.classes_present
-        images = sorted({image for episode in episodes for image in (episode.query, *episode.supports)})
-        self._rows = {image: row for row, image in enumerate(images)}
-        self._levels, self._labels = source.features(images), source.labels(images)
-
-    def features(self, images: Sequence[int]) -> list[Tensor]:
-        return [self._chosen(level, images) for level in self._levels]
-
-    def labels(self, images: Sequence[int]) -> Tensor:
-        return self._chosen(self._labels, images)
-
-    def _chosen(self, tensor: Tensor, images: Sequence[int]) -> Tensor:
-        return tensor.index_select(0, torch.tensor([self._rows[image] for image in images], device=tensor.device))
+    wanted = {seen: (episodes, novel.get(seen, ())) for seen, episodes in kinds.items()}
+    return read_kinds(source, wanted, once=len(kinds) > 1).made()

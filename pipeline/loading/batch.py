@@ -1,10 +1,16 @@
-"""Batches of episodes as tensors, read ahead on a thread."""
+"""Batches of episodes as tensors: what is read for them, and what is made of it where they are used.
+
+Every photo of a batch is read once, and sent once to a device of its own memory (`once`): the batch is gathered there.
+On a CPU, where nothing is sent, photos are read into the places they have in the batch, so that nothing is gathered.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -105,41 +111,180 @@ class EpisodeBatch:
         )
 
 
-def load_batch(source: FeatureSource, episodes: Sequence[Episode], novel: Sequence[int] = ()) -> EpisodeBatch:
+Rows = slice | Tensor
+"""Which of the photos, in order: as they lie, or (n,) int64 rows to be gathered."""
+Seen = TypeVar("Seen")
+B = TypeVar("B")
+
+
+@dataclass(frozen=True)
+class Photos:
+    """n photos as they are read: what is sent to a device."""
+
+    levels: list[Tensor]
+    """Finest first, each (n, L, H, W, C); codes, (n, 1, H, W, bytes), if there is a `codec`."""
+    labels: Tensor
+    """(n, S, S) label maps of the source's own type, uint8 up to 254 classes."""
+    codec: TransformCodec | None
+    ignore_label: int | None
+    """Label of boundary pixels, None if there are none."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Which of the photos B episodes are made of, and what is asked of them."""
+
+    query: Rows
+    support: Rows
+    values: Tensor
+    """Labels of the classes: (B,), or (B, N) of N-way episodes."""
+    shots: int
+    """Supports of an episode, of all its classes together."""
+    novel: Tensor | None = None
+    """(n,) labels whose pixels shall be marked (`EpisodeBatch.novel`)."""
+
+
+@dataclass(frozen=True)
+class Reading(Generic[B]):
+    """What was read for episodes; `made` is the batch, on the device where the tensors are."""
+
+    photos: Photos
+    asked: tuple[Asked, ...]
+    make: Callable[[Photos, tuple[Asked, ...]], B]
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Reading[B]:
+        """The same with what `move` makes of each tensor."""
+
+        def rows(chosen: Rows) -> Rows:
+            return chosen if isinstance(chosen, slice) else move(chosen)
+
+        photos = self.photos
+        return replace(
+            self,
+            photos=replace(photos, levels=[move(level) for level in photos.levels], labels=move(photos.labels)),
+            asked=tuple(
+                replace(
+                    one,
+                    query=rows(one.query),
+                    support=rows(one.support),
+                    values=move(one.values),
+                    novel=None if one.novel is None else move(one.novel),
+                )
+                for one in self.asked
+            ),
+        )
+
+    def made(self) -> B:
+        """The batch. Labels that torch does not compare on every device become int32 first."""
+        labels = self.photos.labels
+        return self.make(replace(self.photos, labels=labels.to(_compared(labels))), self.asked)
+
+
+def read_batch(
+    source: FeatureSource, episodes: Sequence[Episode], novel: Sequence[int] = (), once: bool = False
+) -> Reading[EpisodeBatch]:
     """Read what a batch of episodes needs. All must have the same number of shots. Coded features stay coded.
 
     Args:
         novel: class ids whose pixels shall be marked (`EpisodeBatch.novel`).
+        once: hold a photo once that is in several places, to be gathered on the device. Otherwise it lies in all of
+            them; it is read once in either case.
     """
-    queries = [episode.query for episode in episodes]
-    supports = [support for episode in episodes for support in episode.supports]
-    shots = len(episodes[0].supports)
-    query_labels, support_labels = source.labels(queries), source.labels(supports)
-    ids = [episode.class_id + 1 for episode in episodes]
-    value = torch.tensor(ids, dtype=query_labels.dtype, device=query_labels.device)
-    target = query_labels == value[:, None, None]
-    support_mask = support_labels == value.repeat_interleave(shots)[:, None, None]
-    boundary = source.index.ignore_label if source.index.has_ignore else None
+    return Reading(*_read(source, [(episodes, novel)], once), make=_only)
+
+
+def read_kinds(
+    source: FeatureSource, kinds: Mapping[Seen, tuple[Sequence[Episode], Sequence[int]]], once: bool = False
+) -> Reading[Mapping[Seen, EpisodeBatch]]:
+    """Batches of several kinds by name, from (episodes, novel) as for `read_batch`; they share their photos."""
+    return Reading(*_read(source, list(kinds.values()), once), make=partial(_named, tuple(kinds)))
+
+
+def load_batch(source: FeatureSource, episodes: Sequence[Episode], novel: Sequence[int] = ()) -> EpisodeBatch:
+    """The batch of `read_batch`, where the source gives it."""
+    return read_batch(source, episodes, novel).made()
+
+
+def _read(
+    source: FeatureSource, kinds: Sequence[tuple[Sequence[Episode], Sequence[int]]], once: bool, ways: bool = False
+) -> tuple[Photos, tuple[Asked, ...]]:
+    """Read the photos of several batches, and say where each of them has its own; `ways`: of all their classes."""
+    lists = []
+    for episodes, _ in kinds:
+        lists.append([episode.query for episode in episodes])
+        lists.append([image for episode in episodes for image in (episode.photos[1:] if ways else episode.supports)])
+    images, rows = _places(lists, once)
+    levels, labels = (source.features(images), source.labels(images)) if images else ([], torch.empty(0))
+    index = source.index
+    photos = Photos(levels, labels, source.codec, index.ignore_label if index.has_ignore else None)
+    kind = _compared(labels)
+    asked = []
+    for number, (episodes, novel) in enumerate(kinds):
+        classes = [[class_id for class_id, _ in e.classes] if ways else e.class_id for e in episodes]
+        ids = torch.tensor(classes, dtype=kind, device=labels.device)
+        asked.append(
+            Asked(
+                query=rows[2 * number],
+                support=rows[2 * number + 1],
+                values=ids + 1,
+                shots=len(lists[2 * number + 1]) // len(episodes),
+                novel=torch.tensor(novel, dtype=kind, device=labels.device) + 1 if novel else None,
+            )
+        )
+    return photos, tuple(asked)
+
+
+def _places(lists: Sequence[Sequence[int]], once: bool) -> tuple[list[int], list[Rows]]:
+    """Images to be read, and the rows of each list among them."""
+    every = [image for images in lists for image in images]
+    distinct = {image: row for row, image in enumerate(dict.fromkeys(every))}
+    if once and len(distinct) < len(every):
+        return list(distinct), [torch.tensor([distinct[image] for image in images]) for images in lists]
+    ends = list(accumulate(map(len, lists)))
+    return every, [slice(end - len(images), end) for end, images in zip(ends, lists, strict=True)]
+
+
+def _compared(labels: Tensor) -> torch.dtype:
+    return torch.int32 if labels.dtype == torch.uint16 else labels.dtype
+
+
+def _chosen(tensor: Tensor, rows: Rows) -> Tensor:
+    return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows)
+
+
+def _batch(photos: Photos, asked: Asked, truth: Callable[[Tensor], tuple[Tensor, Tensor]]) -> EpisodeBatch:
+    """A batch; `truth` makes (target, values of every support) of the queries' labels."""
+    query_labels, support_labels = _chosen(photos.labels, asked.query), _chosen(photos.labels, asked.support)
+    target, values = truth(query_labels)
+    boundary, novel = photos.ignore_label, asked.novel
     return EpisodeBatch(
-        query=source.features(queries),
-        support=source.features(supports),
-        support_mask=support_mask,
+        query=[_chosen(level, asked.query) for level in photos.levels],
+        support=[_chosen(level, asked.support) for level in photos.levels],
+        support_mask=support_labels == values[:, None, None],
         target=target,
         ignore=None if boundary is None else query_labels == boundary,
-        shots=shots,
-        unit=source.codec is not None,
-        codec=source.codec,
+        shots=asked.shots,
+        unit=photos.codec is not None,
+        codec=photos.codec,
         support_ignore=None if boundary is None else support_labels == boundary,
-        novel=_shows(query_labels, novel),
-        support_novel=_shows(support_labels, novel),
+        novel=None if novel is None else torch.isin(query_labels, novel),
+        support_novel=None if novel is None else torch.isin(support_labels, novel),
     )
 
 
-def _shows(labels: Tensor, classes: Sequence[int]) -> Tensor | None:
-    """Where label maps show one of some classes; None without a class."""
-    if not classes:
-        return None
-    return torch.isin(labels, torch.tensor(classes, dtype=labels.dtype, device=labels.device) + 1)
+def _one_way(photos: Photos, asked: Asked) -> EpisodeBatch:
+    values = asked.values
+    return _batch(
+        photos, asked, lambda labels: (labels == values[:, None, None], values.repeat_interleave(asked.shots))
+    )
+
+
+def _only(photos: Photos, asked: tuple[Asked, ...]) -> EpisodeBatch:
+    return _one_way(photos, asked[0])
+
+
+def _named(names: tuple[Seen, ...], photos: Photos, asked: tuple[Asked, ...]) -> Mapping[Seen, EpisodeBatch]:
+    return {name: _one_way(photos, one) for name, one in zip(names, asked, strict=True)}
 
 
 def prefetch(
@@ -179,25 +324,24 @@ class WaysBatch:
         )
 
 
+def read_ways(source: FeatureSource, episodes: Sequence[Episode], once: bool = False) -> Reading[WaysBatch]:
+    """Read what a batch of N-way episodes needs. All must have the same numbers of classes and shots.
+
+    `once` as for `read_batch`.
+    """
+    return Reading(*_read(source, [(episodes, ())], once, ways=True), make=_several_ways)
+
+
 def load_ways(source: FeatureSource, episodes: Sequence[Episode]) -> WaysBatch:
-    """Read what a batch of N-way episodes needs. All must have the same numbers of classes and shots."""
-    queries = [episode.query for episode in episodes]
-    classes = [[class_id for class_id, _ in episode.classes] for episode in episodes]
-    supports = [image for episode in episodes for image in episode.photos[1:]]
-    ways, shots = len(classes[0]), len(supports) // len(episodes)
-    query_labels, support_labels = source.labels(queries), source.labels(supports)
-    ids = torch.tensor(classes, dtype=query_labels.dtype, device=query_labels.device) + 1
-    shown = query_labels[:, None] == ids[..., None, None]
+    """The batch of `read_ways`, where the source gives it."""
+    return read_ways(source, episodes).made()
+
+
+def _several_ways(photos: Photos, asked: tuple[Asked, ...]) -> WaysBatch:
+    (one,) = asked
+    values, ways = one.values, one.values.shape[1]
+    labels = _chosen(photos.labels, one.query)
+    shown = labels[:, None] == values[..., None, None]
     truth = (shown * torch.arange(1, ways + 1, device=shown.device)[:, None, None]).sum(1)
-    ignore = query_labels == source.index.ignore_label if source.index.has_ignore else None
-    batch = EpisodeBatch(
-        query=source.features(queries),
-        support=source.features(supports),
-        support_mask=support_labels == ids.flatten().repeat_interleave(shots // ways)[:, None, None],
-        target=truth > 0,
-        ignore=ignore,
-        shots=shots,
-        unit=source.codec is not None,
-        codec=source.codec,
-    )
-    return WaysBatch(batch, truth, ways)
+    each = values.flatten().repeat_interleave(one.shots // ways)
+    return WaysBatch(_batch(photos, one, lambda _: (truth > 0, each)), truth, ways)

@@ -49,11 +49,14 @@ class FeatureSource(Protocol):
         ...
 
     def features(self, images: Sequence[int]) -> list[Tensor]:
-        """Levels, finest first, each (n, L, H, W, C) in the precision they are kept in, or codes for `codec`."""
+        """Levels, finest first, each (n, L, H, W, C) in the precision they are kept in, or codes for `codec`.
+
+        An image that is asked for several times is read, or computed, once.
+        """
         ...
 
     def labels(self, images: Sequence[int]) -> Tensor:
-        """(n, S, S) int32 label maps at network size: 0, class id + 1, or the index's ignore label."""
+        """(n, S, S) label maps at network size, `index.label_dtype`: 0, class id + 1, or the index's ignore label."""
         ...
 
 
@@ -73,7 +76,7 @@ class StoreSource:
         return [torch.from_numpy(level) for level in self.store.features(images)]
 
     def labels(self, images: Sequence[int]) -> Tensor:
-        return torch.from_numpy(self.store.labels(images).astype(np.int32))
+        return torch.from_numpy(self.store.labels(images))
 
 
 class RelistedSource:
@@ -105,12 +108,20 @@ class OnlineSource:
         return list(object_pixels(self.dataset.label(image), self.index.ignore_label))
 
     def features(self, images: Sequence[int]) -> list[Tensor]:
+        distinct = list(dict.fromkeys(images))
+        levels = self._computed(distinct)
+        if len(distinct) == len(images):
+            return levels
+        rows = torch.tensor([distinct.index(image) for image in images])
+        return [level.index_select(0, rows.to(level.device)) for level in levels]
+
+    def _computed(self, images: Sequence[int]) -> list[Tensor]:
         return self.network([self.dataset.image(image) for image in images])
 
     def labels(self, images: Sequence[int]) -> Tensor:
         size = self.recipe.image_size
-        maps = [resize_label(self.dataset.label(i), (size, size)) for i in images]
-        return torch.from_numpy(np.stack(maps).astype(np.int32))
+        maps = {image: resize_label(self.dataset.label(image), (size, size)) for image in dict.fromkeys(images)}
+        return torch.from_numpy(np.stack([maps[image] for image in images]).astype(self.index.label_dtype))
 
 
 class PhotoSource(OnlineSource):
@@ -129,5 +140,5 @@ class PhotoSource(OnlineSource):
         super().__init__(dataset, backbone, recipe, device)
         self.backbone = backbone
 
-    def features(self, images: Sequence[int]) -> list[Tensor]:
+    def _computed(self, images: Sequence[int]) -> list[Tensor]:
         return [torch.from_numpy(np.stack([self.network.pixels(self.dataset.image(image)) for image in images]))]
