@@ -21,7 +21,7 @@ from pipeline.common.runner import read_ahead
 from pipeline.episodes.stream import Episode
 from pipeline.features.budgeted import TransformCodec
 from pipeline.features.forward import levels_of
-from pipeline.loading.source import FeatureSource
+from pipeline.loading.source import FeatureSource, readers
 
 
 @dataclass(frozen=True)
@@ -290,8 +290,8 @@ def _named(names: tuple[Seen, ...], photos: Photos, asked: tuple[Asked, ...]) ->
 def prefetch(
     source: FeatureSource, batches: Iterator[Sequence[Episode]], depth: int = 2, novel: Sequence[int] = ()
 ) -> Generator[tuple[Sequence[Episode], EpisodeBatch], None, None]:
-    """Load batches on a background thread, at most `depth` ahead of the one in use; see `read_ahead`."""
-    return read_ahead(partial(load_batch, source, novel=novel), batches, depth, "prefetch")
+    """Load batches on background threads, at most `depth` ahead of the one in use; see `read_ahead`."""
+    return read_ahead(partial(load_batch, source, novel=novel), batches, depth, "prefetch", readers(source))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hsnet.backbone import Backbone, FrozenBackbone
 from hsnet.errors import ConfigError
+from pipeline.common.machine import cores
 from pipeline.datasets.images import object_pixels, resize_label
 from pipeline.datasets.index import DatasetIndex
 from pipeline.features.budgeted import TransformCodec
@@ -60,8 +61,25 @@ class FeatureSource(Protocol):
         ...
 
 
+MOST_READERS = 4
+"""Threads that read at a time, at most. Checksums are made by one of them at a time, so more would wait for that."""
+CORES_PER_READER = 4
+
+
+def readers(source: FeatureSource) -> int:
+    """Threads that may read of a source at a time: one for every four cores, if it is a store; else one.
+
+    What a store gives is the same by any number. A network that computes features is not called by two threads.
+    """
+    while isinstance(source, RelistedSource):
+        source = source.source
+    if not isinstance(source, StoreSource):
+        return 1
+    return max(1, min(MOST_READERS, int(cores()) // CORES_PER_READER))
+
+
 class StoreSource:
-    """Features read from a finished store."""
+    """Features read from a finished store. Safe in several threads."""
 
     def __init__(self, store: FeatureStore) -> None:
         self.store = store

@@ -15,6 +15,7 @@ docs/store.md describes it for readers that do not have this program.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, partial
@@ -40,12 +41,12 @@ from pipeline.store.markers import (
     sweep_partials,
 )
 from pipeline.store.place import place_of
-from pipeline.store.shard_file import OPEN_SHARDS, ChunkReader, OpenShards
+from pipeline.store.shard_file import ChunkReader, OpenShards, mapped_files
 from pipeline.store.shard_table import ShardTable
 from pipeline.store.shard_writer import write_whole_shard
 
 MAPPED_OF_MIRROR = 32
-"""Shard files of a bucket's store that stay mapped; see `pipeline.store.shard_file.OPEN_SHARDS`."""
+"""Shard files of a bucket's store that stay mapped; of a folder's see `pipeline.store.shard_file.mapped_files`."""
 
 
 class FeatureStore:
@@ -75,12 +76,14 @@ class FeatureStore:
         for layout in self._layouts:
             layout.check(root, rows)
         # A file that is evicted takes its place on the disk until it is unmapped.
-        shards = OpenShards(MAPPED_OF_MIRROR if place.remote else OPEN_SHARDS)
+        files = self.shards * len(self._layouts)
+        shards = OpenShards(min(MAPPED_OF_MIRROR, mapped_files(files)) if place.remote else mapped_files(files))
         self._readers = [
             ChunkReader(partial(shard_file, root.resolve(), layout.name), self.shard_images, layout.compressed, shards)
             for layout in self._layouts
         ]
-        self._memory = Buffers()
+        self.memory = Buffers()
+        """Where features and labels are read into; may be replaced before anything is read."""
         self._table = ShardTable(place, self.identity, self._names, self.shards, self._ids)
         digests = [each.digest for each in facts.states]
         self._table.use_seal(digests, state, state_checksum(self.index, self.placement), facts.shard_images)
@@ -299,7 +302,7 @@ class FeatureStore:
         buffers = (
             list(out)
             if out is not None
-            else [self._memory.empty((len(images), *layout.image_shape), layout.dtype) for layout in self._layouts[:-1]]
+            else [self.memory.empty((len(images), *layout.image_shape), layout.dtype) for layout in self._layouts[:-1]]
         )
         with self._present(self._names[:-1], images):  # all levels are fetched at once
             for level, buffer in enumerate(buffers):
@@ -312,7 +315,7 @@ class FeatureStore:
         Errors as `features`.
         """
         layout = self._layouts[-1]
-        buffer = np.empty((len(images), *layout.image_shape), layout.dtype)
+        buffer = self.memory.empty((len(images), *layout.image_shape), layout.dtype)
         self._read(len(self._layouts) - 1, images, buffer)
         return buffer
 
@@ -353,6 +356,11 @@ class FeatureStore:
                 except FileNotFoundError as error:
                     raise self._damage(layout, image, "the chunk is not there, nor is its file") from error
                 except (ValueError, OSError, RuntimeError) as error:
+                    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                        raise StoreError(
+                            f"{self.path} cannot be read: {error.strerror}. Raise the limit (`ulimit -n`). Nothing is "
+                            f"wrong with the store."
+                        ) from error
                     raise self._damage(layout, image, str(error) or repr(error)) from error
 
     def _read_image(self, number: int, image: int, out: NDArray[Any]) -> None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import resource
 import stat
 import sys
 import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,10 @@ from numpy.typing import NDArray
 from hsnet.errors import StoreError
 from pipeline.common.files import whole
 
-OPEN_SHARDS = 128
-"""Files mapped at a time; each takes a descriptor, of which a process often has 1024."""
+MOST_MAPPED = 1 << 14
+"""Files mapped at a time, at most: the kernel allows a process 65,530 maps, libraries included."""
+SHARE_OF_FILES = 4
+"""A store takes one in so many of the files that the process may have open: several may be open, and other things."""
 
 _PIECE = 1 << 20
 """Bytes copied, then summed while they are still in the processor's cache. Below about 1 MB the C library's copy reads
@@ -42,10 +46,32 @@ _ABSENT = (1 << 64) - 1
 _CRC = 4
 
 
-class OpenShards:
-    """Shard files that are mapped, the least recently used given up first. Safe in several threads."""
+def mapped_files(files: int) -> int:
+    """How many of a store's files may stay mapped; each takes a descriptor.
 
-    def __init__(self, most: int = OPEN_SHARDS) -> None:
+    That is all of them where the limit of open files allows it (`ulimit -n`, often 1,024). The soft limit is raised for
+    that, as far as needed and as the hard one lets it: nothing here waits for files by `select`, which is what the soft
+    limit protects. Where it cannot be raised, a quarter of the limit is taken, and the files take turns.
+    """
+    wanted = min(files, MOST_MAPPED)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return wanted
+    needed = SHARE_OF_FILES * wanted if hard == resource.RLIM_INFINITY else min(hard, SHARE_OF_FILES * wanted)
+    if soft < needed:
+        with suppress(ValueError, OSError):  # macOS allows less than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+            soft = needed
+    return max(1, min(wanted, soft // SHARE_OF_FILES))
+
+
+class OpenShards:
+    """Shard files that are mapped, the least recently used given up first. Safe in several threads.
+
+    Where the process has no descriptor left, files are given up before another is mapped.
+    """
+
+    def __init__(self, most: int) -> None:
         self._most = most
         self._open: OrderedDict[str, _Shard] = OrderedDict()
         self._lock = threading.Lock()
@@ -66,13 +92,24 @@ class OpenShards:
             if shard is not None and shard.identity == identity:
                 self._open.move_to_end(path)
                 return shard
-        shard = _map(path, chunks)
+        shard = self._map(path, chunks)
         with self._lock:
             self._open[path] = shard
             self._open.move_to_end(path)
             while len(self._open) > self._most:
                 self._open.popitem(last=False)  # unmapped when its last reader is done
         return shard
+
+    def _map(self, path: str, chunks: int) -> _Shard:
+        while True:
+            try:
+                return _map(path, chunks)
+            except OSError as error:
+                with self._lock:
+                    if error.errno != errno.EMFILE or not self._open:
+                        raise
+                    for _ in range(-(-len(self._open) // 2)):
+                        self._open.popitem(last=False)
 
     def __len__(self) -> int:
         return len(self._open)

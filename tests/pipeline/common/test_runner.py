@@ -1,4 +1,5 @@
 import threading
+import time
 
 import pytest
 import torch
@@ -86,6 +87,67 @@ def test_reading_ahead_keeps_order_and_its_bound(depth):
         assert (item, doubled) == (used, 2 * used)
         assert len(taken) == min(10, used + 1 + depth)
     assert names == ({"ahead"} if depth else {""})
+
+
+@pytest.mark.parametrize("threads", [2, 3, 9])
+def test_several_threads_read_at_a_time_and_the_order_stays(threads):
+    """All of them are inside `read` at once: the barrier opens only then. Later items are ready before earlier ones."""
+    wanted = min(threads, 4)
+    together, begun, names, main = threading.Barrier(wanted, timeout=10), [], set(), threading.current_thread()
+
+    def read(item):
+        assert threading.current_thread() is not main
+        names.add(threading.current_thread().name)
+        if item < wanted:
+            together.wait()
+        time.sleep(0.002 * (11 - item) if item % 3 else 0)
+        return 2 * item
+
+    taken = []
+    items = (taken.append(threading.current_thread() is main) or item for item in range(12))
+    ahead = read_ahead(read, items, 4, "ahead", threads, lambda: begun.append(threading.current_thread().name))
+    for used, (item, doubled) in enumerate(ahead):
+        assert (item, doubled) == (used, 2 * used)
+        assert len(taken) == min(12, used + 1 + 4), "no more than the depth"
+    assert all(taken), "items are asked for by the caller alone"
+    assert len(names) == wanted, "more than the depth would have nothing to do"
+    assert sorted(begun) == sorted(names)
+
+
+def test_several_threads_raise_an_error_at_its_item():
+    failed = threading.Event()
+
+    def read(item):
+        if item == 2:
+            failed.set()
+            raise DataError("bad 2")
+        assert failed.wait(10), "the error is there before any result"
+        return item
+
+    ahead = read_ahead(read, range(9), 4, "ahead", 3)
+    assert [next(ahead)[0], next(ahead)[0]] == [0, 1]
+    with pytest.raises(DataError, match="bad 2"):
+        next(ahead)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
+
+
+def test_closing_stops_all_threads():
+    go, started, read = threading.Event(), threading.Semaphore(0), []
+
+    def slow(item):
+        if item:
+            started.release()
+            assert go.wait(10)
+        read.append(item)
+
+    ahead = read_ahead(slow, range(99), 5, "ahead", 2)
+    next(ahead)
+    assert started.acquire(timeout=10)
+    assert started.acquire(timeout=10)
+    threading.Timer(0.2, go.set).start()
+    ahead.close()
+    assert sorted(read) == [0, 1, 2], "those that were being read, and no more"
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
 
 
 def test_an_error_of_reading_is_raised_at_its_item():

@@ -1,14 +1,17 @@
 """From episodes to tensors, from a store or online, ahead of time or not."""
 
+import threading
+
 import pytest
 import torch
 
+import pipeline.loading.source as source_module
 from hsnet.backbone import FrozenBackbone
 from pipeline.common.runner import one_torch_thread
 from pipeline.episodes.stream import EpisodeStream
 from pipeline.extract.stage import extract
 from pipeline.loading.batch import load_batch, prefetch
-from pipeline.loading.source import OnlineSource, StoreSource
+from pipeline.loading.source import OnlineSource, RelistedSource, StoreSource, readers
 from pipeline.store.feature_store import FeatureStore
 from pipeline.train import fit
 
@@ -41,6 +44,29 @@ def test_prefetch_gives_the_batches_in_order(tiny_source, stream, depth):
     for group, (episodes, batch) in zip(groups, prefetch(tiny_source, iter(groups), depth), strict=True):
         assert episodes == group
         assert torch.equal(batch.target, load_batch(tiny_source, group).target)
+
+
+def test_several_threads_read_a_store_and_no_network(tiny_source, tmp_path, tiny_shapes, squeezenet, monkeypatch):
+    extract(tiny_shapes, squeezenet, tmp_path / "s.zarr", image_size=64, precision="int8")
+    stored = StoreSource(FeatureStore.open(tmp_path / "s.zarr"))
+    for cores, expected in ((0.5, 1), (2, 1), (4, 1), (8, 2), (16, 4), (128, 4)):
+        monkeypatch.setattr(source_module, "cores", lambda found=cores: found)
+        assert readers(stored) == readers(RelistedSource(stored, stored.index)) == expected
+        assert readers(tiny_source) == readers(RelistedSource(tiny_source, tiny_source.index)) == 1
+    names, before = set(), StoreSource.features
+    monkeypatch.setattr(
+        StoreSource,
+        "features",
+        lambda self, images: names.add(threading.current_thread().name) or before(self, images),
+    )
+    episodes = EpisodeStream(stored.index, 0, "trn", 2, 0)
+    groups = [[episodes[i], episodes[i + 1]] for i in range(30)]
+    for group, (given, batch) in zip(groups, prefetch(stored, iter(groups), 3), strict=True):
+        assert given == group
+        alone = load_batch(stored, group)
+        assert torch.equal(batch.target, alone.target)
+        assert all(torch.equal(one, other) for one, other in zip(batch.support, alone.support, strict=True))
+    assert len([name for name in names if name.startswith("prefetch")]) > 1
 
 
 def test_a_float32_store_and_the_backbone_online_train_the_same_run(

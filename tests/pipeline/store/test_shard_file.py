@@ -41,7 +41,7 @@ def file_of(root, name, number):
 
 def reader_of(root, name="level0", compressed=False, shards=None):
     return ChunkReader(
-        lambda number: file_of(root, name, number), 8, compressed, OpenShards() if shards is None else shards
+        lambda number: file_of(root, name, number), 8, compressed, OpenShards(128) if shards is None else shards
     )
 
 

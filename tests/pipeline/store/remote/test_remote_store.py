@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fakes
@@ -86,6 +87,23 @@ def test_only_what_is_read_is_fetched_and_only_once(s3, photos, run, tmp_path, m
     again = FeatureStore.open(URL)
     again.labels([0, 1, 5])
     assert not [one for one in s3.seen if ("/c/" in one and "index" not in one) or "_done/0" in one], "no marker either"
+
+
+def test_threads_that_want_the_same_shards_fetch_them_once(s3, photos, run, tmp_path, monkeypatch):
+    run(photos, URL)
+    expected = [part.tobytes() for part in all_of(FeatureStore.open(URL))]
+    forget_cache(monkeypatch, tmp_path)
+    store = FeatureStore.open(URL)
+    s3.seen.clear()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: [part.tobytes() for part in all_of(store)], range(8)))
+    assert all(one == expected for one in found)
+    fetched = [one for one in s3.seen if "/c/" in one]
+    assert len(fetched) == len(set(fetched)) == 3 * 4
+
+
+def all_of(store):
+    return [*store.features(range(11)), store.labels(range(11))]
 
 
 def test_opening_a_sealed_store_asks_for_two_objects(s3, photos, run, tmp_path, monkeypatch):
