@@ -33,7 +33,7 @@ annotations  formats of annotation tools: marked photos in, found objects out
 episodes    which photos meet: drawing, protocols, manifests
 features    what a stored feature is: recipe, weights, precisions, the budgeted codec
 store       features on disk or in a bucket: shards, markers, their summary, growth, repair
-loading     from episodes to tensors: sources, batches, residence in memory
+loading     from episodes to tensors: sources, batches and how they reach a device, residence in memory
 heads       what answers an episode: configurations, checkpoints, runs, segmenters
 bank        annotated photos with their features, what is fitted to them, and how well it does on photos left out
 scores      rows of an evaluation and what is computed from them; stands on common and episodes alone

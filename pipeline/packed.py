@@ -23,10 +23,10 @@ from torch import Tensor
 from hsnet.errors import ConfigError
 from hsnet.fused import Correlations
 from pipeline.common.process_group import Alone
-from pipeline.common.runner import read_ahead
 from pipeline.episodes.stream import Episode
 from pipeline.heads.config import RunConfig
-from pipeline.loading.batch import EpisodeBatch, read_kinds
+from pipeline.loading.batch import EpisodeBatch, Reading, read_kinds
+from pipeline.loading.feeding import Feed, feed
 from pipeline.loading.resident import keep
 from pipeline.loading.source import FeatureSource
 from pipeline.train import Event, FitSummary, Trainer, check_run, images_of, opened_trainer
@@ -34,6 +34,8 @@ from pipeline.train import Event, FitSummary, Trainer, check_run, images_of, ope
 Seen = tuple[object, ...]
 """What decides the episodes of a step: heads with the same see the same photos."""
 Loaded = Mapping[Seen, EpisodeBatch]
+Plan = tuple[bool, Mapping[Seen, Sequence[Episode]]]
+"""Parts of a step's batches that are read together, and whether they are its last."""
 
 
 def episodes_seen(config: RunConfig) -> Seen:
@@ -130,8 +132,8 @@ class _Pack:
         )
         plans = (plan for step in steps for plan in self._plans(step))
         novel = {episodes_seen(head.config): head.novel for head in self.living.values() if head.novel}
-        load = partial(_load, self.source, novel)
-        with closing(read_ahead(load, plans, prefetch_depth, "prefetch")) as loaded:
+        device = next((head.device for head in self.living.values()), "cpu")
+        with closing(feed(self.source, partial(_read, novel=novel), plans, device, prefetch_depth)) as loaded:
             for step in steps:
                 if stop():
                     for number, trainer in list(self.living.items()):
@@ -151,7 +153,7 @@ class _Pack:
             if trainer.resumed_at <= step < trainer.config.steps
         }
 
-    def _plans(self, step: int) -> Iterator[tuple[bool, dict[Seen, Sequence[Episode]]]]:
+    def _plans(self, step: int) -> Iterator[Plan]:
         """Parts of a step's batches, one of every kind at a time, and whether it is the step's last."""
         kinds = {episodes_seen(trainer.config): trainer for trainer in self._active(step).values()}
         # A step that nobody is left to make has one empty part, so that those who read know where it ends.
@@ -160,7 +162,7 @@ class _Pack:
             plan = {seen: part for seen, part in zip(kinds, parts, strict=True) if part is not None}
             yield number == len(every) - 1, plan
 
-    def _step(self, step: int, loaded: Iterator[tuple[tuple[bool, object], Loaded]]) -> None:
+    def _step(self, step: int, loaded: Feed[Plan, Loaded]) -> None:
         heads = self._active(step)
         totals = {number: trainer.begin() for number, trainer in heads.items()}
         spent = dict.fromkeys(heads, 0.0)
@@ -169,7 +171,8 @@ class _Pack:
         while not last:
             before = time.perf_counter()
             (last, _), batches = next(loaded)
-            waited += time.perf_counter() - before
+            waited += loaded.waited
+            shared += time.perf_counter() - before - loaded.waited
             for seen, batch in batches.items():
                 before = time.perf_counter()
                 mine = [number for number in heads if episodes_seen(heads[number].config) == seen]
@@ -219,10 +222,10 @@ def _finish(trainer: Trainer, step: int, total: Tensor, seconds: float, waited: 
     trainer.book()
 
 
-def _load(
-    source: FeatureSource, novel: Mapping[Seen, Sequence[int]], plan: tuple[bool, Mapping[Seen, Sequence[Episode]]]
-) -> Loaded:
+def _read(
+    source: FeatureSource, plan: Plan, novel: Mapping[Seen, Sequence[int]], once: bool
+) -> Reading[Mapping[Seen, EpisodeBatch]]:
     """Batches of a plan; a photo that is in several is read once. Marks the `novel` classes where a head wants that."""
     _, kinds = plan
     wanted = {seen: (episodes, novel.get(seen, ())) for seen, episodes in kinds.items()}
-    return read_kinds(source, wanted, once=len(kinds) > 1).made()
+    return read_kinds(source, wanted, once=once or len(kinds) > 1)

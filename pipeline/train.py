@@ -37,6 +37,7 @@ from pipeline.heads.run_dir import Position, RunDir
 from pipeline.heads.segmenters import LearnedSegmenter, Segmenter
 from pipeline.heads.training import WeightAverage, less_memory, make_optimiser, rate_at, set_rate
 from pipeline.loading.batch import EpisodeBatch, prefetch
+from pipeline.loading.feeding import Feed
 from pipeline.loading.resident import keep
 from pipeline.loading.source import FeatureSource, PhotoSource
 
@@ -279,7 +280,7 @@ class Trainer:
         """Steps up to `config.steps`; False if stopped before."""
         remaining = range(self.position.step, self.config.steps)
         parts = (part for step in remaining for part in self.parts(step))
-        with closing(prefetch(self.source, parts, prefetch_depth, self.novel)) as loaded:
+        with closing(prefetch(self.source, parts, prefetch_depth, self.novel, self.device)) as loaded:
             self._saved = time.monotonic()
             wanted = bool(self.ranks.sum(torch.tensor(int(stop()))) > 0)
             for step in remaining:
@@ -342,16 +343,16 @@ class Trainer:
         for start in range(0, len(mine), self.micro_batch):
             yield mine[start : start + self.micro_batch]
 
-    def _step(self, step: int, loaded: Iterator) -> None:
+    def _step(self, step: int, loaded: Feed[Sequence[Episode], EpisodeBatch]) -> None:
         started, waited = time.perf_counter(), 0.0
         mine, _ = self._mine(step)
         total = self.begin()
         count = max(1, -(-len(mine) // self.micro_batch))
         for number in range(count):
-            before = time.perf_counter()
             _, batch = next(loaded)
+            before = time.perf_counter()
             batch = self.placed(batch)
-            waited += time.perf_counter() - before
+            waited += loaded.waited + time.perf_counter() - before
             total += self.learn(step, batch, sync=number == count - 1)
         self.finish(step, total, lambda: time.perf_counter() - started, waited)
 
@@ -412,7 +413,7 @@ class Trainer:
             segmenters.append(ContrastSegmenter())
         counted = [[torch.zeros(0, 2, 2, dtype=torch.int64, device=self.device)] for _ in segmenters]
         groups = (episodes[start : start + size] for start in range(0, len(episodes), size))
-        for _, batch in prefetch(self.source, groups, 1):
+        for _, batch in prefetch(self.source, groups, 1, device=self.device):
             batch = batch.to(self.device)
             if isinstance(judged, FinetunedHSNet):
                 batch = batch.read_by(judged.backbone)

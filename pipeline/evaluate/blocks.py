@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, overload
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from hsnet.errors import ConfigError, DataError
 from pipeline.common.machine import environment
 from pipeline.common.out_of_memory import memory_told
-from pipeline.common.runner import Runner, SerialRunner, in_groups, read_ahead
+from pipeline.common.runner import Runner, SerialRunner, in_groups
 from pipeline.datasets.index import DatasetIndex
 from pipeline.episodes.drawing import PlannedTest
 from pipeline.episodes.manifest import episodes_in
@@ -24,6 +23,7 @@ from pipeline.episodes.stream import Episode
 from pipeline.evaluate.plan import EvaluationPlan
 from pipeline.heads.scene import require_background
 from pipeline.heads.segmenters import Segmenter
+from pipeline.loading.feeding import Readable, feed
 from pipeline.loading.resident import keep
 from pipeline.loading.source import FeatureSource, StoreSource
 
@@ -151,19 +151,37 @@ class WithMasks(Generic[L]):
         return WithMasks(self.batch.to(device), labels)
 
 
+@dataclass(frozen=True)
+class ReadWithMasks(Generic[L]):
+    """What `WithMasks` is made of: see `pipeline.loading.batch.Reading`."""
+
+    reading: Readable[L]
+    labels: tuple[Tensor, ...] | None
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> ReadWithMasks[L]:
+        """The same with what `move` makes of each tensor."""
+        labels = None if self.labels is None else tuple(move(label) for label in self.labels)
+        return ReadWithMasks(self.reading.moved(move), labels)
+
+    def made(self) -> WithMasks[L]:
+        """Episodes and masks where the tensors are."""
+        return WithMasks(self.reading.made(), self.labels)
+
+
 def with_masks(
     source: FeatureSource,
     episodes: Sequence[Episode],
     *,
-    load: Callable[[FeatureSource, Sequence[Episode]], L],
+    read: Callable[..., Readable[L]],
     dataset: Dataset | None,
-) -> WithMasks[L]:
+    once: bool = False,
+) -> ReadWithMasks[L]:
     """Read episodes, and decode the masks of their queries: on the thread that reads ahead, not beside the head."""
-    batch = load(source, episodes)
+    reading = read(source, episodes, once=once)
     if dataset is None:
-        return WithMasks(batch, None)
+        return ReadWithMasks(reading, None)
     decoded = (dataset.label(episode.query).astype("int32") for episode in episodes)
-    return WithMasks(batch, tuple(torch.from_numpy(label) for label in decoded))
+    return ReadWithMasks(reading, tuple(torch.from_numpy(label) for label in decoded))
 
 
 @dataclass(frozen=True)
@@ -283,7 +301,7 @@ def runs_of(blocks: Sequence[Block]) -> Iterator[list[int]]:
 def answered(
     plan: EvaluationPlan,
     blocks: Blocks,
-    load: Callable[[FeatureSource, Sequence[Episode]], L],
+    read: Callable[..., Readable[L]],
     part_rows: Callable[[Segmenter, L, Sequence[Episode], Block, DatasetIndex], PartRows],
     keep_rows: Callable[[Sequence[Block], Rows], R],
     runner: Runner | None = None,
@@ -293,9 +311,10 @@ def answered(
     """What is kept of the rows of all blocks, in any order, as it is answered.
 
     Args:
-        load: reads episodes that are answered together; `part_rows` answers them, once they are on the plan's device,
-            without waiting for its numbers; `keep_rows` is called where that was done with blocks that follow
-            each other in one test, and what it returns is yielded. All must be picklable for Ray.
+        read: reads episodes that are answered together, as `pipeline.loading.batch.read_batch`; `part_rows` answers
+            them, once they are on the plan's device, without waiting for its numbers; `keep_rows` is called where that
+            was done with blocks that follow each other in one test, and what it returns is yielded. All must be
+            picklable for Ray.
         runner: where; in this process by default.
         on_event: called with (episodes done, episodes in all).
         before: episodes that were answered by an earlier call, and count as done.
@@ -321,7 +340,7 @@ def answered(
 
         def work(blocks: Sequence[Block]) -> tuple[list[R], float]:
             with memory_told(LESS_MEMORY, KEPT):
-                rows, seconds = _rows(segmenter, source, blocks, load, part_rows, device)
+                rows, seconds = _rows(segmenter, source, blocks, read, part_rows, device)
             kept = [
                 keep_rows([blocks[place] for place in run], [row for place in run for row in rows[place]])
                 for run in runs_of(blocks)
@@ -347,7 +366,7 @@ def _rows(
     segmenter: Segmenter,
     source: FeatureSource,
     blocks: Sequence[Block],
-    load: Callable[[FeatureSource, Sequence[Episode]], L],
+    read: Callable[..., Readable[L]],
     part_rows: Callable[[Segmenter, L, Sequence[Episode], Block, DatasetIndex], PartRows],
     device: str,
 ) -> tuple[list[Rows], float]:
@@ -359,7 +378,7 @@ def _rows(
     rows: list[Rows] = [[] for _ in blocks]
     waiting: list[tuple[int, PartRows]] = []
     spent = 0.0
-    with closing(read_ahead(partial(load, source), reads, READ_AHEAD, "prefetch")) as loaded:
+    with closing(feed(source, read, reads, device, READ_AHEAD)) as loaded:
         for (place, start), (episodes, batch) in zip(parts, loaded, strict=True):
             block, began = blocks[place], time.monotonic()
             waiting.append((start, part_rows(segmenter, batch.to(device), episodes, block, source.index)))

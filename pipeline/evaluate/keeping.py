@@ -21,7 +21,7 @@ from pipeline.evaluate.blocks import BLOCK, Block, Blocks, Drawn, L, PartRows, R
 from pipeline.evaluate.parts import Part, PartFolder, PartWriter
 from pipeline.evaluate.plan import EvaluationPlan
 from pipeline.heads.segmenters import Segmenter
-from pipeline.loading.source import FeatureSource
+from pipeline.loading.feeding import Readable
 from pipeline.scores.rows import count_columns
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Keeping:
 def keep_answers(
     plan: EvaluationPlan,
     tests: Sequence[Drawn],
-    load: Callable[[FeatureSource, Sequence[Episode]], L],
+    read: Callable[..., Readable[L]],
     part_rows: Callable[[Segmenter, L, Sequence[Episode], Block, DatasetIndex], PartRows],
     keeping: Keeping,
     *,
@@ -114,7 +114,7 @@ def keep_answers(
     """Answer the episodes that no part has yet, and return the parts of all of them; fill the tally.
 
     Args:
-        load, part_rows, runner, on_event: as for `pipeline.evaluate.blocks.answered`.
+        read, part_rows, runner, on_event: as for `pipeline.evaluate.blocks.answered`.
         folder: where parts are files; None keeps rows in memory, or not at all (`Keeping.in_memory`).
 
     Raises:
@@ -127,7 +127,7 @@ def keep_answers(
             columns = ["shots", "fusion", "class_id", *count_columns(keeping.headline[0])]
             tally.add(part.manifest, part.first, counted_in(part.table(columns), *keeping.headline))
     blocks = Blocks(tests, ((part.manifest, part.first, part.last) for part in parts))
-    for part, counted in answered(plan, blocks, load, part_rows, keeping, runner, on_event, before):
+    for part, counted in answered(plan, blocks, read, part_rows, keeping, runner, on_event, before):
         if tally is not None and counted is not None:
             tally.add(part.manifest, part.first, counted)
         if folder is not None:

@@ -47,7 +47,7 @@ from pipeline.evaluate.parts import Part, PartFolder, in_order, part_folder, req
 from pipeline.evaluate.plan import EvaluationPlan, require_ways
 from pipeline.evaluate.stage import Rules, combined, joined, originals_of
 from pipeline.heads.segmenters import Answers, Segmenter
-from pipeline.loading.batch import WaysBatch, load_ways
+from pipeline.loading.batch import WaysBatch, read_ways
 from pipeline.scores.rows import METADATA
 from pipeline.scores.way_rows import counts_column, of_table, schema
 from pipeline.scores.way_scores import WayScore, score_ways
@@ -129,12 +129,12 @@ def evaluate_ways(
     }
     columns = schema().with_metadata({METADATA: json.dumps(facts, sort_keys=True)})
 
-    load = partial(with_masks, load=load_ways, dataset=plan.dataset)
+    read = partial(with_masks, read=read_ways, dataset=plan.dataset)
 
     def run(folder: PartFolder | None) -> list[Part]:
         keeping = Keeping(schema(), same_in_all(facts), folder.writer if folder else None, True, None)
         return keep_answers(
-            plan, tests, load, make_rows, keeping, folder=folder, runner=runner, on_event=event
+            plan, tests, read, make_rows, keeping, folder=folder, runner=runner, on_event=event
         )  # fmt: skip
 
     if out is None:
@@ -181,7 +181,7 @@ def fit_background(
     class_ids = sorted({class_id for row in manifest.rows for class_id, _ in row.classes})
     blocks = Blocks([drawn(PlannedTest((1,), seed, manifest), index, skipped)])
     made = partial(_fit_rows, places={class_id: place for place, class_id in enumerate(class_ids)})
-    counted = answered(replace(plan, dataset=None), blocks, load_ways, made, _summed, runner, on_event)
+    counted = answered(replace(plan, dataset=None), blocks, read_ways, made, _summed, runner, on_event)
     counts = torch.stack(list(counted)).sum(0)
     score, miou = best_score(counts)
     return Background(score, {**choices, "fold": plan.fold, "seed": seed, "manifest": manifest.digest, "miou": miou})

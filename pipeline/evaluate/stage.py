@@ -49,7 +49,7 @@ from pipeline.evaluate.keeping import Keeping, Tally, decided_by, keep_answers, 
 from pipeline.evaluate.parts import Part, PartFolder, in_order, part_folder, require_own_rows, write_rows
 from pipeline.evaluate.plan import EvaluationPlan
 from pipeline.heads.segmenters import Answers, Segmenter
-from pipeline.loading.batch import EpisodeBatch, load_batch
+from pipeline.loading.batch import EpisodeBatch, read_batch
 from pipeline.scores.bootstrap import Interval, interval, resample
 from pipeline.scores.rows import METADATA, count_columns, episode_counts, schema
 
@@ -214,7 +214,7 @@ class _Work:
         return keep_answers(
             plan,
             self.tests,
-            partial(with_masks, load=load_batch, dataset=plan.dataset),
+            partial(with_masks, read=read_batch, dataset=plan.dataset),
             partial(_part_rows, rules=rules),
             keeping,
             folder=folder,

@@ -6,7 +6,7 @@ On a CPU, where nothing is sent, photos are read into the places they have in th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from hsnet.backbone import Backbone
 from hsnet.errors import ShapeError
-from pipeline.common.runner import read_ahead
 from pipeline.episodes.stream import Episode
 from pipeline.features.budgeted import TransformCodec
 from pipeline.features.forward import levels_of
-from pipeline.loading.source import FeatureSource, readers
+from pipeline.loading.feeding import Feed, feed
+from pipeline.loading.source import FeatureSource
 
 
 @dataclass(frozen=True)
@@ -288,10 +288,14 @@ def _named(names: tuple[Seen, ...], photos: Photos, asked: tuple[Asked, ...]) ->
 
 
 def prefetch(
-    source: FeatureSource, batches: Iterator[Sequence[Episode]], depth: int = 2, novel: Sequence[int] = ()
-) -> Generator[tuple[Sequence[Episode], EpisodeBatch], None, None]:
-    """Load batches on background threads, at most `depth` ahead of the one in use; see `read_ahead`."""
-    return read_ahead(partial(load_batch, source, novel=novel), batches, depth, "prefetch", readers(source))
+    source: FeatureSource,
+    batches: Iterator[Sequence[Episode]],
+    depth: int = 2,
+    novel: Sequence[int] = (),
+    device: str | torch.device = "cpu",
+) -> Feed[Sequence[Episode], EpisodeBatch]:
+    """Batches of episodes for a device, at most `depth` read ahead of the one in use; see `feed`."""
+    return feed(source, partial(read_batch, novel=novel), batches, device, depth)
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,10 @@ class ResidentSource:
     def _rows(self, images: Sequence[int]) -> Tensor | None:
         if not all(image in self.rows for image in images):
             return None
-        return torch.tensor([self.rows[image] for image in images], device=self.device)
+        rows = torch.tensor([self.rows[image] for image in images])
+        # Made on the device it would wait for all that the device has to do. torch keeps page-locked memory as long as
+        # a copy from it is under way.
+        return rows.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else rows
 
 
 def keep(

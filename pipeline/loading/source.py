@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hsnet.backbone import Backbone, FrozenBackbone
@@ -20,6 +21,7 @@ from pipeline.datasets.index import DatasetIndex
 from pipeline.features.budgeted import TransformCodec
 from pipeline.features.forward import PhotoNetwork
 from pipeline.features.recipe import Recipe
+from pipeline.store.buffers import Buffers
 from pipeline.store.feature_store import FeatureStore
 
 if TYPE_CHECKING:
@@ -71,18 +73,37 @@ def readers(source: FeatureSource) -> int:
 
     What a store gives is the same by any number. A network that computes features is not called by two threads.
     """
-    while isinstance(source, RelistedSource):
-        source = source.source
-    if not isinstance(source, StoreSource):
+    if _store_of(source) is None:
         return 1
     return max(1, min(MOST_READERS, int(cores()) // CORES_PER_READER))
+
+
+def pin(source: FeatureSource) -> None:
+    """Have a store read into page-locked memory from now on, which a CUDA device copies from by itself.
+
+    Sources of other kinds stay as they are. Only for a CUDA device: see `pipeline.loading.feeding`.
+    """
+    stored = _store_of(source)
+    if stored is not None and not stored.pinned:
+        stored.store.memory = Buffers(fresh=_page_locked)
+        stored.pinned = True
+
+
+def _page_locked(nbytes: int) -> NDArray[np.uint8]:
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
+
+
+def _store_of(source: FeatureSource) -> StoreSource | None:
+    while isinstance(source, RelistedSource):
+        source = source.source
+    return source if isinstance(source, StoreSource) else None
 
 
 class StoreSource:
     """Features read from a finished store. Safe in several threads."""
 
     def __init__(self, store: FeatureStore) -> None:
-        self.store = store
+        self.store, self.pinned = store, False
         self.index, self.recipe, self.skipped = store.index, store.recipe, store.skipped
         self.classes_present = store.classes_present
 

@@ -10,7 +10,7 @@ import math
 import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,12 +26,21 @@ _SMALLEST = 1 << 20
 class Buffers:
     """Gives out arrays of uninitialised memory. Safe in several threads.
 
+    Args:
+        keep_bytes: free memory that is kept, at most.
+        fresh: makes a block of so many bytes, (n,) uint8; by default ordinary memory.
+
     Memory comes back when the array, every view of it and every tensor that shares it are gone: nothing has to be
     returned, and nothing that is still in use is overwritten.
     """
 
-    def __init__(self, keep_bytes: int = KEEP_BYTES) -> None:
+    def __init__(
+        self,
+        keep_bytes: int = KEEP_BYTES,
+        fresh: Callable[[int], NDArray[np.uint8]] = lambda nbytes: np.empty(nbytes, np.uint8),
+    ) -> None:
         self._keep_bytes = keep_bytes
+        self._fresh = fresh
         self._free: list[NDArray[np.uint8]] = []
         self._returned: deque[NDArray[np.uint8]] = deque()
         self._lock = threading.Lock()
@@ -58,4 +67,4 @@ class Buffers:
                 return self._free.pop(min(fitting, key=lambda slot: self._free[slot].nbytes))
             while self._free and sum(memory.nbytes for memory in self._free) > self._keep_bytes:
                 self._free.pop(0)  # the longest unused
-        return np.empty(nbytes, np.uint8)
+        return self._fresh(nbytes)

@@ -83,7 +83,7 @@ class FeatureStore:
             for layout in self._layouts
         ]
         self.memory = Buffers()
-        """Where features and labels are read into; may be replaced before anything is read."""
+        """Where features and labels are read into; may be replaced."""
         self._table = ShardTable(place, self.identity, self._names, self.shards, self._ids)
         digests = [each.digest for each in facts.states]
         self._table.use_seal(digests, state, state_checksum(self.index, self.placement), facts.shard_images)
