@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,6 +71,33 @@ training_options = options(
         "--both-directions/--one-direction", default=None, help="Train on every pair of photos either way, or one way."
     ),
 )
+
+
+WAITS_SOME, WAITS_MUCH = 0.1, 0.25
+"""Shares of the steps' time spent waiting for data from which it is told, and from which a note says what helps."""
+
+
+def waiting(share: float | None) -> str:
+    """How much of the time was waited for data, if that is worth telling."""
+    return f", {share:.0%} of the time waiting for data" if share is not None and share >= WAITS_SOME else ""
+
+
+def remedy(features: str, resident: str) -> str:
+    """What to do where much time is spent waiting for data."""
+    if features == "online":
+        return (
+            "the steps wait for features that the backbone makes anew for every use of a photo. A store has them made "
+            "once: `hsnet extract`, then --store."
+        )
+    held = {
+        "device": "Keep the store on a faster disk",
+        "host": "Keep the photos on the GPU (--resident device) or the store on a faster disk",
+    }.get(
+        resident,
+        "Keep the photos in memory (--resident host, on a GPU --resident device) or the store on a faster disk",
+    )
+    fewer = "take fewer bytes for a photo (`hsnet extract --bytes-per-image`)"
+    return f"the steps wait for the store to be read. {held}, or {fewer}."
 
 
 @click.command(short_help="Train a head on a store's features, or go on with it.")
@@ -193,7 +221,7 @@ def train(
     from pipeline.heads.learner import LEARNER_CHOICES, learner_arguments
     from pipeline.heads.run_dir import run_data, stored_config
     from pipeline.heads.training import PUBLISHED, training_choices
-    from pipeline.train import Baseline, Event, Validated, fit, training_stream
+    from pipeline.train import RECENT_STEPS, Baseline, Event, Validated, fit, training_stream
 
     device = pick_device(device, address)
     make_source: Callable[[], FeatureSource]
@@ -239,6 +267,7 @@ def train(
             click.echo(f"Note: {note}", err=True)
     with Progress("train", "steps", quiet) as progress, stop_on_interrupt() as stop:
         smooth = None
+        recent: deque[tuple[float, float]] = deque(maxlen=RECENT_STEPS)
 
         def show(event: Event) -> None:
             nonlocal smooth
@@ -249,7 +278,10 @@ def train(
                 progress.say(f"  without training (head contrast): mIoU {event.miou:.1f}, FB-IoU {event.fb_iou:.1f}")
             else:
                 smooth = event.loss if smooth is None else 0.95 * smooth + 0.05 * event.loss
-                progress.update(event.step, event.steps, f"loss {smooth:.3f}")
+                recent.append((event.waited, event.seconds))
+                waited, seconds = map(sum, zip(*recent, strict=True))
+                share = waited / seconds if len(recent) > 1 and seconds else None  # nothing is read ahead of the first
+                progress.update(event.step, event.steps, f"loss {smooth:.3f}{waiting(share)}")
 
         same: dict[str, Any] = {
             "device": device,
@@ -269,7 +301,9 @@ def train(
             summary = fit_on_ray(config, make_source, run_dir, workers=workers, address=address, **same)
     loss = f", loss {summary.loss:.3f}" if summary.loss == summary.loss else ""
     done = f"{summary.steps} of {max(summary.steps, config.steps)} steps"
-    lines = [f"{printable(run_dir)}: {done}, {time_text(summary.seconds)}{loss}"]
+    lines = [f"{printable(run_dir)}: {done}, {time_text(summary.seconds)}{loss}{waiting(summary.waited_share)}"]
+    if not quiet and (summary.waited_share or 0.0) >= WAITS_MUCH:
+        click.echo(f"Note: {remedy(features, resident)}", err=True)
     if summary.best_miou is not None:
         untrained = summary.baseline_miou
         beside = "" if untrained is None else f"; without training (head contrast) {untrained:.1f}"

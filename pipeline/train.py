@@ -234,6 +234,7 @@ class Trainer:
             self.fused = FusedHSNet(model, arithmetic)
         self.wrapped = self.ranks.wrap(self.fused)
         self._saved = time.monotonic()
+        self._waited = self._stepped = 0.0
 
     def __enter__(self) -> Trainer:
         if self.ranks.rank == 0:
@@ -274,6 +275,7 @@ class Trainer:
             baseline_miou=self.baseline.miou if self.baseline else None,
             seconds=seconds,
             run_dir=self.run.path,
+            waited_share=self._waited / self._stepped if self._stepped else None,
         )
 
     def run_steps(self, stop: Callable[[], bool], prefetch_depth: int) -> bool:
@@ -325,6 +327,8 @@ class Trainer:
             loss = each.loss / (len(numbers) * self.config.directions)
             self.position.step = each.step
             self.losses.append(loss)
+            if each.step > self.resumed_at + 1:
+                self._waited, self._stepped = self._waited + each.waited, self._stepped + each.seconds
             rate = rate_at(self.config, each.step - 1)
             self._report(StepDone(each.step, self.config.steps, loss, each.seconds, each.waited, rate, each.gradient))
         return wanted

@@ -62,3 +62,5 @@ class FitSummary:
     """Of `Baseline`, if it was asked for and there was a validation."""
     seconds: float
     run_dir: Path
+    waited_share: float | None = None
+    """Part of this call's steps spent waiting for data, 0 to 1; without the first, for which nothing is read ahead."""

@@ -174,6 +174,27 @@ def test_bfloat16_is_another_run_that_starts_alike(whole_run, tiny_config, tiny_
         fit(tiny_config(steps=7, arithmetic="bfloat16"), tiny_source, whole_run[0])
 
 
+def test_the_share_of_waiting_is_told(tiny_config, tiny_source, tmp_path):
+    """By each step, in its metrics and in the summary, which leaves the first step out."""
+
+    class Late:
+        def __getattr__(self, name):
+            return getattr(tiny_source, name)
+
+        def features(self, images):
+            time.sleep(0.2)
+            return tiny_source.features(images)
+
+    steps = []
+    config = tiny_config(select_on="none")
+    told = fit(config, Late(), tmp_path / "run", prefetch_depth=0, on_event=steps.append)
+    assert all(0.2 <= step.waited <= step.seconds for step in steps)
+    assert told.waited_share == sum(step.waited for step in steps[1:]) / sum(step.seconds for step in steps[1:])
+    lines = [json.loads(line)["train"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["waited"] for line in lines] == [step.waited for step in steps]
+    assert fit(tiny_config(steps=1, select_on="none"), tiny_source, tmp_path / "one").waited_share is None
+
+
 def test_prefetch_changes_nothing(whole_run, tiny_config, tiny_source, tmp_path):
     fit(tiny_config(steps=6), tiny_source, tmp_path / "run", prefetch_depth=0)
     assert_same_run(whole_run[0], tmp_path / "run", atol=0)
