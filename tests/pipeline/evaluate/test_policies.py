@@ -24,7 +24,7 @@ from pipeline.evaluate.stage import Rules, _part_rows, evaluate, score
 from pipeline.heads.catalogue import Method
 from pipeline.heads.cosine import CosineSegmenter
 from pipeline.heads.segmenters import LearnedSegmenter
-from pipeline.loading.batch import load_batch
+from pipeline.loading.batch import load_batch, read_batch
 from pipeline.loading.source import StoreSource
 from pipeline.scores.rows import COUNTS, count_columns
 
@@ -293,7 +293,7 @@ def test_answers_are_counted_without_looking_at_a_number(with_ignore, monkeypatc
     episodes = tuple(episodes_in(of_protocol(protocol, with_ignore.index, 0)[0].manifest, with_ignore.index))
     block = blocks.Block(0, episodes, (1, 3), 0, {1: "a", 3: "b"})
     data = Stretched(with_ignore)
-    loaded = blocks.with_masks(with_ignore, episodes, load=load_batch, dataset=data).to("meta")
+    loaded = blocks.with_masks(with_ignore, episodes, read=read_batch, dataset=data).made().to("meta")
     head = LearnedSegmenter(learner().model.to("meta"))
     part = _part_rows(head, loaded, episodes, block, with_ignore.index, Rules(0, FUSIONS, protocol, data))
     assert part.figures.is_meta
