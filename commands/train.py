@@ -277,10 +277,11 @@ def train(
             elif isinstance(event, Baseline):
                 progress.say(f"  without training (head contrast): mIoU {event.miou:.1f}, FB-IoU {event.fb_iou:.1f}")
             else:
+                if smooth is not None:  # nothing is read ahead of the first step
+                    recent.append((event.waited, event.seconds))
                 smooth = event.loss if smooth is None else 0.95 * smooth + 0.05 * event.loss
-                recent.append((event.waited, event.seconds))
-                waited, seconds = map(sum, zip(*recent, strict=True))
-                share = waited / seconds if len(recent) > 1 and seconds else None  # nothing is read ahead of the first
+                seconds = sum(seconds for _, seconds in recent)
+                share = sum(waited for waited, _ in recent) / seconds if seconds else None
                 progress.update(event.step, event.steps, f"loss {smooth:.3f}{waiting(share)}")
 
         same: dict[str, Any] = {
