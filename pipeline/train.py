@@ -6,6 +6,7 @@ micro-batch or how often it was interrupted: a run is its configuration.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -34,12 +35,15 @@ from pipeline.heads.config import RunConfig, features_of
 from pipeline.heads.contrast import ContrastSegmenter
 from pipeline.heads.events import RECENT_STEPS, Baseline, Event, FitSummary, StepDone, Validated
 from pipeline.heads.run_dir import Position, RunDir
+from pipeline.heads.scene import without_background
 from pipeline.heads.segmenters import LearnedSegmenter, Segmenter
 from pipeline.heads.training import WeightAverage, less_memory, make_optimiser, rate_at, set_rate
 from pipeline.loading.batch import EpisodeBatch, prefetch
 from pipeline.loading.feeding import Feed
 from pipeline.loading.resident import keep
 from pipeline.loading.source import FeatureSource, PhotoSource
+
+log = logging.getLogger(__name__)
 
 SAVE_SECONDS = 60
 """A killed run loses at most about this much work; an interrupted one nothing."""
@@ -413,7 +417,7 @@ class Trainer:
         episodes = [self.selection[number] for number in numbers]
         class_ids = self.selection.class_ids
         segmenters: list[Segmenter] = [LearnedSegmenter(judged, self.config.arithmetic)]
-        if self.baseline_wanted and self.baseline is None:
+        if self.baseline_wanted and self.baseline is None and self._has_baseline():
             segmenters.append(ContrastSegmenter())
         counted = [[torch.zeros(0, 2, 2, dtype=torch.int64, device=self.device)] for _ in segmenters]
         groups = (episodes[start : start + size] for start in range(0, len(episodes), size))
@@ -438,6 +442,21 @@ class Trainer:
             self.baseline = Baseline(position.step, *others[0])
             if self.ranks.rank == 0 and self.on_event:  # of the run, not of a step: not in its metrics
                 self.on_event(self.baseline)
+
+    def _has_baseline(self) -> bool:
+        """Whether all supports of the selection show some background, without which `contrast` has no answer."""
+        assert self.selection is not None
+        episodes = [self.selection[number] for number in range(self.config.validate_episodes)]
+        lacking = without_background(
+            self.source, {(image, episode.class_id) for episode in episodes for image in episode.supports}
+        )
+        if lacking:
+            self.baseline_wanted = False
+            log.info(
+                "What head contrast comes to without training is not told: %d supports show nothing but their object, "
+                "such as %s", len(lacking), lacking[0],
+            )  # fmt: skip
+        return not lacking
 
     def save(self) -> None:
         """Save, after a look at whether the weights are fit to be."""

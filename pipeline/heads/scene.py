@@ -108,20 +108,27 @@ def require_background(source: FeatureSource, supports: Iterable[tuple[int, int]
     Raises:
         DataError: names the photos.
     """
-    grid = source.recipe.level_shapes()[-1][1:3]
-    pairs = sorted(set(supports))
-    lacking = []
-    for first in range(0, len(pairs), LABELS_AT_ONCE):
-        some = pairs[first : first + LABELS_AT_ONCE]
-        labels = source.labels([image for image, _ in some])
-        masks = labels == torch.tensor([class_id + 1 for _, class_id in some])[:, None, None]
-        inside, outside = clear_positions(object_shares(masks, (grid[0], grid[1])))
-        alone = inside.any(1) & ~outside.any(1)
-        lacking += [source.index.images[image] for (image, _), one in zip(some, alone.tolist(), strict=True) if one]
-    if lacking:
+    if lacking := without_background(source, supports):
+        grid = source.recipe.level_shapes()[-1][1:3]
         raise DataError(
             f"Head '{head}' compares a support's object with its background, but {len(lacking)} supports show their "
             f"object everywhere on the {grid[0]}x{grid[1]} grid: {', '.join(lacking[:3])}"
             f"{', ...' if len(lacking) > 3 else ''}. Take the photos out of the lists, or choose a head that needs no "
             f"background (`hsnet heads`). Nothing was computed."
         )
+
+
+def without_background(source: FeatureSource, supports: Iterable[tuple[int, int]]) -> list[str]:
+    """Names of the photos, among supports (image, class id), that show their object everywhere on the deepest grid."""
+    grid = source.recipe.level_shapes()[-1][1:3]
+    pairs = sorted(set(supports))
+    lacking: list[str] = []
+    for first in range(0, len(pairs), LABELS_AT_ONCE):
+        some = pairs[first : first + LABELS_AT_ONCE]
+        labels = source.labels([image for image, _ in some])
+        values = torch.tensor([class_id + 1 for _, class_id in some], device=labels.device)
+        masks = labels == values[:, None, None]
+        inside, outside = clear_positions(object_shares(masks, (grid[0], grid[1])))
+        alone = inside.any(1) & ~outside.any(1)
+        lacking += [source.index.images[image] for (image, _), one in zip(some, alone.tolist(), strict=True) if one]
+    return lacking

@@ -175,9 +175,8 @@ class Reading(Generic[B]):
         )
 
     def made(self) -> B:
-        """The batch. Labels that torch does not compare on every device become int32 first."""
-        labels = self.photos.labels
-        return self.make(replace(self.photos, labels=labels.to(_compared(labels))), self.asked)
+        """The batch, where the tensors are."""
+        return self.make(self.photos, self.asked)
 
 
 def read_batch(
@@ -217,18 +216,17 @@ def _read(
     levels, labels = (source.features(images), source.labels(images)) if images else ([], torch.empty(0))
     index = source.index
     photos = Photos(levels, labels, source.codec, index.ignore_label if index.has_ignore else None)
-    kind = _compared(labels)
     asked = []
     for number, (episodes, novel) in enumerate(kinds):
         classes = [[class_id for class_id, _ in e.classes] if ways else e.class_id for e in episodes]
-        ids = torch.tensor(classes, dtype=kind, device=labels.device)
+        ids = torch.tensor(classes, dtype=labels.dtype, device=labels.device)
         asked.append(
             Asked(
                 query=rows[2 * number],
                 support=rows[2 * number + 1],
                 values=ids + 1,
                 shots=len(lists[2 * number + 1]) // len(episodes),
-                novel=torch.tensor(novel, dtype=kind, device=labels.device) + 1 if novel else None,
+                novel=torch.tensor(novel, dtype=labels.dtype, device=labels.device) + 1 if novel else None,
             )
         )
     return photos, tuple(asked)
@@ -242,10 +240,6 @@ def _places(lists: Sequence[Sequence[int]], once: bool) -> tuple[list[int], list
         return list(distinct), [torch.tensor([distinct[image] for image in images]) for images in lists]
     ends = list(accumulate(map(len, lists)))
     return every, [slice(end - len(images), end) for end, images in zip(ends, lists, strict=True)]
-
-
-def _compared(labels: Tensor) -> torch.dtype:
-    return torch.int32 if labels.dtype == torch.uint16 else labels.dtype
 
 
 def _chosen(tensor: Tensor, rows: Rows) -> Tensor:

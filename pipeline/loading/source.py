@@ -59,7 +59,7 @@ class FeatureSource(Protocol):
         ...
 
     def labels(self, images: Sequence[int]) -> Tensor:
-        """(n, S, S) label maps at network size, `index.label_dtype`: 0, class id + 1, or the index's ignore label."""
+        """(n, S, S) label maps at network size, see `as_labels`: 0, class id + 1, or the index's ignore label."""
         ...
 
 
@@ -99,6 +99,11 @@ def _store_of(source: FeatureSource) -> StoreSource | None:
     return source if isinstance(source, StoreSource) else None
 
 
+def as_labels(maps: NDArray[np.generic]) -> Tensor:
+    """Label maps as they are stored where that is uint8; with more than 254 classes int32, which torch can compare."""
+    return torch.from_numpy(maps if maps.dtype == np.uint8 else maps.astype(np.int32))
+
+
 class StoreSource:
     """Features read from a finished store. Safe in several threads."""
 
@@ -115,7 +120,7 @@ class StoreSource:
         return [torch.from_numpy(level) for level in self.store.features(images)]
 
     def labels(self, images: Sequence[int]) -> Tensor:
-        return torch.from_numpy(self.store.labels(images))
+        return as_labels(self.store.labels(images))
 
 
 class RelistedSource:
@@ -160,7 +165,7 @@ class OnlineSource:
     def labels(self, images: Sequence[int]) -> Tensor:
         size = self.recipe.image_size
         maps = {image: resize_label(self.dataset.label(image), (size, size)) for image in dict.fromkeys(images)}
-        return torch.from_numpy(np.stack([maps[image] for image in images]).astype(self.index.label_dtype))
+        return as_labels(np.stack([maps[image] for image in images]).astype(self.index.label_dtype))
 
 
 class PhotoSource(OnlineSource):

@@ -364,7 +364,9 @@ def test_predict(job: Path, tmp_path: Path) -> None:
     result = machine("predict", "--checkpoint", job / "run", *support, "--query", job / "c.jpg", "--out", tmp_path)
     assert result["shots"] == 2
     assert result["written"][0]["mask"] == str(tmp_path / "c_mask.png")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["c_mask.png", "c_overlay.jpg", "results.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "c_mask.png", "c_overlay.jpg", "predict.json", "results.jsonl",
+    ]  # fmt: skip
 
 
 def test_predict_reports_a_corrupt_photo_does_the_rest_and_fails(job: Path, tmp_path: Path) -> None:
@@ -380,7 +382,7 @@ def test_predict_reports_a_corrupt_photo_does_the_rest_and_fails(job: Path, tmp_
     assert "Error: 1 of 3 photos could not be used" in done.stderr
     assert "2.jpg" in done.stderr
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "1_mask.png", "1_overlay.jpg", "3_mask.png", "3_overlay.jpg", "results.jsonl",
+        "1_mask.png", "1_overlay.jpg", "3_mask.png", "3_overlay.jpg", "predict.json", "results.jsonl",
     ]  # fmt: skip
 
 

@@ -75,7 +75,7 @@ def test_prediction_goes_on_and_makes_masks_only(job: Path, tmp_path: Path) -> N
     ask = (*ask, "--query", job / "a.jpg", "--out", tmp_path)
     first, again = machine(*ask), machine(*ask)
     assert (first["kept"], again["kept"], again["unusable"]) == (0, 1, 0)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a_mask.png", "results.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a_mask.png", "predict.json", "results.jsonl"]
     assert "1 of 1 photos, 1 of them there before" in printed(*ask)
 
 

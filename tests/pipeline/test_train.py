@@ -105,6 +105,24 @@ def test_what_needs_no_training_is_told_beside_the_first_validation(whole_run, t
     assert whole_run[1].baseline_miou is None
 
 
+def test_no_baseline_where_a_support_shows_nothing_but_its_object(tiny_config, tiny_source, tmp_path, caplog):
+    """Head `contrast` has no answer there; training goes on without it."""
+    caplog.set_level("INFO", logger="pipeline.train")
+
+    class Full:
+        def __getattr__(self, name):
+            return getattr(tiny_source, name)
+
+        def labels(self, images):
+            shown = [max(tiny_source.classes_present(image), default=0) + 1 for image in images]
+            return torch.tensor(shown)[:, None, None].expand(-1, 64, 64).contiguous().byte()
+
+    summary = fit(tiny_config(steps=2), Full(), tmp_path / "run", baseline=True)
+    assert summary.best_miou is not None
+    assert summary.baseline_miou is None
+    assert "is not told" in caplog.text
+
+
 @pytest.mark.slow
 def test_learning_happens(tiny_config, tiny_source, tmp_path):
     """Forty steps on a handful of episodes bring the loss well under that of a constant answer."""
