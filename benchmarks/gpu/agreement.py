@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.gpu.blocks import largest
 from benchmarks.gpu.measuring import Bench, Row, attempt
-from benchmarks.gpu.ways import BFLOAT16, TF32, TORCHS_OWN, Mode, OurWay, Scene, Variant, Work
+from benchmarks.gpu.ways import BFLOAT16, FLOAT32, TF32, Mode, OurWay, Scene, Variant, Work
 from hsnet.backbone import FrozenBackbone
 from hsnet.fused import FusedHSNet
 from hsnet.loss import episode_losses
@@ -47,7 +47,6 @@ def agreement(bench: Bench) -> Iterator[dict[str, Any]]:
         "device, float32, every position": (device, Mode(), False),
         "device, float32, object positions only": (device, Mode(), True),
         "device, TF32, every position": (device, TF32, False),
-        "device, float32 with torch's own switches": (device, TORCHS_OWN, False),
         "device, bfloat16, every position": (device, BFLOAT16, False),
     }
     for name, (where, mode, sparse) in ways.items():
@@ -121,7 +120,7 @@ def repeat(bench: Bench) -> Iterator[dict[str, Any]]:
     options, batch, steps = bench.options, min(4, *bench.options.train_batch), max(2, bench.options.steps)
     scene = Scene.make(bench.backbone, options.size, options.object_share, bench.device)
     rows: dict[str, Row] = {}
-    for name, mode in (("float32 with torch's own switches", TORCHS_OWN), ("bfloat16", BFLOAT16)):
+    for name, mode in (("float32", FLOAT32), ("bfloat16", BFLOAT16)):
         for asked in (False, True):
             label = f"{name}{', deterministic algorithms' if asked else ''}"
             found, reason = attempt(lambda m=mode, a=asked: _twice(bench, scene, batch, steps, m, a))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.gpu.measuring import Bench, Row
-from benchmarks.gpu.ways import BFLOAT16, TORCHS_OWN, Mode, OurWay, Scene, Variant, Work
+from benchmarks.gpu.ways import BFLOAT16, FLOAT32, Mode, OurWay, Scene, Variant, Work
 from hsnet.backbone import backbone_spec
 from hsnet.conv4d import CenterPivotConv4d, support_matrix
 from hsnet.fused import FusedHSNet
@@ -26,11 +26,11 @@ def profile(bench: Bench) -> Iterator[dict[str, Any]]:
     options, batch = bench.options, max(bench.options.train_batch)
     scene = Scene.make(bench.backbone, options.size, options.object_share, bench.device)
     work = Work("", "train", batch)
-    for name, mode in (("torch's own switches, float32", TORCHS_OWN), ("bfloat16", BFLOAT16)):
+    for name, mode in (("float32", FLOAT32), ("bfloat16", BFLOAT16)):
         rows = _blocks(bench, scene, work, mode)
-        yield bench.measurement(f"blocks-{name.split()[-1]}", f"blocks of a step of {batch}, {name}", rows)
+        yield bench.measurement(f"blocks-{name}", f"blocks of a step of {batch}, {name}", rows)
         rows = _kernels(bench, OurWay(scene, work, Variant("", mode)))
-        yield bench.measurement(f"profile-{name.split()[-1]}", f"profile of a step of {batch}, {name}", rows)
+        yield bench.measurement(f"profile-{name}", f"profile of a step of {batch}, {name}", rows)
 
 
 def _blocks(bench: Bench, scene: Scene, work: Work, mode: Mode) -> dict[str, Row]:

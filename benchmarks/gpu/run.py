@@ -59,6 +59,8 @@ from benchmarks.gpu.measuring import Bench, release, why
 from benchmarks.gpu.product import product
 from benchmarks.gpu.ways import LABELS
 from benchmarks.inputs import OBJECT_SHARE
+from hsnet.numerics import facts as numerics_facts
+from hsnet.numerics import set_numerics
 
 PARTS: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
     "learner": learner,
@@ -199,7 +201,7 @@ def print_measurement(measured: dict[str, Any]) -> None:
 
 def run_here(options: argparse.Namespace, results: Results) -> None:
     """The parts, one after the other, in this process. One that fails is said, and others go on."""
-    torch.backends.cudnn.benchmark = options.cudnn_benchmark
+    set_numerics(options.cudnn_benchmark)
     for part in options.parts:
         for backbone in options.backbones if part == "learner" else options.backbones[:1]:
             bench = Bench(options, torch.device(options.device), backbone)
@@ -269,11 +271,8 @@ def describe(options: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(options.device)
     run = timing.describe_run(device.type, vars(options))
     run["machine"] |= gpu_facts(device)
-    run["switches"] = {
-        "cudnn.benchmark": options.cudnn_benchmark,
-        "TF32 of products by default": torch.backends.cuda.matmul.allow_tf32,
-        "TF32 of convolutions by default": torch.backends.cudnn.allow_tf32,
-    }
+    set_numerics(options.cudnn_benchmark)
+    run["switches"] = {"cudnn.benchmark": options.cudnn_benchmark, **numerics_facts()}
     return run
 
 

@@ -6,7 +6,7 @@ import contextlib
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from hsnet.fused import FusedHSNet
 from hsnet.fusion import vote
 from hsnet.loss import episode_losses
 from hsnet.model import HSNet, predict_mask, resize_logits
+from hsnet.numerics import has_bfloat16
 
 PICTURES = 16
 """Different pictures in device memory; episodes are drawn from them."""
@@ -39,16 +40,11 @@ class Mode:
 
     tf32: bool = False
     """Whether float32 products and convolutions may be rounded to TensorFloat-32."""
-    torchs_own: bool = False
-    """Leave torch's switches as they are: what a program has that sets none (convolutions may, products not)."""
     bfloat16: bool = False
 
     @contextlib.contextmanager
     def on(self) -> Iterator[None]:
         """Compute so inside the block; not what bfloat16 means, which every way does its own way."""
-        if self.torchs_own:
-            yield
-            return
         with tf32(self.tf32):
             yield
 
@@ -184,6 +180,8 @@ class Variant:
 
     label: str
     mode: Mode = field(default_factory=Mode)
+    as_commands: bool = False
+    """Compute as `hsnet train` does on the device, whatever `mode` says: without TF32, in bfloat16 if it has that."""
     sparse: bool | None = None
     """As `FusedHSNet` takes it."""
     compiled: bool = False
@@ -199,7 +197,9 @@ class OurWay(Way):
 
     def __init__(self, scene: Scene, work: Work, variant: Variant) -> None:
         super().__init__(scene, work)
-        self.variant, self.mode = variant, variant.mode
+        if variant.as_commands:
+            variant = replace(variant, mode=Mode(bfloat16=has_bfloat16(str(scene.device))))
+        self.mode = variant.mode
         self.features = scene.features[variant.mode.tf32]
         self.model = scene.learner()
         fused: Callable[..., Tensor] = FusedHSNet(self.model, variant.arithmetic, variant.sparse)
@@ -264,7 +264,7 @@ def capture(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 Build = Callable[[Scene, Work], Way]
-TF32, BFLOAT16, TORCHS_OWN = Mode(tf32=True), Mode(tf32=True, bfloat16=True), Mode(torchs_own=True)
+FLOAT32, TF32, BFLOAT16 = Mode(), Mode(tf32=True), Mode(tf32=True, bfloat16=True)
 BASELINES = {
     "baseline": ("published way, float32", Mode(), False),
     "baseline-tf32": ("published way, TF32", TF32, False),
@@ -273,7 +273,7 @@ BASELINES = {
 }
 OURS = {
     "exact": Variant("ours, int8 features, float32"),
-    "default": Variant("ours, float32 with torch's own switches", TORCHS_OWN),
+    "default": Variant("ours, as hsnet train computes by default", as_commands=True),
     "tf32": Variant("ours, TF32", TF32),
     "fastest": Variant("ours, int8 features, bfloat16", BFLOAT16),
     "compiled": Variant("ours, bfloat16, torch.compile", BFLOAT16, compiled=True),
