@@ -128,18 +128,29 @@ def in_groups(
 
 
 def read_ahead(
-    read: Callable[[T], R], items: Iterable[T], depth: int, thread: str
+    read: Callable[[T], R],
+    items: Iterable[T],
+    depth: int,
+    thread: str,
+    threads: int = 1,
+    begin: Callable[[], None] = lambda: None,
 ) -> Generator[tuple[T, R], None, None]:
-    """Yield (item, read(item)) in order, read on a thread of that name while the caller uses what came before.
+    """Yield (item, read(item)) in order, read on threads of that name while the caller uses what came before.
 
     At most `depth` items are read ahead of the one in use; 0 reads each when it is asked for, without a thread. An
-    error is raised at the item it belongs to. Close it if it is not read to its end, so that reading stops.
+    error is raised at the item it belongs to, whatever was read meanwhile. Close it if it is not read to its end, so
+    that reading stops.
+
+    Args:
+        threads: items read at a time, each by one thread; more than `depth` would have nothing to do. `read` must be
+            safe in so many threads. `items` is advanced by the caller alone.
+        begin: called first on every thread.
     """
     if depth == 0:
         for item in items:
             yield item, read(item)
         return
-    with ThreadPoolExecutor(1, thread_name_prefix=thread) as pool:
+    with ThreadPoolExecutor(max(1, min(threads, depth)), thread_name_prefix=thread, initializer=begin) as pool:
         waiting: deque[tuple[T, Future[R]]] = deque()
         try:
             for item in items:
