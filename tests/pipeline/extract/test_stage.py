@@ -25,6 +25,7 @@ from pipeline.datasets.images import network_image, resize_label
 from pipeline.extract.plan import ExtractionPlan, plan_extraction
 from pipeline.extract.stage import ShardDone, extract
 from pipeline.features import forward
+from pipeline.features.backbones import Reading, open_backbone, same_reading
 from pipeline.features.precision import encode
 from pipeline.features.recipe import Recipe
 from pipeline.features.weights import Weights, load_weights
@@ -335,6 +336,27 @@ def test_a_scaled_label_map_is_resized_once(tmp_path, weights):
 
 
 # -- what cannot work ------------------------------------------------------------------------------------------
+
+
+def test_bfloat16_is_another_recipe_whose_features_are_nearly_the_same(tmp_path, weights):
+    run(Photos(range(4)), weights, tmp_path / "exact.zarr", precision="float32", shard_images=4)
+    half = {"precision": "float32", "shard_images": 4, "reading": Reading(autocast="bfloat16")}
+    run(Photos(range(4)), weights, tmp_path / "half.zarr", **half)
+    exact, other = FeatureStore.open(tmp_path / "exact.zarr"), FeatureStore.open(tmp_path / "half.zarr")
+    assert "autocast" not in exact.recipe.to_dict(), "stores of float32 keep their recipe and their digest"
+    assert Recipe.from_json(other.recipe.to_json()) == other.recipe
+    assert exact.recipe.differences(other.recipe) == {"autocast": ("", "bfloat16")}
+    for left, right in zip(exact.features(range(4)), other.features(range(4)), strict=True):
+        left, right = torch.from_numpy(left), torch.from_numpy(right)
+        away = 1 - torch.nn.functional.cosine_similarity(left, right, dim=-1)
+        assert 0 < float(away[left.norm(dim=-1) > 0].mean()) < 1e-3
+    before = fingerprints(tmp_path / "exact.zarr")
+    with pytest.raises(StoreMismatch, match=r"autocast +stored '', wanted 'bfloat16'"):
+        run(Photos(range(4)), weights, tmp_path / "exact.zarr", **half)
+    assert fingerprints(tmp_path / "exact.zarr") == before
+    again = same_reading(other.recipe, weights)
+    assert again == other.recipe, "who computes features like a store's computes as it did"
+    assert open_backbone(again, weights).autocast == torch.bfloat16
 
 
 def test_another_recipe_is_refused_and_changes_nothing(tmp_path, weights):
