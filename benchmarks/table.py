@@ -26,7 +26,7 @@ Measured = dict[tuple[str, str, str, int], dict[str, Any]]
 def table(measured: Measured) -> str:
     """Markdown: one row per piece of work and way of ours, one column per backbone; what it was measured on below."""
     cpu = {key: one for key, one in measured.items() if key[0] == "cpu" and key[2] in CPU_WORK and key[3] == SIZE}
-    gpu = {key: one for key, one in measured.items() if key[0] != "cpu" and key[3] == SIZE}
+    gpu = {key: one for key, one in measured.items() if key[0] != "cpu" and key[3] == SIZE and _compared(one)}
     parts = []
     if cpu:
         parts += [_rows(cpu, CPU_WORK), "", _about(cpu.values())]
@@ -36,6 +36,11 @@ def table(measured: Measured) -> str:
     else:
         parts += ["", "GPU: **not yet measured here**. `python benchmarks/gpu/run.py` is the script for it."]
     return "\n".join(parts).strip()
+
+
+def _compared(measured: dict[str, Any]) -> bool:
+    """Whether the published way is in a measurement of a GPU: benchmarks/gpu/ also times parts by themselves."""
+    return any(name.startswith("baseline") for name in measured.get("variants", ()))
 
 
 def _rows(measured: Measured, works: Iterable[str]) -> str:
@@ -58,7 +63,11 @@ def _rows(measured: Measured, works: Iterable[str]) -> str:
 def _cell(measured: dict[str, Any] | None, name: str) -> str:
     if measured is None or name not in measured["variants"]:
         return "–"
-    baseline, ours = (measured["variants"][one] for one in ("baseline", name))
+    baseline, ours = (measured["variants"].get(one, {"failed": "not run"}) for one in ("baseline", name))
+    if "failed" in ours:
+        return ours["failed"].partition(":")[0]
+    if "failed" in baseline:
+        return f"published way: {baseline['failed'].partition(':')[0]} → {_seconds(ours['wall_s']['median'])}"
     seconds = f"{_seconds(baseline['wall_s']['median'])} → {_seconds(ours['wall_s']['median'])}"
     return f"**{ours['ratio']['of_medians']:.1f}** ({seconds})"
 

@@ -203,7 +203,9 @@ def record(run: dict[str, Any], measurement: dict[str, Any], path: Path) -> None
     else:
         stored["runs"].append({**run, "measurements": [measurement]})
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_compact(json.dumps(_rounded(stored), indent=1)) + "\n")
+    partial = path.with_name(path.name + ".partial")  # a run that is ended while it writes leaves the file before
+    partial.write_text(_compact(json.dumps(_rounded(stored), indent=1)) + "\n")
+    partial.replace(path)
 
 
 def describe_run(device: str, arguments: Mapping[str, Any], *modules: str) -> dict[str, Any]:

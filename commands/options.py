@@ -219,7 +219,7 @@ taps_option = click.option(
 autocast_option = click.option(
     "--autocast",
     type=click.Choice(("bfloat16", "float16")),
-    help="Arithmetic of a timm network, for GPUs. [default: float32]",
+    help="Arithmetic of the backbone, for GPUs; part of the recipe. [default: float32]",
 )
 weights_option = click.option(
     "--weights",

@@ -429,9 +429,9 @@ def store_export_sample(
 
 def _network_facts(recipe: Mapping[str, Any]) -> dict[str, str]:
     """Layers of a network that is not built in, and where its weights came from."""
-    network = recipe.get("network")
+    network, autocast = recipe.get("network"), recipe.get("autocast")
     if network is None:
-        return {}
+        return {"arithmetic": f"{autocast} in the backbone"} if autocast else {}
     facts = {"layers": printable(", ".join(recipe["taps"]))}
     if network["autocast"]:
         facts["arithmetic"] = f"{network['autocast']} in the backbone"

@@ -217,6 +217,8 @@ class FrozenBackbone(Backbone):
     Args:
         name: a key of `BACKBONES`.
         state_dict: the weights by torchvision's names. The classification head may be absent.
+        autocast: type in which products are computed (torch.bfloat16 or torch.float16), for GPUs; None is float32. Taps
+            are float32 whatever it is.
 
     Raises:
         WeightsError: names or shapes are not those of the network; lists the first few.
@@ -225,8 +227,9 @@ class FrozenBackbone(Backbone):
     pre-activation taps before they are read.
     """
 
-    def __init__(self, name: str, state_dict: Mapping[str, Tensor]) -> None:
+    def __init__(self, name: str, state_dict: Mapping[str, Tensor], autocast: torch.dtype | None = None) -> None:
         super().__init__()
+        self.autocast = autocast
         self.spec = spec = backbone_spec(name)
         with torch.device("meta"):  # without drawing initial weights, which takes VGG16 a second
             network = _network(name)
@@ -257,8 +260,12 @@ class FrozenBackbone(Backbone):
 
     def _taps(self, images: Tensor) -> list[Tensor]:
         require_images(images)
-        outputs = self.network(images)
-        return [outputs[tap.node] for tap in self.spec.taps]
+        if self.autocast is None:
+            outputs = self.network(images)
+        else:
+            with torch.autocast(images.device.type, self.autocast):
+                outputs = self.network(images)
+        return [outputs[tap.node].float() if self.autocast else outputs[tap.node] for tap in self.spec.taps]
 
 
 class FinetunedBackbone(FrozenBackbone):

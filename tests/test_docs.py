@@ -41,8 +41,9 @@ FOREIGN_OPTIONS = (
         "--parts",
         "--backbones",
     }
+    | {"--hour", "--cudnn-benchmark"}
 )
-"""Of pip, ray, Slurm and cvat-cli, benchmarks/compression.py, benchmarks/faults.py and benchmarks/pipeline.py."""
+"""Of pip, ray, Slurm and cvat-cli, and of compression.py, faults.py, pipeline.py and gpu/run.py in benchmarks/."""
 
 
 def commands(group: click.Group = cli.main, before: str = "") -> Iterator[tuple[str, click.Command]]:

@@ -1,8 +1,9 @@
 """Make shards of a feature store: read photos, run the backbone, encode, write, all at the same time.
 
-The calling thread runs the backbone and does nothing else. Three helper threads read the next photos, encode the
-features of the last ones and write the last shard; Pillow, torch, zarr and the checksums let go of Python's lock while
-they work. It pays where a worker has part of another core; `make bench-pipeline` measures it with and without.
+The calling thread runs the backbone and does nothing else. Helper threads read the next photos (one, or several beside
+a GPU: `readers`), encode the features of the last ones and write the last shard; Pillow, torch, zarr and the checksums
+let go of Python's lock while they work. It pays where a worker has part of another core; `make bench-pipeline` measures
+it with and without.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from hsnet.backbone import pack_levels
 from hsnet.errors import DataError, StoreError
+from pipeline.common.machine import cores
 from pipeline.common.out_of_memory import memory_told
 from pipeline.common.runner import read_ahead
 from pipeline.datasets.images import Size, object_pixels, resize_label, same_aspect
@@ -38,7 +41,10 @@ LESS_MEMORY = "Free the GPU of other programs, or use --device cpu; a smaller --
 KEPT = "Complete shards stay: the same command goes on from there."
 
 READ_AHEAD = 4
-"""Photos read and brought to network size before they are needed, or a batch if that is more: 2 MB each at 400 px."""
+"""Photos read and brought to network size before they are needed, or two batches on a GPU: 2 MB each at 400 px."""
+
+MOST_READERS = 8
+"""Threads that read photos for one GPU, at most: some 1,600 photos of 500 x 375 pixels a second."""
 
 ENCODE_BEHIND = 2
 """Forward passes whose features wait to be encoded: 20 to 90 MB each at 400 px."""
@@ -111,6 +117,7 @@ class ShardWorker:
         with memory_told(LESS_MEMORY, KEPT):
             self.network = PhotoNetwork(open_backbone(recipe, weights), recipe.image_size, device)
         self.store = FeatureStore.open(path, recipe, require_complete=False, index_digest=dataset.index.digest)
+        self.readers = readers(self.network.device.type, cores(), torch.cuda.device_count())
         self._packed: list[Tensor] | None = None  # the encoding thread's, used again for the next features
 
     def __call__(self, shards: Sequence[int]) -> list[ShardDone]:
@@ -136,8 +143,8 @@ class ShardWorker:
         # Left in reverse: reading stops, then what is computed is encoded, then it is written.
         with _helper("write") as writer, _helper("encode") as encoder:
             writing: Future[None] | None = None
-            ahead = max(READ_AHEAD, self.network.batch)
-            with closing(read_ahead(self._read, images, ahead, "read")) as photos:
+            ahead = READ_AHEAD if self.network.batch == 1 else 2 * self.network.batch
+            with closing(read_ahead(self._read, images, ahead, "read", self.readers)) as photos:
                 for number in shards:
                     shard = self._compute(number, photos, encoder)
                     if writing is not None:
@@ -227,6 +234,19 @@ class ShardWorker:
             return _Photo(
                 np.zeros((3, size, size), np.float32), np.zeros((size, size), index.label_dtype), error=message[:500]
             )
+
+
+def readers(device: str, cores: float, gpus: int) -> int:
+    """Threads that read photos for one worker.
+
+    One beside a CPU that runs the backbone: the threads that encode and write share with it what is left of the cores.
+    Beside a GPU, which takes photos far faster than a core decodes them (about 200 a second), its share of the cores
+    but for the thread that runs it.
+
+    >>> readers("cpu", 64, 0), readers("cuda", 16, 1), readers("cuda", 16, 4), readers("cuda", 1.5, 1)
+    (1, 8, 3, 1)
+    """
+    return 1 if device == "cpu" else max(1, min(MOST_READERS, int(cores / max(1, gpus)) - 1))
 
 
 def _helper(name: str) -> ThreadPoolExecutor:

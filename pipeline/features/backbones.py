@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from hsnet.backbone import Backbone, FrozenBackbone, backbone_spec
 from hsnet.errors import ConfigError, ImageSizeError
 from pipeline.features.network import AUTOCAST
@@ -22,10 +24,10 @@ _TRIES = 4
 
 @dataclass(frozen=True)
 class Reading:
-    """How a network of timm's is read, where it is not by the rule of `pipeline.features.timm_backbone`."""
+    """How a network is read: its arithmetic; layers, if not those of `pipeline.features.timm_backbone`'s rule."""
 
     taps: str | None = None
-    """Layers, commas between them; a slash begins another level."""
+    """Layers of a network of timm's, commas between them; a slash begins another level."""
     autocast: str = ""
     """Arithmetic of the forward pass: "" (float32), "bfloat16" or "float16"."""
 
@@ -44,24 +46,23 @@ def new_recipe(
         weights: its weights; None where the recipe is only looked at for its sizes.
         image_size: side of the square network input, pixels.
         precision: see `Recipe`.
-        reading: layers and arithmetic of a network of timm's.
+        reading: arithmetic, and layers of a network of timm's.
 
     Raises:
-        ConfigError: unknown backbone; it gives no maps, not at this size, or none that a learner could mix; taps or
-            autocast of a built-in network; timm is not installed.
+        ConfigError: unknown backbone; it gives no maps, not at this size, or none that a learner could mix; taps of
+            a built-in network; timm is not installed.
     """
     sha256 = UNKNOWN if weights is None else weights.sha256
     if not is_timm(backbone):
-        if reading != Reading():
+        if reading.taps is not None:
             raise ConfigError(
-                f"--taps and --autocast are for networks of timm's: what is read of {backbone_spec(backbone).name} is "
-                "fixed."
+                f"--taps is for networks of timm's: what is read of {backbone_spec(backbone).name} is fixed."
             )
-        return Recipe.of(backbone, sha256, image_size, precision)
+        _require_autocast(reading)
+        return replace(Recipe.of(backbone, sha256, image_size, precision), autocast=reading.autocast)
     if not 1 <= image_size <= LARGEST_IMAGE:
         raise ConfigError(f"Image size must be 1 to {LARGEST_IMAGE} pixels, got {image_size}.")
-    if reading.autocast not in AUTOCAST:
-        raise ConfigError(f"Unknown autocast '{reading.autocast}'. Choose one of: bfloat16, float16.")
+    _require_autocast(reading)
     from pipeline.features.timm_backbone import describe
 
     taps, network = describe(backbone, image_size, reading.taps, reading.autocast)
@@ -76,6 +77,11 @@ def new_recipe(
         normalisation=normalisation_text(network.mean, network.std),
         network=network,
     )
+
+
+def _require_autocast(reading: Reading) -> None:
+    if reading.autocast not in AUTOCAST:
+        raise ConfigError(f"Unknown autocast '{reading.autocast}'. Choose one of: bfloat16, float16.")
 
 
 def default_image_size(backbone: str, reading: Reading = Reading()) -> tuple[int, str]:
@@ -106,7 +112,8 @@ def same_reading(recipe: Recipe, weights: Weights, precision: str | None = None)
     """The recipe of features like a recipe's, by the weights at hand: for those who have a store or a checkpoint."""
     precision = precision or ("float32" if recipe.coding else recipe.precision)
     if not is_timm(weights.backbone) or recipe.network is None:
-        return Recipe.of(weights.backbone, weights.sha256, recipe.image_size, precision)
+        own = Recipe.of(weights.backbone, weights.sha256, recipe.image_size, precision)
+        return replace(own, autocast=recipe.autocast)
     return replace(recipe, backbone=weights.backbone, weights=weights.sha256, precision=precision, coding=None)
 
 
@@ -118,7 +125,8 @@ def open_backbone(recipe: Recipe, weights: Weights) -> Backbone:
         WeightsError: the weights are of another network.
     """
     if recipe.network is None:
-        return FrozenBackbone(recipe.backbone, weights.state_dict)
+        autocast = {"": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[recipe.autocast]
+        return FrozenBackbone(recipe.backbone, weights.state_dict, autocast)
     from pipeline.features.timm_backbone import TimmBackbone
 
     return TimmBackbone(recipe, weights.state_dict)

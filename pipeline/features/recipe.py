@@ -14,7 +14,7 @@ from hsnet.backbone import IMAGENET_MEAN, IMAGENET_STD, TapLayout, backbone_spec
 from hsnet.errors import ConfigError, ImageSizeError
 from hsnet.model import squeeze_plan, squeezed_grids
 from pipeline.common.fields import from_json, require_types
-from pipeline.features.network import Network
+from pipeline.features.network import AUTOCAST, Network
 
 CODED = "coded"
 """Precision of features in a byte budget: see `pipeline.features.budgeted`."""
@@ -111,6 +111,8 @@ class Recipe:
     """How features are coded; None if they are not."""
     network: Network | None = None
     """What the table of built-in networks would say of another network; None for those in it."""
+    autocast: str = ""
+    """"bfloat16" or "float16": a built-in network's products are computed so; "" is float32. Others: `network`."""
 
     def __post_init__(self) -> None:
         require_types(self, "A recipe")
@@ -124,6 +126,8 @@ class Recipe:
             raise ConfigError(f"Image size must be 1 to {LARGEST_IMAGE} pixels, got {self.image_size}.")
         if self.backbone.startswith(TIMM) != isinstance(self.network, Network):
             raise ConfigError(f"Recipe field 'network' does not fit backbone '{self.backbone}': {self.network!r}.")
+        if self.autocast not in AUTOCAST or (self.autocast and self.network is not None):
+            raise ConfigError(f"Recipe field 'autocast' does not fit backbone '{self.backbone}': {self.autocast!r}.")
         if self.network is not None:
             count = sum(len(level.channels) for level in self.network.levels)
             if count != len(self.taps):
@@ -235,8 +239,9 @@ class Recipe:
     def to_dict(self) -> dict[str, object]:
         """Plain JSON values; `from_dict` reads them back."""
         parts = {name: getattr(self, name) for name in _OPTIONAL}  # recipes without are written as they always were
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _OPTIONAL}
-        return {**values, "taps": list(self.taps), **{name: part.to_dict() for name, part in parts.items() if part}}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (*_OPTIONAL, "autocast")}
+        optional = {name: part.to_dict() for name, part in parts.items() if part}
+        return {**values, "taps": list(self.taps), **optional, **({"autocast": self.autocast} if self.autocast else {})}
 
     def identity(self) -> dict[str, object]:
         """`to_dict` less what is only told: where weights came from, and their licence."""
@@ -250,7 +255,7 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: object) -> Recipe:
         """Read what `to_dict` gave. Raises ConfigError for anything else."""
-        return from_json(cls, values, "A recipe", may_lack=_OPTIONAL)
+        return from_json(cls, values, "A recipe", may_lack=(*_OPTIONAL, "autocast"))
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:

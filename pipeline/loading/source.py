@@ -181,6 +181,8 @@ class PhotoSource(OnlineSource):
     def __init__(self, dataset: Dataset, backbone: Backbone, recipe: Recipe, device: str = "cpu") -> None:
         if not isinstance(backbone, FrozenBackbone):
             raise ConfigError(f"Only built-in backbones can be finetuned, not {recipe.backbone}. Nothing was changed.")
+        if recipe.autocast:
+            raise ConfigError("A finetuned backbone computes in float32: leave out --autocast. Nothing was changed.")
         super().__init__(dataset, backbone, recipe, device)
         self.backbone = backbone
 

@@ -1,10 +1,6 @@
-"""Both benchmark programs from end to end, tiny. Nothing here looks at a time."""
+"""The CPU benchmark from end to end, tiny. Nothing here looks at a time."""
 
 from __future__ import annotations
-
-import json
-import subprocess
-import sys
 
 import pytest
 
@@ -71,57 +67,3 @@ def test_episodes_have_the_pictures_they_need(work, tmp_path):
         assert len(set(episode.supports)) == WORKS[work].shots
         assert episode.query not in episode.supports
         assert max(episode.query, *episode.supports) < IMAGES
-
-
-def test_the_gpu_script_runs_from_a_checkout_with_torch_alone(tmp_path):
-    """On a CPU, tiny, with everything hidden that a machine with torch and torchvision need not have."""
-    out = tmp_path / "gpu.json"
-    code = """
-import runpy, sys
-hidden = set("ray zarr numcodecs click rich safetensors pyarrow yaml pycocotools scipy tensorboardX".split())
-hidden |= {"pipeline", "cluster", "commands", "cli"}
-class Without:
-    def __init__(self, finder):
-        self.finder = finder
-    def find_spec(self, name, *args):
-        return None if name.split(".")[0] in hidden else self.finder.find_spec(name, *args)
-    def __getattr__(self, name):
-        return getattr(self.finder, name)
-sys.meta_path[:] = map(Without, sys.meta_path)
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-    script = timing.ROOT / "benchmarks" / "gpu" / "run.py"
-    options = {
-        "device": "cpu",
-        "size": 64,
-        "backbones": "resnet50",
-        "work": "train,eval5",
-        "peak-tflops": 1,
-        "out": out,
-    }
-    arguments = ["--quick", *(f"--{name}={value}" for name, value in options.items())]
-    command = [sys.executable, "-c", code, str(script), *arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "say nothing about a GPU" in done.stdout
-    train, evaluate = json.loads(out.read_text())["runs"][0]["measurements"]
-    assert (train["work"], evaluate["work"], evaluate["shots"]) == ("train2", "eval5x1", 5)
-    for measured in (train, evaluate):
-        exact = measured["variants"]["exact"]
-        assert exact["logits_diff"] < 2e-2
-        assert exact["episodes_per_s"] > 0
-        assert 0 < exact["share_of_peak"] < 1
-        assert measured["multiply_adds_per_episode"] > 0
-        assert measured["peak_tflops"] == 1
-
-
-def test_without_a_gpu_the_gpu_script_says_how_to_try_it():
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    script = timing.ROOT / "benchmarks" / "gpu" / "run.py"
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "--device cpu" in done.stderr

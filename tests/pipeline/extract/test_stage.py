@@ -4,6 +4,7 @@ import errno
 import functools
 import os
 import shutil
+import threading
 from collections import namedtuple
 from dataclasses import replace
 
@@ -24,6 +25,7 @@ from pipeline.datasets.images import network_image, resize_label
 from pipeline.extract.plan import ExtractionPlan, plan_extraction
 from pipeline.extract.stage import ShardDone, extract
 from pipeline.features import forward
+from pipeline.features.backbones import Reading, open_backbone, same_reading
 from pipeline.features.precision import encode
 from pipeline.features.recipe import Recipe
 from pipeline.features.weights import Weights, load_weights
@@ -121,6 +123,47 @@ def test_photos_are_read_ahead_but_not_without_bound(tmp_path, weights, monkeypa
     run(photos, weights, tmp_path / "s.zarr", shard_images=21)
     assert len(ahead) == 21
     assert max(ahead) <= worker_module.READ_AHEAD + 1
+
+
+class Together:
+    """What photos see that are read: holds the first reader until another one is inside, as slow photos would."""
+
+    def __init__(self, wanted: int) -> None:
+        self.barrier, self.threads = threading.Barrier(wanted, timeout=30), set()
+
+    def __call__(self, photo):
+        self.threads.add(threading.current_thread().name)
+        self.barrier.wait()
+        return photo
+
+
+def test_several_readers_give_the_same_bytes_and_the_same_errors(tmp_path, weights, monkeypatch):
+    run(Photos(), weights, tmp_path / "one.zarr")
+    monkeypatch.setattr(worker_module, "readers", lambda *_: 3)
+    together = Together(3)
+    run(Photos(changes={0: together, 1: together, 2: together}), weights, tmp_path / "three.zarr")
+    assert len(together.threads) == 3, "three photos were read at a time"
+    assert fingerprints(tmp_path / "one.zarr") == fingerprints(tmp_path / "three.zarr")
+    with pytest.raises(DataError, match=r"'photos/11\.jpg' .*truncated"):  # the first, though 12 is read beside it
+        run(Photos(broken=(11, 12)), weights, tmp_path / "broken.zarr")
+    assert FeatureStore.open(tmp_path / "broken.zarr", require_complete=False).missing_shards() == (1, 2)
+
+
+def test_a_gpu_reads_two_batches_ahead_and_no_more(tmp_path, weights, monkeypatch):
+    monkeypatch.setitem(forward.BATCH, "cpu", 3)  # as a GPU, which takes more than one photo a pass
+    monkeypatch.setattr(worker_module, "readers", lambda *_: 4)
+    photos, ahead, passes = Photos(), [], []
+    taps = FrozenBackbone.taps
+
+    def watched(self, images):
+        passes.append(len(images))
+        ahead.append(len(photos.read) - sum(passes))
+        return taps(self, images)
+
+    monkeypatch.setattr(FrozenBackbone, "taps", watched)
+    run(photos, weights, tmp_path / "s.zarr", shard_images=21)
+    assert sum(passes) == 21
+    assert max(ahead) <= 2 * 3 + 1
 
 
 def test_features_stay_with_their_image_whatever_a_forward_pass_holds(tmp_path, weights, monkeypatch):
@@ -293,6 +336,27 @@ def test_a_scaled_label_map_is_resized_once(tmp_path, weights):
 
 
 # -- what cannot work ------------------------------------------------------------------------------------------
+
+
+def test_bfloat16_is_another_recipe_whose_features_are_nearly_the_same(tmp_path, weights):
+    run(Photos(range(4)), weights, tmp_path / "exact.zarr", precision="float32", shard_images=4)
+    half = {"precision": "float32", "shard_images": 4, "reading": Reading(autocast="bfloat16")}
+    run(Photos(range(4)), weights, tmp_path / "half.zarr", **half)
+    exact, other = FeatureStore.open(tmp_path / "exact.zarr"), FeatureStore.open(tmp_path / "half.zarr")
+    assert "autocast" not in exact.recipe.to_dict(), "stores of float32 keep their recipe and their digest"
+    assert Recipe.from_json(other.recipe.to_json()) == other.recipe
+    assert exact.recipe.differences(other.recipe) == {"autocast": ("", "bfloat16")}
+    for left, right in zip(exact.features(range(4)), other.features(range(4)), strict=True):
+        left, right = torch.from_numpy(left), torch.from_numpy(right)
+        away = 1 - torch.nn.functional.cosine_similarity(left, right, dim=-1)
+        assert 0 < float(away[left.norm(dim=-1) > 0].mean()) < 1e-3
+    before = fingerprints(tmp_path / "exact.zarr")
+    with pytest.raises(StoreMismatch, match=r"autocast +stored '', wanted 'bfloat16'"):
+        run(Photos(range(4)), weights, tmp_path / "exact.zarr", **half)
+    assert fingerprints(tmp_path / "exact.zarr") == before
+    again = same_reading(other.recipe, weights)
+    assert again == other.recipe, "who computes features like a store's computes as it did"
+    assert open_backbone(again, weights).autocast == torch.bfloat16
 
 
 def test_another_recipe_is_refused_and_changes_nothing(tmp_path, weights):

@@ -281,7 +281,7 @@ def test_a_recipe_like_another_keeps_its_layers():
         ("timm:test_convnext", 64, Reading("stages.3/stages.2"), "finest grid to the coarsest"),
         ("timm:test_vit", 64, Reading(autocast="int4"), "Unknown autocast 'int4'"),
         ("resnet50", 224, Reading("layer3"), "what is read of resnet50 is fixed"),
-        ("resnet50", 224, Reading(autocast="bfloat16"), "for networks of timm's"),
+        ("resnet50", 224, Reading(autocast="int4"), "Unknown autocast 'int4'"),
         ("resnet5O", 224, Reading(), "Unknown backbone"),
     ],
 )
