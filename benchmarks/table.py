@@ -34,7 +34,7 @@ def table(measured: Measured) -> str:
         works = list(dict.fromkeys(work for _, _, work, _ in sorted(gpu, key=lambda key: key[2], reverse=True)))
         parts += ["", _rows(gpu, works), "", _about(gpu.values())]
     else:
-        parts += ["", "GPU: **not yet measured here**. `python benchmarks/gpu/run.py` is the script for it."]
+        parts += ["", "GPU: **not yet measured here**. `python benchmarks/gpu/run.py --hour` measures all of it in 55 minutes."]
     return "\n".join(parts).strip()
 
 
