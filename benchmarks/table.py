@@ -34,7 +34,8 @@ def table(measured: Measured) -> str:
         works = list(dict.fromkeys(work for _, _, work, _ in sorted(gpu, key=lambda key: key[2], reverse=True)))
         parts += ["", _rows(gpu, works), "", _about(gpu.values())]
     else:
-        parts += ["", "GPU: **not yet measured here**. `python benchmarks/gpu/run.py --hour` measures all of it in 55 minutes."]
+        script = "`python benchmarks/gpu/run.py --hour`"
+        parts += ["", f"GPU: **not yet measured here**. {script} measures all of it in 55 minutes."]
     return "\n".join(parts).strip()
 
 
