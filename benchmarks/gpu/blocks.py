@@ -66,6 +66,7 @@ def _blocks(bench: Bench, scene: Scene, work: Work, mode: Mode) -> dict[str, Row
 
     runs: dict[str, Callable[[], object]] = {"correlation, all levels, forward": correlate}
     for block, level in zip(model.squeeze, pyramid, strict=True):
+        assert isinstance(level, torch.Tensor)  # dense
         runs[f"squeeze {level.shape[4]}x{level.shape[5]}"] = both(block, level, False)
     for block, level in zip(model.mix, squeezed[1:], strict=True):
         runs[f"mix {level.shape[4]}x{level.shape[5]}"] = both(block, level, True)
@@ -128,9 +129,9 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
     """Length of the union of (start, end).
 
     >>> covered([(0, 2), (1, 3), (5, 6)])
-    4
+    4.0
     """
-    total, reached = 0, None
+    total, reached = 0.0, None
     for start, end in sorted(spans):
         first = start if reached is None else max(start, reached)
         total += max(0, end - first)

@@ -35,7 +35,8 @@ class Bench:
 
     def times(self, runs: Mapping[str, Callable[[], object]], repeats: int | None = None) -> Outcome:
         """Time several ways in turn, as `benchmarks.timing.alternate`; one that fails is left out and said."""
-        left, failed = dict(runs), {}
+        left = dict(runs)
+        failed: dict[str, str] = {}
         while left:
             guarded = {name: _Guarded(name, run, self.wait) for name, run in left.items()}
             broke = None

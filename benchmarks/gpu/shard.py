@@ -27,7 +27,7 @@ def write(path: Path, images: Iterable[Sequence[Tensor]]) -> None:
         for levels in images:
             start, checksum = file.tell(), 0
             for level in levels:
-                values = np.ascontiguousarray(level.cpu().numpy()).view(np.uint8).reshape(-1)
+                values = np.ascontiguousarray(level.cpu().numpy()).reshape(-1).data.cast("B")
                 file.write(values)
                 checksum = zlib.crc32(values, checksum)
             entries.append(_ENTRY.pack(start, file.tell() - start, checksum))
@@ -72,7 +72,7 @@ class Reader:
             for first in range(0, len(target), _PIECE):  # summed while it is still in the processor's cache
                 piece = target[first : first + _PIECE]
                 np.copyto(piece, self._data[start + first : start + first + len(piece)])
-                checksum = zlib.crc32(piece, checksum) if checked else 0
+                checksum = zlib.crc32(piece.data, checksum) if checked else 0
             start += len(target)
         if checked and checksum != wanted:
             raise ValueError(f"the checksum of image {image} does not match")
