@@ -124,3 +124,4 @@ def by_path(name: str) -> ModuleType:
 by_path("fakes")  # for `from fakes import ...`
 by_path("rle_pack")
 by_path("tiny_bank")
+by_path("tiny_runs")

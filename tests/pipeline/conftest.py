@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_runs import STABLE
 
 from hsnet.backbone import FrozenBackbone
 from pipeline.datasets.shapes import Shapes
@@ -11,6 +12,7 @@ from pipeline.features.recipe import Recipe
 from pipeline.features.weights import load_weights
 from pipeline.heads.config import RunConfig
 from pipeline.loading.source import OnlineSource
+from pipeline.train import StepDone, fit
 
 
 class RememberingSource(OnlineSource):
@@ -73,3 +75,21 @@ def tiny_config(tiny_shapes, tiny_recipe):
         return RunConfig(**{**values, **changes})
 
     return build
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory, tiny_config, tiny_source):
+    """Six steps without interruption: what the others are compared with."""
+    path = tmp_path_factory.mktemp("runs") / "whole"
+    events = []
+    summary = fit(tiny_config(steps=6), tiny_source, path, on_event=events.append)
+    return path, summary, events
+
+
+@pytest.fixture(scope="session")
+def stable_run(tmp_path_factory, tiny_config, tiny_source):
+    """Six steps with every training choice, without interruption."""
+    path = tmp_path_factory.mktemp("runs") / "stable"
+    events = []
+    fit(tiny_config(steps=6, **STABLE), tiny_source, path, on_event=events.append)
+    return path, [event for event in events if isinstance(event, StepDone)]
