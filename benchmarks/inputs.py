@@ -1,8 +1,9 @@
-"""Pictures and masks to time with: deterministic, made of torch operations only."""
+"""What is timed, and with what: pieces of work; pictures and masks, deterministic, of torch operations only."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,17 @@ from hsnet.backbone import IMAGENET_MEAN, IMAGENET_STD
 
 OBJECT_SHARE = 0.18
 """Share of a photo that its object covers. A typical one: the correlation of object positions depends on it."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A piece of work: `batch` episodes of `shots` supports, trained on or evaluated."""
+
+    title: str
+    task: str
+    """"train": forward, backward, Adam. "evaluate": to hard masks at photo size, with the vote."""
+    batch: int
+    shots: int = 1
 
 
 def picture(number: int, size: int) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import published_way
-from benchmarks.inputs import OBJECT_SHARE
+from benchmarks.inputs import OBJECT_SHARE, Work
 from benchmarks.pictures import Pictures
 from hsnet.backbone import backbone_spec
 from hsnet.fused import FusedHSNet
@@ -36,17 +36,6 @@ from pipeline.store.feature_store import FeatureStore
 LEARNING_RATE = 1e-3
 IMAGES = 8
 """Pictures in a store: what the largest work reads."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """A piece of work: `batch` episodes of `shots` supports, trained on or evaluated."""
-
-    title: str
-    task: str
-    """"train": forward, backward, Adam. "evaluate": to hard masks at photo size, with the vote."""
-    batch: int
-    shots: int = 1
 
 
 WORKS: dict[str, Work] = {

@@ -25,7 +25,7 @@ from hsnet.fused import Correlations
 from pipeline.common.process_group import Alone
 from pipeline.episodes.stream import Episode
 from pipeline.heads.config import RunConfig
-from pipeline.loading.batch import EpisodeBatch, Reading, read_kinds
+from pipeline.loading.batch import BatchParts, EpisodeBatch, read_kinds
 from pipeline.loading.feeding import Feed, feed
 from pipeline.loading.resident import keep
 from pipeline.loading.source import FeatureSource
@@ -224,7 +224,7 @@ def _finish(trainer: Trainer, step: int, total: Tensor, seconds: float, waited: 
 
 def _read(
     source: FeatureSource, plan: Plan, novel: Mapping[Seen, Sequence[int]], once: bool
-) -> Reading[Mapping[Seen, EpisodeBatch]]:
+) -> BatchParts[Mapping[Seen, EpisodeBatch]]:
     """Batches of a plan; a photo that is in several is read once. Marks the `novel` classes where a head wants that."""
     _, kinds = plan
     wanted = {seen: (episodes, novel.get(seen, ())) for seen, episodes in kinds.items()}

@@ -89,8 +89,7 @@ def fit(
     ranks = ranks or Alone()
     given = config, source, run_dir, ranks, device, micro_batch, on_event, resident, read_every
     kept = f"{run_dir} is as it was saved last, and goes on from there."
-    with memory_told(less_memory(config, micro_batch, resident), kept), opened_trainer(*given) as trainer:
-        trainer.baseline_wanted = baseline
+    with memory_told(less_memory(config, micro_batch, resident), kept), opened_trainer(*given, baseline) as trainer:
         started = time.monotonic()
         finished = trainer.run_steps(stop, prefetch_depth)
     return trainer.summary(finished, time.monotonic() - started)
@@ -107,6 +106,7 @@ def opened_trainer(
     on_event: Callable[[Event], None] | None,
     resident: str = "off",
     read_every: int | None = None,
+    baseline: bool = False,
 ) -> Iterator[Trainer]:
     """A run where it stands, held for writing inside the block. Arguments and errors are those of `fit`."""
     stream, selection = check_run(config, source)
@@ -143,6 +143,7 @@ def opened_trainer(
             micro_batch=max(1, (micro_batch or config.batch_size) // config.directions),
             on_event=on_event,
             read_every=read_every or (1 if device == "cpu" else READ_STEPS),
+            baseline_wanted=baseline,
         )
         with trainer:
             yield trainer

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import published_way
-from benchmarks.inputs import disc, normalised, picture
+from benchmarks.inputs import Work, disc, normalised, picture
 from hsnet.backbone import FrozenBackbone, backbone_spec, random_state_dict
 from hsnet.fused import FusedHSNet
 from hsnet.fusion import vote
@@ -22,16 +22,6 @@ from hsnet.numerics import has_bfloat16
 
 PICTURES = 16
 """Different pictures in device memory; episodes are drawn from them."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """A piece of work: `batch` episodes of `shots` supports, trained on or evaluated."""
-
-    title: str
-    task: str
-    batch: int
-    shots: int = 1
 
 
 @dataclass(frozen=True)

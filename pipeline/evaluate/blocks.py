@@ -153,7 +153,7 @@ class WithMasks(Generic[L]):
 
 @dataclass(frozen=True)
 class ReadWithMasks(Generic[L]):
-    """What `WithMasks` is made of: see `pipeline.loading.batch.Reading`."""
+    """What `WithMasks` is made of: see `pipeline.loading.batch.BatchParts`."""
 
     reading: Readable[L]
     labels: tuple[Tensor, ...] | None

@@ -145,14 +145,14 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Reading(Generic[B]):
+class BatchParts(Generic[B]):
     """What was read for episodes; `made` is the batch, on the device where the tensors are."""
 
     photos: Photos
     asked: tuple[Asked, ...]
     make: Callable[[Photos, tuple[Asked, ...]], B]
 
-    def moved(self, move: Callable[[Tensor], Tensor]) -> Reading[B]:
+    def moved(self, move: Callable[[Tensor], Tensor]) -> BatchParts[B]:
         """The same with what `move` makes of each tensor."""
 
         def rows(chosen: Rows) -> Rows:
@@ -181,7 +181,7 @@ class Reading(Generic[B]):
 
 def read_batch(
     source: FeatureSource, episodes: Sequence[Episode], novel: Sequence[int] = (), once: bool = False
-) -> Reading[EpisodeBatch]:
+) -> BatchParts[EpisodeBatch]:
     """Read what a batch of episodes needs. All must have the same number of shots. Coded features stay coded.
 
     Args:
@@ -189,14 +189,14 @@ def read_batch(
         once: hold a photo once that is in several places, to be gathered on the device. Otherwise it lies in all of
             them; it is read once in either case.
     """
-    return Reading(*_read(source, [(episodes, novel)], once), make=_only)
+    return BatchParts(*_read(source, [(episodes, novel)], once), make=_only)
 
 
 def read_kinds(
     source: FeatureSource, kinds: Mapping[Seen, tuple[Sequence[Episode], Sequence[int]]], once: bool = False
-) -> Reading[Mapping[Seen, EpisodeBatch]]:
+) -> BatchParts[Mapping[Seen, EpisodeBatch]]:
     """Batches of several kinds by name, from (episodes, novel) as for `read_batch`; they share their photos."""
-    return Reading(*_read(source, list(kinds.values()), once), make=partial(_named, tuple(kinds)))
+    return BatchParts(*_read(source, list(kinds.values()), once), make=partial(_named, tuple(kinds)))
 
 
 def load_batch(source: FeatureSource, episodes: Sequence[Episode], novel: Sequence[int] = ()) -> EpisodeBatch:
@@ -322,12 +322,12 @@ class WaysBatch:
         )
 
 
-def read_ways(source: FeatureSource, episodes: Sequence[Episode], once: bool = False) -> Reading[WaysBatch]:
+def read_ways(source: FeatureSource, episodes: Sequence[Episode], once: bool = False) -> BatchParts[WaysBatch]:
     """Read what a batch of N-way episodes needs. All must have the same numbers of classes and shots.
 
     `once` as for `read_batch`.
     """
-    return Reading(*_read(source, [(episodes, ())], once, ways=True), make=_several_ways)
+    return BatchParts(*_read(source, [(episodes, ())], once, ways=True), make=_several_ways)
 
 
 def load_ways(source: FeatureSource, episodes: Sequence[Episode]) -> WaysBatch:

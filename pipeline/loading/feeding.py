@@ -37,7 +37,7 @@ R = TypeVar("R")
 
 
 class Readable(Protocol[B]):
-    """What is read for a batch, such as `pipeline.loading.batch.Reading`."""
+    """What is read for a batch, such as `pipeline.loading.batch.BatchParts`."""
 
     def moved(self, move: Callable[[Tensor], Tensor], /) -> Readable[B]:
         """The same with what `move` makes of each tensor."""

@@ -1,10 +1,9 @@
 """Memory is used again when, and only when, nothing refers to it."""
 
-import threading
-
 import numpy as np
 import pytest
 import torch
+from fakes import in_threads
 
 from pipeline.store.buffers import Buffers
 
@@ -93,9 +92,5 @@ def test_several_threads_never_share_memory():
             if (array[::4096] != number).any():
                 wrong.append(number)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work)
     assert not wrong

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes import Photos
+from fakes import Photos, in_threads
 
 import pipeline.store.shard_file as shard_file
 from hsnet.errors import StoreError
@@ -64,11 +64,7 @@ def test_several_threads_read_the_same(path):
             except Exception as error:
                 wrong.append(error)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work)
     assert not wrong
 
 

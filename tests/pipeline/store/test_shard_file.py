@@ -2,12 +2,12 @@
 
 import os
 import shutil
-import threading
 
 import numcodecs.zstd as zstd
 import numpy as np
 import pytest
 import zarr
+from fakes import in_threads
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 import pipeline.store.shard_file as chunks_module
@@ -118,11 +118,7 @@ def test_several_threads_while_files_are_given_up(tmp_path):
             if not np.array_equal(one(reader, int(image)), values[image]):
                 wrong.append(image)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work)
     assert not wrong
 
 
